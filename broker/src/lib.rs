@@ -1,1 +1,25 @@
-//! (being written)
+//! The MQTT edge and its embedded rumqttd: sockets, packets, sessions, windows, topics.
+//!
+//! It knows nothing of chat. A [`service::Service`] tells it who may connect, which topics are *bound* (given meaning by the service)
+//! and what stands in their logs; everything else is ordinary publish and subscribe. The reading order is the way of a message:
+//! `listener` and `websocket` accept, `connection` speaks MQTT (`engine`) for its `session`, the service stores, `bus` carries what is
+//! announced, `registry` finds who wants it, `mailbox` and `stream` bring it to the receiver.
+
+mod broker;
+pub mod bus;
+pub mod completion;
+mod connection;
+mod engine;
+mod limits;
+pub mod listener;
+pub mod live;
+mod mailbox;
+mod registry;
+pub mod service;
+mod session;
+mod stream;
+pub mod topics;
+pub mod websocket;
+
+pub use broker::{Announcer, Broker, BusStatus};
+pub use limits::Limits;

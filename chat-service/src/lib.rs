@@ -1,1 +1,18 @@
-//! (being written)
+//! The chat service: conversations, their order, their log, and the server `chatd` around them.
+//!
+//! The reading order is the way of a message: `service` parses what a client publishes, `sequencer` numbers it (`core` decides) and writes it to the
+//! `log`, then answers the sender and announces it; receivers read `envelope`s, live or from the log. Around it: `settings`, `cli`,
+//! `logging`, `metrics`, `http`, and `server`, which puts the parts together.
+
+pub mod cli;
+pub mod core;
+pub mod envelope;
+pub mod http;
+pub mod log;
+pub mod logging;
+pub mod metrics;
+mod refusal;
+pub mod sequencer;
+pub mod server;
+pub mod service;
+pub mod settings;

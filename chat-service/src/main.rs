@@ -1,1 +1,46 @@
-fn main() {}
+//! `chatd`: settings, build, run, wait, drain.
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use chat_service::cli::{self, Command, EXIT_FAILURE, EXIT_USAGE};
+use chat_service::server::Server;
+use chat_service::settings::Settings;
+use chat_service::{logging, server};
+
+fn main() -> ExitCode {
+    let flags = match cli::parse() {
+        Command::Run(flags) => flags,
+        Command::CheckConfig(flags) => return cli::check_config(&flags),
+    };
+    let settings = match Settings::load(&flags) {
+        Ok(settings) => settings,
+        Err(error) => return fail(EXIT_USAGE, &error),
+    };
+    if let Err(error) = logging::init(&settings.log) {
+        return fail(EXIT_USAGE, &error);
+    }
+    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chatd").build() {
+        Ok(runtime) => runtime,
+        Err(error) => return fail(EXIT_FAILURE, &error),
+    };
+    match runtime.block_on(serve(&settings)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(EXIT_FAILURE, &format!("{error:#}")),
+    }
+}
+
+async fn serve(settings: &Settings) -> anyhow::Result<()> {
+    let server = Server::start(settings).await?;
+    // Whoever started us may not read: that is no reason to stop.
+    let mut stdout = std::io::stdout();
+    if let Err(error) = stdout.write_all(server.greeting().as_bytes()).and_then(|()| stdout.flush()) {
+        tracing::debug!(%error, "nobody reads the greeting");
+    }
+    server.run(server::stop_signal()?).await
+}
+
+fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {
+    eprintln!("chatd: {error}");
+    ExitCode::from(code)
+}

@@ -1,0 +1,1185 @@
+//! One connection: its socket, its session, its window.
+//!
+//! One task owns all of it. It wakes for bytes, for mail, for a page from the log or for a deadline, does everything that is to do, and writes
+//! once. It never waits for one thing while another is due, except for answers that MQTT orders (CONNECT, SUBSCRIBE). Invariants:
+//! acknowledgements leave in the order of the publishes; nothing is acknowledged that the service did not store; what is kept
+//! for a client is bounded by its window and the mailbox, whatever waits for it.
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use mqtt_protocol_core::mqtt::result_code::DisconnectReasonCode;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::time::Sleep;
+
+use crate::broker::{OrdinarySubscription, Shared, UnderWay};
+use crate::completion::Reply;
+use crate::engine::{Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Publish, UserProperties, Will};
+use crate::mailbox::{Ending, Mail, Mailbox, Ordinary};
+use crate::registry::ConnectionNumber;
+use crate::service::{
+    BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Keeping, Observation, Page, Position,
+    PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError, SessionKey, SubscribeRoute,
+    SubscriptionRecord,
+};
+use crate::session::{Queued, Session, Slot, Subscribed, Subscription, Target};
+use crate::stream::{DurableStream, Ready};
+use crate::topics::filter;
+use crate::topics::message::Message;
+
+/// Bytes read at once, into one buffer a thread.
+const READ_BYTES: usize = 64 * 1024;
+/// Deliveries stop while so many bytes wait for the socket.
+const OUT_DELIVERIES_MAX: usize = 64 * 1024;
+/// Reading stops while so many bytes wait for the socket.
+const OUT_READING_MAX: usize = 256 * 1024;
+/// An empty output buffer larger than this is given back.
+const OUT_KEPT: usize = 1_024;
+/// Messages read from the log at once.
+const PAGE_MESSAGES: usize = 64;
+/// Payload bytes of them.
+const PAGE_BYTES: usize = 128 * 1024;
+/// The most messages in flight to a client that names a larger receive maximum.
+const WINDOW_MAX: u16 = 1_024;
+/// How long a connection that ends may take to send its last bytes.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a failed read of the log waits before the next.
+const READ_RETRY: Duration = Duration::from_millis(500);
+
+thread_local! {
+    static READ_BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
+}
+
+type Reading = Pin<Box<dyn Future<Output = Result<Page, ServiceError>> + Send>>;
+type Waiting = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// A publish that was not answered yet, in the order of arrival.
+struct Pending {
+    packet_id: u16,
+    qos: u8,
+    received_at: Instant,
+    outcome: Option<PublishOutcome>,
+}
+
+/// Why the task stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The client said DISCONNECT.
+    Client,
+    /// The client said DISCONNECT and wants its will published.
+    ClientWithWill,
+    /// The socket closed or failed.
+    Socket,
+    /// We close: a fault, a deadline, a takeover.
+    Closed,
+    /// The server stops.
+    Shutdown,
+}
+
+struct Connection<S: Service, T> {
+    shared: Arc<Shared<S>>,
+    number: ConnectionNumber,
+    io: T,
+    peer: String,
+    engine: Engine,
+    packets: VecDeque<Incoming>,
+    /// Bytes that came after a CONNECT that is not answered yet.
+    early: Vec<u8>,
+    out_at: usize,
+    needs_flush: bool,
+    mailbox: Arc<Mailbox>,
+    session: Option<Session>,
+    pending: VecDeque<Pending>,
+    /// Token of the first in `pending`.
+    first_token: u64,
+    unsent: Vec<BoundPublish>,
+    waiting: Option<Waiting>,
+    reading: Option<(Arc<str>, Reading)>,
+    page: Option<(Arc<str>, Result<Page, ServiceError>)>,
+    /// QoS 0 deliveries that count as delivered once they are written.
+    unwritten: Vec<(Arc<str>, Position)>,
+    heard_at: Instant,
+    deadline: Option<Instant>,
+    retry_at: Option<Instant>,
+    timer: Pin<Box<Sleep>>,
+    timer_at: Instant,
+    /// The server stops: what was published is still answered, nothing more is read.
+    stopping: bool,
+    end: Option<End>,
+}
+
+/// Serves one connection until it ends.
+pub(crate) async fn run<S, T>(shared: Arc<Shared<S>>, number: ConnectionNumber, io: T, peer: String)
+where
+    S: Service,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let now = Instant::now();
+    let deadline = now + shared.limits.connect_timeout;
+    let mut connection = Connection {
+        engine: Engine::new(shared.limits.packet_bytes, shared.limits.receive_maximum),
+        mailbox: Arc::new(Mailbox::new(shared.limits.queue_messages, shared.limits.queue_bytes)),
+        shared,
+        number,
+        io,
+        peer,
+        packets: VecDeque::new(),
+        early: Vec::new(),
+        out_at: 0,
+        needs_flush: false,
+        session: None,
+        pending: VecDeque::new(),
+        first_token: 0,
+        unsent: Vec::new(),
+        waiting: None,
+        reading: None,
+        page: None,
+        unwritten: Vec::new(),
+        heard_at: now,
+        deadline: Some(deadline),
+        retry_at: None,
+        timer: Box::pin(tokio::time::sleep_until(deadline.into())),
+        timer_at: deadline,
+        stopping: false,
+        end: None,
+    };
+    // The guard leaves no trace of the connection behind, even if a bug makes the task panic.
+    let mut departure =
+        Departure { shared: Arc::clone(&connection.shared), number, key: None, ordinary: Vec::new(), bound: Vec::new() };
+    let end = connection.serve(&mut departure).await;
+    connection.depart(end).await;
+}
+
+/// What has to be undone when a connection goes.
+struct Departure<S: Service> {
+    shared: Arc<Shared<S>>,
+    number: ConnectionNumber,
+    key: Option<SessionKey>,
+    ordinary: Vec<String>,
+    bound: Vec<Arc<str>>,
+}
+
+impl<S: Service> Drop for Departure<S> {
+    fn drop(&mut self) {
+        for topic in &self.bound {
+            self.shared.registry.unsubscribe(topic, self.number);
+        }
+        if !self.ordinary.is_empty() {
+            let mut trie = self.shared.ordinary.write();
+            for filter in &self.ordinary {
+                trie.remove(filter, &self.number.0);
+            }
+        }
+        if let Some(key) = &self.key {
+            self.shared.registry.detach(key, self.number);
+            self.shared.service.observe(Observation::Disconnected);
+        }
+    }
+}
+
+impl<S, T> Connection<S, T>
+where
+    S: Service,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    async fn serve(&mut self, departure: &mut Departure<S>) -> End {
+        loop {
+            std::future::poll_fn(|cx| self.poll_step(cx)).await;
+            if self.end == Some(End::Socket) {
+                return End::Socket;
+            }
+            self.take_page();
+            self.handle_packets(departure).await;
+            self.submit();
+            self.answer_pending();
+            self.deliver();
+            self.on_time();
+            if self.stopping && self.pending.is_empty() && self.unsent.is_empty() {
+                self.engine.disconnect(DisconnectReasonCode::ServerShuttingDown, "the server is shutting down");
+                self.end.get_or_insert(End::Shutdown);
+            }
+            if self.engine.fault.is_some() && !self.engine.closing {
+                tracing::debug!(peer = %self.peer, fault = ?self.engine.fault, "protocol violation");
+                self.engine.disconnect_for_fault();
+            }
+            if self.end.is_none() && self.engine.closing {
+                self.end = Some(End::Closed);
+            }
+            if let Some(end) = self.end {
+                self.write_last_bytes().await;
+                return end;
+            }
+        }
+    }
+
+    // ---- waiting -------------------------------------------------------------------------------------------------------
+
+    /// Waits for anything, and takes in whatever is there.
+    fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut progress = false;
+        let take_ordinary = self.session.as_ref().is_some_and(|session| session.queue.is_empty());
+        if let Poll::Ready(mail) = self.mailbox.poll(cx, take_ordinary) {
+            self.on_mail(mail);
+            progress = true;
+        }
+        if let Some((topic, reading)) = &mut self.reading
+            && let Poll::Ready(page) = reading.as_mut().poll(cx)
+        {
+            self.page = Some((Arc::clone(topic), page));
+            self.reading = None;
+            progress = true;
+        }
+        if let Some(waiting) = &mut self.waiting
+            && waiting.as_mut().poll(cx).is_ready()
+        {
+            self.waiting = None;
+            progress = true;
+        }
+        match self.poll_write(cx) {
+            Poll::Ready(Ok(true)) => progress = true,
+            Poll::Ready(Ok(false)) | Poll::Pending => {}
+            Poll::Ready(Err(())) => {
+                self.end = Some(End::Socket);
+                return Poll::Ready(());
+            }
+        }
+        if self.may_read() {
+            match self.poll_read(cx) {
+                Poll::Ready(Ok(())) => progress = true,
+                Poll::Ready(Err(())) => {
+                    self.end = Some(End::Socket);
+                    return Poll::Ready(());
+                }
+                Poll::Pending => {}
+            }
+        }
+        if self.timer.as_mut().poll(cx).is_ready() {
+            progress = true;
+        }
+        if progress { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    fn may_read(&self) -> bool {
+        self.unsent.is_empty()
+            && self.packets.is_empty()
+            && self.end.is_none()
+            && !self.stopping
+            && self.engine.fault.is_none()
+            && self.engine.out.len() - self.out_at < OUT_READING_MAX
+    }
+
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
+        if !self.early.is_empty() {
+            let bytes = std::mem::take(&mut self.early);
+            self.feed(&bytes);
+            return Poll::Ready(Ok(()));
+        }
+        READ_BUFFER.with_borrow_mut(|buffer| {
+            let mut read = ReadBuf::new(buffer);
+            if ready!(Pin::new(&mut self.io).poll_read(cx, &mut read)).is_err() || read.filled().is_empty() {
+                return Poll::Ready(Err(()));
+            }
+            self.feed(read.filled());
+            Poll::Ready(Ok(()))
+        })
+    }
+
+    fn feed(&mut self, bytes: &[u8]) {
+        let taken = self.engine.feed(bytes, &mut self.packets);
+        if taken < bytes.len() && self.engine.fault.is_none() {
+            self.early.extend_from_slice(&bytes[taken..]);
+        }
+        // Only whole packets show that a client is there; a byte now and then does not.
+        if !self.packets.is_empty() {
+            self.heard_at = Instant::now();
+        }
+    }
+
+    /// `true` if anything was written.
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, ()>> {
+        let mut written = false;
+        while self.out_at < self.engine.out.len() {
+            match Pin::new(&mut self.io).poll_write(cx, &self.engine.out[self.out_at..]) {
+                Poll::Ready(Ok(n)) if n > 0 => {
+                    self.out_at += n;
+                    self.needs_flush = true;
+                    written = true;
+                }
+                Poll::Ready(_) => return Poll::Ready(Err(())),
+                Poll::Pending => return Poll::Ready(Ok(written)),
+            }
+        }
+        if self.out_at > 0 {
+            self.out_at = 0;
+            self.engine.out.clear();
+            self.engine.out.shrink_to(OUT_KEPT);
+            self.on_all_written();
+        }
+        if self.needs_flush {
+            match Pin::new(&mut self.io).poll_flush(cx) {
+                Poll::Ready(Ok(())) => self.needs_flush = false,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(())),
+                Poll::Pending => {}
+            }
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    async fn write_last_bytes(&mut self) {
+        let last = async {
+            self.io.write_all(&self.engine.out[self.out_at..]).await?;
+            self.io.flush().await?;
+            self.io.shutdown().await
+        };
+        match tokio::time::timeout(CLOSE_TIMEOUT, last).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(peer = %self.peer, %error, "closing failed"),
+            Err(_) => tracing::debug!(peer = %self.peer, "the client did not take its last bytes"),
+        }
+    }
+
+    // ---- deadlines -----------------------------------------------------------------------------------------------------
+
+    fn on_time(&mut self) {
+        let now = Instant::now();
+        if let Some(retry_at) = self.retry_at
+            && now >= retry_at
+        {
+            self.retry_at = None;
+            self.deliver();
+        }
+        if self.session.is_none() && self.deadline.is_some_and(|deadline| now >= deadline) {
+            tracing::debug!(peer = %self.peer, "no CONNECT in time");
+            self.end.get_or_insert(End::Closed);
+            return;
+        }
+        let silent_until = self.silent_until();
+        if silent_until.is_some_and(|until| now >= until) {
+            self.engine.disconnect(DisconnectReasonCode::KeepAliveTimeout, "nothing was heard for 1.5 times the keep alive");
+            return;
+        }
+        let next = [if self.session.is_none() { self.deadline } else { None }, silent_until, self.retry_at]
+            .into_iter()
+            .flatten()
+            .min();
+        match next {
+            // Hearing from a client moves its deadline on: the timer is only set anew when it fires, or for something earlier.
+            Some(next) if self.timer_at <= now || next < self.timer_at => {
+                self.timer_at = next;
+                self.timer.as_mut().reset(next.into());
+            }
+            Some(_) => {}
+            None if self.timer_at <= now => {
+                self.timer_at = now + Duration::from_secs(86_400);
+                self.timer.as_mut().reset(self.timer_at.into());
+            }
+            None => {}
+        }
+    }
+
+    fn silent_until(&self) -> Option<Instant> {
+        let silence_max = self.session.as_ref()?.silence_max?;
+        // While we do not read (the client does not take its bytes), it cannot be heard.
+        if self.engine.out.len() - self.out_at >= OUT_READING_MAX || !self.unsent.is_empty() {
+            return Some(Instant::now() + silence_max);
+        }
+        Some(self.heard_at + silence_max)
+    }
+
+    // ---- mail ----------------------------------------------------------------------------------------------------------
+
+    fn on_mail(&mut self, mail: Mail) {
+        for (token, outcome) in mail.outcomes {
+            let index = token.checked_sub(self.first_token).and_then(|index| usize::try_from(index).ok());
+            if let Some(pending) = index.and_then(|index| self.pending.get_mut(index)) {
+                pending.outcome = Some(outcome);
+            }
+        }
+        if let Some(session) = &mut self.session {
+            // Before the live ones: what came after a gap must not be taken for what follows.
+            if mail.missed {
+                for slot in &mut session.slots {
+                    slot.stream.on_missed();
+                }
+            }
+            for message in mail.live {
+                match message.keeping() {
+                    Keeping::Durable => {
+                        if let Some(slot) = session.slot(&message.topic) {
+                            slot.stream.on_live(message);
+                        }
+                    }
+                    Keeping::Live => {
+                        let Some(qos) = session.live_qos(&message.topic) else { continue };
+                        if session.queue.len() < self.shared.limits.queue_messages {
+                            session.queue.push_back(Queued::Live(message, qos));
+                        } else {
+                            self.shared.service.observe(Observation::QueueFull);
+                        }
+                    }
+                }
+            }
+            session.queue.extend(mail.ordinary.into_iter().map(Queued::Ordinary));
+        }
+        match mail.ending {
+            Some(Ending::TakenOver) => {
+                self.engine.disconnect(
+                    DisconnectReasonCode::SessionTakenOver,
+                    "another connection of this user has the same client identifier",
+                );
+                self.end.get_or_insert(End::Closed);
+            }
+            Some(Ending::Shutdown) => self.stopping = true,
+            None => {}
+        }
+    }
+
+    // ---- packets -------------------------------------------------------------------------------------------------------
+
+    async fn handle_packets(&mut self, departure: &mut Departure<S>) {
+        let mut advanced = false;
+        let mut delivered = 0;
+        while let Some(packet) = self.packets.pop_front() {
+            if self.end.is_some() {
+                self.packets.clear();
+                break;
+            }
+            match packet {
+                Incoming::Connect(connect) => self.connect(*connect, departure).await,
+                Incoming::Publish(publish) => self.publish(publish),
+                Incoming::Puback(packet_id) | Incoming::Pubcomp(packet_id) => {
+                    advanced |= self.acknowledged(packet_id, &mut delivered);
+                }
+                Incoming::Pubrec(packet_id, true) => self.engine.pubrel(packet_id),
+                Incoming::Pubrec(packet_id, false) => {
+                    advanced |= self.acknowledged(packet_id, &mut delivered);
+                }
+                Incoming::Pubrel(packet_id) => self.engine.pubcomp(packet_id, true),
+                Incoming::Subscribe { packet_id, filters, identifier } => {
+                    if identifier {
+                        self.engine.disconnect(
+                            DisconnectReasonCode::SubscriptionIdentifiersNotSupported,
+                            "subscription identifiers are not supported",
+                        );
+                    } else {
+                        self.subscribe(packet_id, filters, departure).await;
+                    }
+                }
+                Incoming::Unsubscribe { packet_id, filters } => self.unsubscribe(packet_id, &filters, departure).await,
+                Incoming::Pingreq => self.engine.pingresp(),
+                Incoming::Disconnect { with_will, session_expiry_s } => {
+                    self.disconnect(session_expiry_s).await;
+                    self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
+                }
+                Incoming::Auth => {
+                    self.engine.disconnect(DisconnectReasonCode::ProtocolError, "no authentication method was agreed on");
+                }
+            }
+        }
+        if advanced {
+            self.report_acknowledged();
+        }
+        if delivered > 0 {
+            self.shared.service.observe(Observation::Delivered(delivered));
+        }
+    }
+
+    async fn connect(&mut self, connect: Connect, departure: &mut Departure<S>) {
+        match self.open_session(connect, departure).await {
+            Ok(()) => {}
+            Err(refusal) => {
+                tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused a connect");
+                self.shared.service.observe(Observation::ConnectRefused);
+                self.engine.refuse(refusal.code, &refusal.reason);
+            }
+        }
+    }
+
+    async fn open_session(&mut self, connect: Connect, departure: &mut Departure<S>) -> Result<(), ConnectRefusal> {
+        let refuse = |code, reason: &str| ConnectRefusal { code, reason: reason.to_owned() };
+        if connect.authentication_method {
+            return Err(refuse(
+                ConnectRefusalCode::BadAuthenticationMethod,
+                "extended authentication is not supported: use user name and password",
+            ));
+        }
+        let assigned = connect.client_id.is_empty();
+        if assigned && !self.engine.is_v5() && !connect.clean_start {
+            return Err(refuse(
+                ConnectRefusalCode::ClientIdentifierNotValid,
+                "a session that is to be kept needs a client identifier",
+            ));
+        }
+        let client_id: Arc<str> =
+            if assigned { self.shared.assigned_client_id(self.number) } else { connect.client_id.into() };
+        let user = self.shared.service.connect(&ConnectRequest {
+            client_id: &client_id,
+            client_id_assigned: assigned,
+            user_name: connect.user_name.as_deref(),
+            password: connect.password.as_deref(),
+        })?;
+        if let Some(will) = &connect.will
+            && let Err(refusal) = self.route(&user, &will.topic)
+        {
+            return Err(refuse(
+                ConnectRefusalCode::NotAuthorized,
+                &format!("the will cannot be published: {}", refusal.reason),
+            ));
+        }
+        let key = SessionKey { user, client_id };
+        if !self.shared.registry.attach(&key, self.number, &self.mailbox) {
+            return Err(refuse(ConnectRefusalCode::ServerUnavailable, "the server is shutting down"));
+        }
+        departure.key = Some(key.clone());
+        self.shared.service.observe(Observation::Connected);
+
+        let expiry_s = connect.session_expiry_s.min(self.shared.limits.session_expiry_max_s);
+        let window = match connect.receive_maximum {
+            Some(named) => named.min(WINDOW_MAX),
+            None => self.shared.limits.window,
+        };
+        let unavailable = |error: ServiceError| {
+            tracing::error!(%error, "session not available");
+            refuse(ConnectRefusalCode::ServerUnavailable, "the session store cannot be read or written now")
+        };
+        let stored = self.shared.service.load_session(&key).await.map_err(unavailable)?;
+        let mut session = Session::new(key, expiry_s, usize::from(window.max(1)));
+        let stored_expiry_s = stored.as_ref().map(|record| record.expiry_s);
+        if stored.is_some() && (connect.clean_start || expiry_s == 0) {
+            // A session that ends with this connection needs no record any more: what it restores is in memory now.
+            self.shared.service.delete_session(&session.key).await.map_err(unavailable)?;
+        }
+        let resumed = stored.filter(|_| !connect.clean_start);
+        let session_present = resumed.is_some();
+        let under_way = self.shared.under_way.lock().remove(&session.key);
+        if session_present && let Some(under_way) = under_way {
+            self.engine.restore_qos2_received(under_way.received);
+            session.resend = under_way.resend;
+            session.resend.retain(|one| self.engine.reserve(one.packet_id));
+        }
+        session.will = connect.will;
+        let keep_alive = Duration::from_secs(u64::from(connect.keep_alive_s)) * 3 / 2;
+        let silence_max = if keep_alive.is_zero() { self.shared.limits.idle_timeout } else { keep_alive };
+        session.silence_max = (!silence_max.is_zero()).then_some(silence_max);
+
+        if let Some(record) = resumed {
+            for subscription in record.subscriptions {
+                let to = match self.shared.service.route_subscribe(&session.key.user, &subscription.filter) {
+                    SubscribeRoute::Bound(topics) => Subscribed::Bound(topics),
+                    SubscribeRoute::Ordinary => {
+                        self.insert_ordinary(&subscription, departure);
+                        Subscribed::Ordinary
+                    }
+                    // What was allowed once may not be any more.
+                    SubscribeRoute::Refused(_) => continue,
+                };
+                session.subscriptions.push(Subscription { record: subscription, to });
+            }
+            self.session = Some(session);
+            self.apply_bound(&record.cursors, departure).await.map_err(unavailable)?;
+        } else {
+            self.session = Some(session);
+        }
+        if let Some(session) = &self.session
+            && session.is_persistent()
+            && (!session_present || stored_expiry_s != Some(expiry_s))
+        {
+            self.shared.service.save_session(&session.key, session.record()).await.map_err(unavailable)?;
+        }
+        let assigned_client_id = self.session.as_ref().filter(|_| assigned).map(|session| Arc::clone(&session.key.client_id));
+        let expiry_told = (expiry_s != connect.session_expiry_s).then_some(expiry_s);
+        self.engine.accept(session_present, assigned_client_id.as_deref(), expiry_told, None);
+        self.deadline = None;
+        self.timer_at = Instant::now();
+        Ok(())
+    }
+
+    /// Where a publish goes; wildcards, `$` topics and unreasonable names go nowhere.
+    fn route(&self, user: &str, topic: &str) -> Result<PublishRoute, Refusal> {
+        if let Err(error) = filter::validate_topic_name(topic, self.shared.limits.topic_levels) {
+            return Err(Refusal { code: RefusalCode::TopicNameInvalid, reason: error.to_string() });
+        }
+        if topic.starts_with('$') {
+            return Err(Refusal {
+                code: RefusalCode::NotAuthorized,
+                reason: "topics that begin with $ belong to the server".to_owned(),
+            });
+        }
+        match self.shared.service.route_publish(user, topic) {
+            PublishRoute::Refused(refusal) => Err(refusal),
+            route => Ok(route),
+        }
+    }
+
+    fn publish(&mut self, publish: Publish) {
+        let Some(session) = &self.session else {
+            self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
+            return;
+        };
+        let user = Arc::clone(&session.key.user);
+        let received_at = Instant::now();
+        match self.route(&user, &publish.topic) {
+            Ok(PublishRoute::Bound) => {
+                let reply = match publish.packet_id {
+                    Some(packet_id) => {
+                        let token = self.push_pending(packet_id, publish.qos, received_at, None);
+                        Reply::new(Arc::clone(&self.mailbox), token)
+                    }
+                    None => Reply::nobody(),
+                };
+                self.unsent.push(BoundPublish {
+                    user,
+                    topic: publish.topic,
+                    payload: publish.payload,
+                    id_property: publish
+                        .properties
+                        .user_properties
+                        .into_iter()
+                        .find_map(|(key, value)| (key == "id").then_some(value)),
+                    can_answer: publish.packet_id.is_some() && self.engine.is_v5(),
+                    received_at,
+                    reply,
+                });
+            }
+            Ok(_) => {
+                let topic = publish.topic;
+                let message = Message {
+                    topic: topic.as_str().into(),
+                    payload: publish.payload,
+                    qos: publish.qos,
+                    retain: publish.retain,
+                    publisher: self.number.0,
+                    properties: publish.properties,
+                };
+                let outcome = match self.shared.publish_ordinary(message) {
+                    Ok(()) => PublishOutcome::Stored { subscribers: true, properties: Vec::new() },
+                    Err(full) => {
+                        let refusal = Refusal { code: RefusalCode::QuotaExceeded, reason: full.to_string() };
+                        self.tell_refusal(&user, &topic, publish.packet_id, &refusal);
+                        PublishOutcome::Refused(refusal)
+                    }
+                };
+                if let Some(packet_id) = publish.packet_id {
+                    self.push_pending(packet_id, publish.qos, received_at, Some(outcome));
+                }
+            }
+            Err(refusal) => {
+                self.tell_refusal(&user, &publish.topic, publish.packet_id, &refusal);
+                if let Some(packet_id) = publish.packet_id {
+                    self.push_pending(packet_id, publish.qos, received_at, Some(PublishOutcome::Refused(refusal)));
+                }
+            }
+        }
+    }
+
+    /// A refusal is never silent: where no acknowledgement can carry it, the service tells it its own way.
+    fn tell_refusal(&self, user: &str, topic: &str, packet_id: Option<u16>, refusal: &Refusal) {
+        self.shared.service.observe(Observation::Refused(refusal.code));
+        if packet_id.is_none() || !self.engine.is_v5() {
+            self.shared.service.refused(user, topic, refusal);
+        }
+    }
+
+    fn push_pending(
+        &mut self,
+        packet_id: u16,
+        qos: u8,
+        received_at: Instant,
+        outcome: Option<PublishOutcome>,
+    ) -> u64 {
+        let token = self.first_token + self.pending.len() as u64;
+        self.pending.push_back(Pending { packet_id, qos, received_at, outcome });
+        token
+    }
+
+    fn submit(&mut self) {
+        if self.unsent.is_empty() || self.waiting.is_some() {
+            return;
+        }
+        if let Err(unsent) = self.shared.service.submit(std::mem::take(&mut self.unsent)) {
+            self.unsent = unsent;
+            let shared = Arc::clone(&self.shared);
+            self.waiting = Some(Box::pin(async move { shared.service.ready().await }));
+        }
+    }
+
+    fn answer_pending(&mut self) {
+        while let Some(pending) = self.pending.front_mut() {
+            let Some(outcome) = pending.outcome.take() else { break };
+            let (packet_id, qos, received_at) = (pending.packet_id, pending.qos, pending.received_at);
+            self.pending.pop_front();
+            self.first_token += 1;
+            match outcome {
+                PublishOutcome::Stored { subscribers, properties } => {
+                    self.engine.acknowledge(packet_id, qos, &Ack::Stored { subscribers, properties: &properties });
+                    self.shared.service.observe(Observation::PublishToPuback(received_at.elapsed()));
+                }
+                PublishOutcome::Refused(refusal) => {
+                    self.engine.acknowledge(
+                        packet_id,
+                        qos,
+                        &Ack::Refused { code: refusal.code, reason: &refusal.reason },
+                    );
+                }
+                PublishOutcome::Unknown => {
+                    self.engine.disconnect(
+                        DisconnectReasonCode::ServerBusy,
+                        "the outcome of a publish is unknown: send it again after reconnecting",
+                    );
+                    self.end.get_or_insert(End::Closed);
+                    return;
+                }
+            }
+        }
+        if self.pending.is_empty() {
+            self.pending.shrink_to(0);
+        }
+    }
+
+    // ---- subscriptions -------------------------------------------------------------------------------------------------
+
+    async fn subscribe(&mut self, packet_id: u16, filters: Vec<Filter>, departure: &mut Departure<S>) {
+        let Some(session) = &self.session else {
+            self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
+            return;
+        };
+        let user = Arc::clone(&session.key.user);
+        let mut granted = Vec::with_capacity(filters.len());
+        let mut first_reason: Option<String> = None;
+        let mut retained: Vec<Ordinary> = Vec::new();
+        let mut changed = false;
+        for wanted in filters {
+            match self.add_subscription(&user, wanted, &mut retained, &mut changed, departure) {
+                Ok(qos) => granted.push(Granted::Qos(qos)),
+                Err(refusal) => {
+                    self.shared.service.observe(Observation::Refused(refusal.code));
+                    granted.push(Granted::Refused(refusal.code));
+                    first_reason.get_or_insert(refusal.reason);
+                }
+            }
+        }
+        if let Err(error) = self.after_subscriptions(changed, departure).await {
+            self.end_unavailable(&error);
+            return;
+        }
+        self.engine.suback(packet_id, &granted, first_reason.as_deref());
+        if let Some(session) = &mut self.session {
+            session.queue.extend(retained.into_iter().map(Queued::Ordinary));
+        }
+    }
+
+    fn add_subscription(
+        &mut self,
+        user: &str,
+        wanted: Filter,
+        retained: &mut Vec<Ordinary>,
+        changed: &mut bool,
+        departure: &mut Departure<S>,
+    ) -> Result<u8, Refusal> {
+        if wanted.filter.starts_with("$share/") {
+            return Err(Refusal {
+                code: RefusalCode::SharedSubscriptionsNotSupported,
+                reason: "shared subscriptions are not supported".to_owned(),
+            });
+        }
+        filter::validate_topic_filter(&wanted.filter, self.shared.limits.topic_levels)
+            .map_err(|error| Refusal { code: RefusalCode::TopicFilterInvalid, reason: error.to_string() })?;
+        let route = self.shared.service.route_subscribe(user, &wanted.filter);
+        let Some(session) = &mut self.session else { return Ok(0) };
+        let existing = session.subscriptions.iter().position(|one| one.record.filter == wanted.filter);
+        if existing.is_none() && session.subscriptions.len() >= self.shared.limits.subscriptions_per_session {
+            return Err(Refusal {
+                code: RefusalCode::QuotaExceeded,
+                reason: format!("a session may have {} subscriptions", self.shared.limits.subscriptions_per_session),
+            });
+        }
+        let mut record = SubscriptionRecord {
+            filter: wanted.filter,
+            qos: wanted.qos,
+            no_local: wanted.no_local,
+            retain_as_published: wanted.retain_as_published,
+        };
+        let to = match route {
+            SubscribeRoute::Refused(refusal) => return Err(refusal),
+            SubscribeRoute::Bound(topics) => {
+                // The log makes QoS 1 exact by position; a second handshake would add nothing.
+                record.qos = record.qos.min(1);
+                Subscribed::Bound(topics)
+            }
+            SubscribeRoute::Ordinary => Subscribed::Ordinary,
+        };
+        let ordinary = matches!(to, Subscribed::Ordinary);
+        let qos = record.qos;
+        let subscription = Subscription { record: record.clone(), to };
+        match existing {
+            Some(at) => {
+                *changed |= session.subscriptions[at].record != record;
+                session.subscriptions[at] = subscription;
+            }
+            None => {
+                *changed = true;
+                session.subscriptions.push(subscription);
+            }
+        }
+        if ordinary {
+            self.insert_ordinary(&record, departure);
+            let send_retained = match wanted.retain_handling {
+                0 => true,
+                1 => existing.is_none(),
+                _ => false,
+            };
+            if send_retained {
+                retained.extend(self.shared.retained.lock().matching(&record.filter).into_iter().map(|message| {
+                    Ordinary { qos: qos.min(message.qos), retain: true, message }
+                }));
+            }
+        }
+        Ok(qos)
+    }
+
+    fn insert_ordinary(&self, record: &SubscriptionRecord, departure: &mut Departure<S>) {
+        let subscription = OrdinarySubscription {
+            qos: record.qos,
+            no_local: record.no_local,
+            retain_as_published: record.retain_as_published,
+            mailbox: Arc::clone(&self.mailbox),
+        };
+        if self.shared.ordinary.write().insert(&record.filter, self.number.0, subscription).is_none() {
+            departure.ordinary.push(record.filter.clone());
+        }
+    }
+
+    async fn unsubscribe(&mut self, packet_id: u16, filters: &[String], departure: &mut Departure<S>) {
+        let Some(session) = &mut self.session else {
+            self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
+            return;
+        };
+        let mut existed = Vec::with_capacity(filters.len());
+        for filter in filters {
+            let at = session.subscriptions.iter().position(|one| one.record.filter == *filter);
+            existed.push(at.is_some());
+            let Some(at) = at else { continue };
+            let removed = session.subscriptions.remove(at);
+            if matches!(removed.to, Subscribed::Ordinary) {
+                self.shared.ordinary.write().remove(filter, &self.number.0);
+                departure.ordinary.retain(|other| other != filter);
+            }
+        }
+        if let Err(error) = self.after_subscriptions(existed.contains(&true), departure).await {
+            self.end_unavailable(&error);
+            return;
+        }
+        self.engine.unsuback(packet_id, &existed);
+    }
+
+    fn end_unavailable(&mut self, error: &ServiceError) {
+        tracing::error!(%error, "subscriptions could not be stored");
+        self.engine.disconnect(DisconnectReasonCode::ServerBusy, "the session store cannot be read or written now");
+    }
+
+    async fn after_subscriptions(&mut self, changed: bool, departure: &mut Departure<S>) -> Result<(), ServiceError> {
+        if !changed {
+            return Ok(());
+        }
+        self.apply_bound(&[], departure).await?;
+        if let Some(session) = &self.session
+            && session.is_persistent()
+        {
+            self.shared.service.save_session(&session.key, session.record()).await?;
+        }
+        Ok(())
+    }
+
+    /// Brings streams and registrations in line with the subscriptions. Whoever is registered before the log is read misses nothing.
+    async fn apply_bound(
+        &mut self,
+        cursors: &[(Arc<str>, Position)],
+        departure: &mut Departure<S>,
+    ) -> Result<(), ServiceError> {
+        let Some(session) = &mut self.session else { return Ok(()) };
+        let wanted = session.wanted();
+        session.slots.retain(|slot| wanted.iter().any(|(topic, _)| topic.name == slot.topic));
+        session.live_topics.clear();
+        departure.bound.retain(|name| {
+            let keep = wanted.iter().any(|(topic, _)| topic.name == *name);
+            if !keep {
+                self.shared.registry.unsubscribe(name, self.number);
+            }
+            keep
+        });
+        for (topic, qos) in wanted {
+            if !departure.bound.contains(&topic.name) {
+                self.shared.registry.subscribe(&topic.name, self.number, &self.mailbox);
+                departure.bound.push(Arc::clone(&topic.name));
+            }
+            if topic.keeping == Keeping::Live {
+                session.live_topics.push((topic.name, qos));
+            } else if session.is_new_stream(&topic) {
+                let stored = cursors.iter().find(|(name, _)| *name == topic.name).map(|(_, position)| *position);
+                let after = match stored {
+                    Some(position) => position,
+                    None => self.shared.service.start(&topic.name).await?,
+                };
+                let stream = DurableStream::new(after, self.shared.service.head());
+                session.slots.push(Slot { topic: topic.name, qos, stream });
+            } else if let Some(slot) = session.slot(&topic.name) {
+                slot.qos = qos;
+            }
+        }
+        Ok(())
+    }
+
+    async fn disconnect(&mut self, session_expiry_s: Option<u32>) {
+        let Some(session) = &mut self.session else { return };
+        let Some(expiry_s) = session_expiry_s else { return };
+        if session.expiry_s == 0 && expiry_s != 0 {
+            // [MQTT-3.14.2.2.2]: a session without expiry cannot be given one when it ends.
+            self.engine.disconnect(DisconnectReasonCode::ProtocolError, "the session had no expiry to change");
+            return;
+        }
+        let before = session.is_persistent();
+        session.expiry_s = expiry_s.min(self.shared.limits.session_expiry_max_s);
+        if before && !session.is_persistent() && self.shared.registry.holds(&session.key, self.number) {
+            let deleted = self.shared.service.delete_session(&session.key).await;
+            if let Err(error) = deleted {
+                tracing::error!(%error, "session could not be deleted");
+            }
+        }
+    }
+
+    // ---- deliveries ----------------------------------------------------------------------------------------------------
+
+    fn take_page(&mut self) {
+        let Some((topic, page)) = self.page.take() else { return };
+        let Some(slot) = self.session.as_mut().and_then(|session| session.slot(&topic)) else { return };
+        match page {
+            Ok(page) => slot.stream.on_page(page),
+            Err(error) => {
+                tracing::error!(%error, topic = %slot.topic, "the log could not be read; trying again");
+                slot.stream.on_read_failed();
+                self.retry_at = Some(Instant::now() + READ_RETRY);
+            }
+        }
+    }
+
+    /// Sends whatever the client has room for, and reads the log for more.
+    fn deliver(&mut self) {
+        let Some(session) = &mut self.session else { return };
+        if self.end.is_some() || self.engine.closing {
+            return;
+        }
+        for index in 0..session.slots.len() {
+            loop {
+                let qos = session.slots[index].qos;
+                if self.engine.out.len() - self.out_at >= OUT_DELIVERIES_MAX || (qos > 0 && !session.has_room()) {
+                    break;
+                }
+                let slot = &mut session.slots[index];
+                let Some(ready) = slot.stream.next() else {
+                    if self.reading.is_none()
+                        && self.retry_at.is_none()
+                        && let Some(after) = slot.stream.begin_read()
+                    {
+                        let shared = Arc::clone(&self.shared);
+                        let topic = Arc::clone(&slot.topic);
+                        let reading = async move {
+                            let limit = ReadLimit { messages: PAGE_MESSAGES, bytes: PAGE_BYTES };
+                            shared.service.read(&topic, after, limit).await
+                        };
+                        self.reading = Some((Arc::clone(&slot.topic), Box::pin(reading)));
+                    }
+                    break;
+                };
+                let position = ready.position();
+                let retain = slot.stream.is_backlog(position);
+                let topic = Arc::clone(&slot.topic);
+                let again = session.take_resend(&topic, position);
+                let sent = send_ready(&mut self.engine, &topic, &ready, qos, retain, again);
+                if let Ready::Live(message) = &ready
+                    && message.received_us != 0
+                {
+                    let age = self.shared.since_micros(message.received_us);
+                    self.shared.service.observe(Observation::PublishToDelivery(age));
+                }
+                match sent {
+                    Ok(Some(packet_id)) => {
+                        session.sent(packet_id, Target::Stream(topic, position), ready.payload().len());
+                    }
+                    // QoS 0, or too large for this client: delivered when the bytes before it are written.
+                    Ok(None) | Err(NotSent::TooLarge) => self.unwritten.push((topic, position)),
+                    Err(NotSent::Closed) => return,
+                }
+            }
+        }
+        while self.engine.out.len() - self.out_at < OUT_DELIVERIES_MAX {
+            let qos = match session.queue.front() {
+                Some(Queued::Ordinary(ordinary)) => ordinary.qos,
+                Some(Queued::Live(_, qos)) => *qos,
+                None => break,
+            };
+            if qos > 0 && !session.has_room() {
+                break;
+            }
+            let Some(queued) = session.queue.pop_front() else { break };
+            let (sent, bytes) = match &queued {
+                Queued::Ordinary(ordinary) => {
+                    let sent = self.engine.publish(Outgoing {
+                        topic: &ordinary.message.topic,
+                        payload: &ordinary.message.payload,
+                        qos,
+                        retain: ordinary.retain,
+                        user_properties: UserProperties::None,
+                        properties: Some(&ordinary.message.properties),
+                        again: None,
+                    });
+                    (sent, ordinary.message.payload.len())
+                }
+                Queued::Live(message, _) => {
+                    let sent = self.engine.publish(Outgoing {
+                        topic: &message.topic,
+                        payload: &message.payload,
+                        qos,
+                        retain: false,
+                        user_properties: UserProperties::Live(message),
+                        properties: None,
+                        again: None,
+                    });
+                    (sent, message.payload.len())
+                }
+            };
+            if let Ok(Some(packet_id)) = sent {
+                session.sent(packet_id, Target::Queued, bytes);
+            }
+        }
+        if session.queue.is_empty() {
+            session.queue.shrink_to(0);
+        }
+        if self.engine.out.is_empty() && !self.unwritten.is_empty() {
+            self.on_all_written();
+        }
+    }
+
+    /// `true` if a cursor moved.
+    fn acknowledged(&mut self, packet_id: u16, delivered: &mut u64) -> bool {
+        let Some(session) = &mut self.session else { return false };
+        let Some(Target::Stream(topic, position)) = session.acknowledged(packet_id) else { return false };
+        *delivered += 1;
+        session.slot(&topic).is_some_and(|slot| slot.stream.on_acknowledged(position))
+    }
+
+    fn on_all_written(&mut self) {
+        if self.unwritten.is_empty() {
+            return;
+        }
+        let Some(session) = &mut self.session else { return };
+        let count = self.unwritten.len() as u64;
+        for (topic, position) in self.unwritten.drain(..) {
+            if let Some(slot) = session.slot(&topic) {
+                slot.stream.on_acknowledged(position);
+            }
+        }
+        self.shared.service.observe(Observation::Delivered(count));
+        self.report_acknowledged();
+    }
+
+    fn report_acknowledged(&mut self) {
+        let Some(session) = &mut self.session else { return };
+        let persistent = session.is_persistent();
+        for slot in &mut session.slots {
+            if let Some(position) = slot.stream.take_advance() {
+                self.shared.service.acknowledged(&session.key, persistent, &slot.topic, position);
+            }
+        }
+    }
+
+    // ---- the end -------------------------------------------------------------------------------------------------------
+
+    async fn depart(mut self, end: End) {
+        tracing::debug!(peer = %self.peer, ?end, "connection ended");
+        self.reading = None;
+        let Some(mut session) = self.session.take() else { return };
+        if session.is_persistent() {
+            let under_way =
+                UnderWay { received: self.engine.qos2_received(), resend: session.unacknowledged() };
+            self.shared.keep_under_way(&session.key, under_way);
+            if self.shared.registry.holds(&session.key, self.number) {
+                self.shared.service.session_ended(&session.key, session.expiry_s);
+            }
+        }
+        let wants_will = matches!(end, End::ClientWithWill | End::Socket | End::Closed);
+        if let Some(will) = session.will.take()
+            && wants_will
+        {
+            self.publish_will(&session.key, will).await;
+        }
+    }
+
+    async fn publish_will(&mut self, key: &SessionKey, will: Will) {
+        match self.route(&key.user, &will.topic) {
+            Ok(PublishRoute::Bound) => {
+                let mut publishes = vec![BoundPublish {
+                    user: Arc::clone(&key.user),
+                    topic: will.topic,
+                    payload: will.payload,
+                    id_property: None,
+                    can_answer: false,
+                    received_at: Instant::now(),
+                    reply: Reply::nobody(),
+                }];
+                while let Err(unsent) = self.shared.service.submit(publishes) {
+                    publishes = unsent;
+                    self.shared.service.ready().await;
+                }
+            }
+            Ok(_) => {
+                let message = Message {
+                    topic: will.topic.as_str().into(),
+                    payload: will.payload,
+                    qos: will.qos,
+                    retain: will.retain,
+                    publisher: self.number.0,
+                    properties: will.properties,
+                };
+                if let Err(full) = self.shared.publish_ordinary(message) {
+                    tracing::warn!(reason = %full, "a will was not published");
+                }
+            }
+            Err(refusal) => tracing::warn!(reason = %refusal.reason, "a will was not published"),
+        }
+    }
+}
+
+fn send_ready(
+    engine: &mut Engine,
+    topic: &str,
+    ready: &Ready,
+    qos: u8,
+    retain: bool,
+    again: Option<u16>,
+) -> Result<Option<u16>, NotSent> {
+    match ready {
+        Ready::Live(message) => engine.publish(Outgoing {
+            topic,
+            payload: &message.payload,
+            qos,
+            retain,
+            user_properties: UserProperties::Live(message),
+            properties: None,
+            again,
+        }),
+        Ready::Stored(delivery) => engine.publish(Outgoing {
+            topic,
+            payload: &delivery.payload,
+            qos,
+            retain,
+            user_properties: UserProperties::Stored(&delivery.properties),
+            properties: None,
+            again,
+        }),
+    }
+}

@@ -1,0 +1,879 @@
+//! One connection's MQTT protocol state: `mqtt-protocol-core` behind packets that know no protocol version.
+//!
+//! Bytes go in by [`Engine::feed`], packets come out; answers are encoded into [`Engine::out`]. Everything particular to that crate lives
+//! in this file: it reports a fault as an event beside the packets; it stores sent packets for sessions (bounded by the window here);
+//! it would answer a repeated QoS 2 PUBLISH with PUBREC although the first is not stored yet (suppressed here, because PUBREC means stored).
+
+use std::collections::{HashSet, VecDeque};
+
+use bytes::Bytes;
+use mqtt_protocol_core::mqtt::common::Cursor;
+use mqtt_protocol_core::mqtt::connection::{ConnectionOptions, Event};
+use mqtt_protocol_core::mqtt::packet::{
+    GenericPacketTrait, MaximumPacketSize, Packet, Property, Qos, ReasonString, ReceiveMaximum, RetainHandling,
+    SharedSubscriptionAvailable, SubscriptionIdentifierAvailable, TopicAliasMaximum, UserProperty, v3_1_1, v5_0,
+};
+use mqtt_protocol_core::mqtt::result_code::{
+    ConnectReasonCode, ConnectReturnCode, DisconnectReasonCode, MqttError, PubackReasonCode, PubcompReasonCode,
+    PubrecReasonCode, SubackReasonCode, SubackReturnCode, UnsubackReasonCode,
+};
+use mqtt_protocol_core::mqtt::{self, Version, role};
+
+use crate::live::LiveMessage;
+use crate::service::{ConnectRefusalCode, RefusalCode};
+use crate::topics::message::MessageProperties;
+
+/// Topic aliases that a client may set up. They save bytes, and each costs the server a topic name of memory.
+const TOPIC_ALIASES_MAX: u16 = 16;
+
+/// A will, as CONNECT carries it.
+#[derive(Debug, Clone)]
+pub(crate) struct Will {
+    pub(crate) topic: String,
+    pub(crate) payload: Bytes,
+    pub(crate) qos: u8,
+    pub(crate) retain: bool,
+    pub(crate) properties: MessageProperties,
+}
+
+/// CONNECT.
+#[derive(Debug)]
+pub(crate) struct Connect {
+    pub(crate) client_id: String,
+    pub(crate) clean_start: bool,
+    pub(crate) keep_alive_s: u16,
+    pub(crate) user_name: Option<String>,
+    pub(crate) password: Option<Vec<u8>>,
+    pub(crate) session_expiry_s: u32,
+    /// `None` where the client names no window: MQTT 3.1.1, or the property is absent.
+    pub(crate) receive_maximum: Option<u16>,
+    pub(crate) will: Option<Will>,
+    pub(crate) authentication_method: bool,
+}
+
+/// PUBLISH from the client.
+#[derive(Debug)]
+pub(crate) struct Publish {
+    pub(crate) topic: String,
+    pub(crate) payload: Bytes,
+    pub(crate) qos: u8,
+    pub(crate) retain: bool,
+    pub(crate) packet_id: Option<u16>,
+    pub(crate) properties: MessageProperties,
+}
+
+/// One filter of a SUBSCRIBE.
+#[derive(Debug)]
+pub(crate) struct Filter {
+    pub(crate) filter: String,
+    pub(crate) qos: u8,
+    pub(crate) no_local: bool,
+    pub(crate) retain_as_published: bool,
+    pub(crate) retain_handling: u8,
+}
+
+/// A packet from the client.
+#[derive(Debug)]
+pub(crate) enum Incoming {
+    Connect(Box<Connect>),
+    Publish(Publish),
+    Puback(u16),
+    /// `true`: the receiver goes on with PUBREL.
+    Pubrec(u16, bool),
+    Pubrel(u16),
+    Pubcomp(u16),
+    Subscribe {
+        packet_id: u16,
+        filters: Vec<Filter>,
+        identifier: bool,
+    },
+    Unsubscribe {
+        packet_id: u16,
+        filters: Vec<String>,
+    },
+    Pingreq,
+    Disconnect {
+        with_will: bool,
+        session_expiry_s: Option<u32>,
+    },
+    Auth,
+}
+
+/// MQTT 5 user properties of a message of a bound topic.
+pub(crate) enum UserProperties<'a> {
+    None,
+    Live(&'a LiveMessage),
+    Stored(&'a [(&'static str, String)]),
+}
+
+/// PUBLISH to the client.
+pub(crate) struct Outgoing<'a> {
+    pub(crate) topic: &'a str,
+    pub(crate) payload: &'a [u8],
+    pub(crate) qos: u8,
+    pub(crate) retain: bool,
+    pub(crate) user_properties: UserProperties<'a>,
+    pub(crate) properties: Option<&'a MessageProperties>,
+    /// The packet identifier under which the session's last connection sent it: it is sent again as that, with DUP.
+    pub(crate) again: Option<u16>,
+}
+
+/// Why a message did not leave.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum NotSent {
+    /// Larger than the client's maximum packet size (MQTT 5); it counts as delivered [MQTT-3.1.2-25].
+    TooLarge,
+    /// The connection cannot send any more; the message waits for the next one.
+    Closed,
+}
+
+/// The positive or negative answer to a publish.
+#[derive(Debug)]
+pub(crate) enum Ack<'a> {
+    Stored { subscribers: bool, properties: &'a [(&'static str, String)] },
+    Refused { code: RefusalCode, reason: &'a str },
+}
+
+/// The answer to one filter.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Granted {
+    Qos(u8),
+    Refused(RefusalCode),
+}
+
+pub(crate) struct Engine {
+    inner: mqtt::Connection<role::Server>,
+    /// Bytes for the client.
+    pub(crate) out: Vec<u8>,
+    /// What the client did wrong; nothing more is read from it.
+    pub(crate) fault: Option<MqttError>,
+    /// The connection ends once `out` is written.
+    pub(crate) closing: bool,
+    /// QoS 2 publishes that wait for their outcome.
+    unanswered_qos2: Vec<u16>,
+    receive_maximum: u16,
+    packet_bytes_max: u32,
+    problem_information: bool,
+    connected: bool,
+}
+
+impl Engine {
+    pub(crate) fn new(packet_bytes_max: u32, receive_maximum: u16) -> Self {
+        let options =
+            ConnectionOptions::new().maximum_packet_size_recv(packet_bytes_max).receive_maximum(receive_maximum);
+        Self {
+            inner: mqtt::Connection::with_options(Version::Undetermined, options),
+            out: Vec::new(),
+            fault: None,
+            closing: false,
+            unanswered_qos2: Vec::new(),
+            receive_maximum,
+            packet_bytes_max,
+            problem_information: true,
+            connected: false,
+        }
+    }
+
+    pub(crate) fn is_v5(&self) -> bool {
+        self.inner.get_protocol_version() == Version::V5_0
+    }
+
+    /// Takes bytes from the socket; gives the packets in them. Stops after a CONNECT, which has to be answered first: the number of
+    /// bytes taken is returned.
+    pub(crate) fn feed(&mut self, bytes: &[u8], packets: &mut VecDeque<Incoming>) -> usize {
+        let mut cursor = Cursor::new(bytes);
+        let len = bytes.len() as u64;
+        while cursor.position() < len && self.fault.is_none() && !self.closing {
+            let events = self.inner.recv(&mut cursor);
+            let mut connect = false;
+            for event in events {
+                match event {
+                    Event::NotifyPacketReceived(packet) => {
+                        if let Some(packet) = self.incoming(packet) {
+                            connect |= matches!(packet, Incoming::Connect(_));
+                            packets.push_back(packet);
+                        }
+                    }
+                    other => self.on_event(other),
+                }
+            }
+            if connect {
+                break;
+            }
+        }
+        usize::try_from(cursor.position()).unwrap_or(bytes.len()).min(bytes.len())
+    }
+
+    fn on_event(&mut self, event: Event) {
+        match event {
+            Event::RequestSendPacket { packet, .. } => {
+                let unanswered = match &packet {
+                    Packet::V3_1_1Pubrec(pubrec) => self.unanswered_qos2.contains(&pubrec.packet_id()),
+                    Packet::V5_0Pubrec(pubrec) => self.unanswered_qos2.contains(&pubrec.packet_id()),
+                    _ => false,
+                };
+                if unanswered {
+                    return;
+                }
+                self.closing |= matches!(packet, Packet::V5_0Disconnect(_));
+                for buffer in packet.to_buffers() {
+                    self.out.extend_from_slice(&buffer);
+                }
+            }
+            Event::NotifyError(error) => {
+                self.fault.get_or_insert(error);
+            }
+            Event::RequestClose => self.closing = true,
+            Event::NotifyPacketReceived(_)
+            | Event::NotifyPacketIdReleased(_)
+            | Event::RequestTimerReset { .. }
+            | Event::RequestTimerCancel(_) => {}
+        }
+    }
+
+    /// Sends a packet of ours. `Err` if the engine refused it; a refusal of ours is never the client's fault.
+    fn send(&mut self, packet: Packet) -> Result<(), MqttError> {
+        let mut result = Ok(());
+        for event in self.inner.send(packet) {
+            if let Event::NotifyError(error) = event {
+                result = Err(error);
+            } else {
+                self.on_event(event);
+            }
+        }
+        result
+    }
+
+    fn incoming(&mut self, packet: Packet) -> Option<Incoming> {
+        Some(match packet {
+            Packet::V3_1_1Connect(p) => Incoming::Connect(Box::new(Connect {
+                client_id: p.client_id().to_owned(),
+                clean_start: p.clean_session(),
+                keep_alive_s: p.keep_alive(),
+                user_name: p.user_name().map(str::to_owned),
+                password: p.password().map(<[u8]>::to_vec),
+                session_expiry_s: if p.clean_session() { 0 } else { u32::MAX },
+                receive_maximum: None,
+                will: p.will_topic().map(|topic| Will {
+                    topic: topic.to_owned(),
+                    payload: Bytes::copy_from_slice(p.will_payload().unwrap_or_default()),
+                    qos: qos_number(p.will_qos()),
+                    retain: p.will_retain(),
+                    properties: MessageProperties::default(),
+                }),
+                authentication_method: false,
+            })),
+            Packet::V5_0Connect(p) => {
+                let mut session_expiry_s = 0;
+                let mut receive_maximum = None;
+                let mut authentication_method = false;
+                for property in p.props() {
+                    match property {
+                        Property::SessionExpiryInterval(value) => session_expiry_s = value.val(),
+                        Property::ReceiveMaximum(value) => receive_maximum = Some(value.val()),
+                        Property::RequestProblemInformation(value) => self.problem_information = value.val() != 0,
+                        Property::AuthenticationMethod(_) => authentication_method = true,
+                        _ => {}
+                    }
+                }
+                Incoming::Connect(Box::new(Connect {
+                    client_id: p.client_id().to_owned(),
+                    clean_start: p.clean_start(),
+                    keep_alive_s: p.keep_alive(),
+                    user_name: p.user_name().map(str::to_owned),
+                    password: p.password().map(<[u8]>::to_vec),
+                    session_expiry_s,
+                    receive_maximum,
+                    will: p.will_topic().map(|topic| Will {
+                        topic: topic.to_owned(),
+                        payload: Bytes::copy_from_slice(p.will_payload().unwrap_or_default()),
+                        qos: qos_number(p.will_qos()),
+                        retain: p.will_retain(),
+                        properties: message_properties(p.will_props()),
+                    }),
+                    authentication_method,
+                }))
+            }
+            Packet::V3_1_1Publish(p) => {
+                let qos = qos_number(p.qos());
+                self.note_qos2(qos, p.packet_id());
+                Incoming::Publish(Publish {
+                    topic: p.topic_name().to_owned(),
+                    payload: Bytes::copy_from_slice(p.payload().as_slice()),
+                    qos,
+                    retain: p.retain(),
+                    packet_id: p.packet_id(),
+                    properties: MessageProperties::default(),
+                })
+            }
+            Packet::V5_0Publish(p) => {
+                let qos = qos_number(p.qos());
+                self.note_qos2(qos, p.packet_id());
+                if p.props().iter().any(|property| matches!(property, Property::SubscriptionIdentifier(_))) {
+                    // [MQTT-3.3.4-6]: a client's PUBLISH must not contain a subscription identifier.
+                    self.fault.get_or_insert(MqttError::ProtocolError);
+                    return None;
+                }
+                Incoming::Publish(Publish {
+                    topic: p.topic_name().to_owned(),
+                    payload: Bytes::copy_from_slice(p.payload().as_slice()),
+                    qos,
+                    retain: p.retain(),
+                    packet_id: p.packet_id(),
+                    properties: message_properties(p.props()),
+                })
+            }
+            Packet::V3_1_1Puback(p) => Incoming::Puback(p.packet_id()),
+            Packet::V5_0Puback(p) => Incoming::Puback(p.packet_id()),
+            Packet::V3_1_1Pubrec(p) => Incoming::Pubrec(p.packet_id(), true),
+            Packet::V5_0Pubrec(p) => {
+                Incoming::Pubrec(p.packet_id(), p.reason_code().is_none_or(|code| code.is_success()))
+            }
+            Packet::V3_1_1Pubrel(p) => Incoming::Pubrel(p.packet_id()),
+            Packet::V5_0Pubrel(p) => Incoming::Pubrel(p.packet_id()),
+            Packet::V3_1_1Pubcomp(p) => Incoming::Pubcomp(p.packet_id()),
+            Packet::V5_0Pubcomp(p) => Incoming::Pubcomp(p.packet_id()),
+            Packet::V3_1_1Subscribe(p) => Incoming::Subscribe {
+                packet_id: p.packet_id(),
+                filters: p
+                    .entries()
+                    .iter()
+                    .map(|entry| Filter {
+                        filter: entry.topic_filter().to_owned(),
+                        qos: qos_number(entry.sub_opts().qos()),
+                        no_local: false,
+                        retain_as_published: false,
+                        retain_handling: 0,
+                    })
+                    .collect(),
+                identifier: false,
+            },
+            Packet::V5_0Subscribe(p) => Incoming::Subscribe {
+                packet_id: p.packet_id(),
+                filters: p
+                    .entries()
+                    .iter()
+                    .map(|entry| {
+                        let options = entry.sub_opts();
+                        Filter {
+                            filter: entry.topic_filter().to_owned(),
+                            qos: qos_number(options.qos()),
+                            no_local: options.nl(),
+                            retain_as_published: options.rap(),
+                            retain_handling: match options.rh() {
+                                RetainHandling::SendRetained => 0,
+                                RetainHandling::SendRetainedIfNotExists => 1,
+                                RetainHandling::DoNotSendRetained => 2,
+                            },
+                        }
+                    })
+                    .collect(),
+                identifier: p.props().iter().any(|property| matches!(property, Property::SubscriptionIdentifier(_))),
+            },
+            Packet::V3_1_1Unsubscribe(p) => Incoming::Unsubscribe {
+                packet_id: p.packet_id(),
+                filters: p.entries().iter().map(|filter| filter.as_str().to_owned()).collect(),
+            },
+            Packet::V5_0Unsubscribe(p) => Incoming::Unsubscribe {
+                packet_id: p.packet_id(),
+                filters: p.entries().iter().map(|filter| filter.as_str().to_owned()).collect(),
+            },
+            Packet::V3_1_1Pingreq(_) | Packet::V5_0Pingreq(_) => Incoming::Pingreq,
+            Packet::V3_1_1Disconnect(_) => Incoming::Disconnect { with_will: false, session_expiry_s: None },
+            Packet::V5_0Disconnect(p) => Incoming::Disconnect {
+                with_will: p.reason_code().is_some_and(|code| code != DisconnectReasonCode::NormalDisconnection),
+                session_expiry_s: p.props().as_ref().and_then(|properties| {
+                    properties.iter().find_map(|property| match property {
+                        Property::SessionExpiryInterval(value) => Some(value.val()),
+                        _ => None,
+                    })
+                }),
+            },
+            Packet::V5_0Auth(_) => Incoming::Auth,
+            // Server-only packets: the engine refuses them before they get here.
+            Packet::V3_1_1Connack(_)
+            | Packet::V3_1_1Suback(_)
+            | Packet::V3_1_1Unsuback(_)
+            | Packet::V3_1_1Pingresp(_)
+            | Packet::V5_0Connack(_)
+            | Packet::V5_0Suback(_)
+            | Packet::V5_0Unsuback(_)
+            | Packet::V5_0Pingresp(_) => {
+                self.fault.get_or_insert(MqttError::ProtocolError);
+                return None;
+            }
+        })
+    }
+
+    fn note_qos2(&mut self, qos: u8, packet_id: Option<u16>) {
+        if qos == 2
+            && let Some(packet_id) = packet_id
+        {
+            self.unanswered_qos2.push(packet_id);
+        }
+    }
+
+    /// Accepts the CONNECT.
+    pub(crate) fn accept(
+        &mut self,
+        session_present: bool,
+        assigned_client_id: Option<&str>,
+        session_expiry_s: Option<u32>,
+        keep_alive_s: Option<u16>,
+    ) {
+        self.connected = true;
+        let sent = if self.is_v5() {
+            let mut properties = Vec::new();
+            push(&mut properties, ReceiveMaximum::new(self.receive_maximum).map(Property::from));
+            push(&mut properties, MaximumPacketSize::new(self.packet_bytes_max).map(Property::from));
+            push(&mut properties, TopicAliasMaximum::new(TOPIC_ALIASES_MAX).map(Property::from));
+            push(&mut properties, SharedSubscriptionAvailable::new(0).map(Property::from));
+            push(&mut properties, SubscriptionIdentifierAvailable::new(0).map(Property::from));
+            if let Some(client_id) = assigned_client_id {
+                push(&mut properties, mqtt::packet::AssignedClientIdentifier::new(client_id).map(Property::from));
+            }
+            if let Some(expiry) = session_expiry_s {
+                push(&mut properties, mqtt::packet::SessionExpiryInterval::new(expiry).map(Property::from));
+            }
+            if let Some(keep_alive) = keep_alive_s {
+                push(&mut properties, mqtt::packet::ServerKeepAlive::new(keep_alive).map(Property::from));
+            }
+            v5_0::Connack::builder()
+                .session_present(session_present)
+                .reason_code(ConnectReasonCode::Success)
+                .props(properties)
+                .build()
+                .and_then(|packet| self.send(packet.into()))
+        } else {
+            v3_1_1::Connack::builder()
+                .session_present(session_present)
+                .return_code(ConnectReturnCode::Accepted)
+                .build()
+                .and_then(|packet| self.send(packet.into()))
+        };
+        self.must(sent);
+    }
+
+    /// Refuses the CONNECT and ends the connection.
+    pub(crate) fn refuse(&mut self, code: ConnectRefusalCode, reason: &str) {
+        let sent = if self.is_v5() {
+            let code = match code {
+                ConnectRefusalCode::ClientIdentifierNotValid => ConnectReasonCode::ClientIdentifierNotValid,
+                ConnectRefusalCode::BadUserNameOrPassword => ConnectReasonCode::BadUserNameOrPassword,
+                ConnectRefusalCode::NotAuthorized => ConnectReasonCode::NotAuthorized,
+                ConnectRefusalCode::ServerUnavailable => ConnectReasonCode::ServerUnavailable,
+                ConnectRefusalCode::BadAuthenticationMethod => ConnectReasonCode::BadAuthenticationMethod,
+            };
+            let mut properties = Vec::new();
+            push(&mut properties, ReasonString::new(reason).map(Property::from));
+            v5_0::Connack::builder()
+                .session_present(false)
+                .reason_code(code)
+                .props(properties)
+                .build()
+                .and_then(|packet| self.send(packet.into()))
+        } else {
+            let code = match code {
+                ConnectRefusalCode::ClientIdentifierNotValid => ConnectReturnCode::IdentifierRejected,
+                ConnectRefusalCode::BadUserNameOrPassword => ConnectReturnCode::BadUserNameOrPassword,
+                ConnectRefusalCode::NotAuthorized | ConnectRefusalCode::BadAuthenticationMethod => {
+                    ConnectReturnCode::NotAuthorized
+                }
+                ConnectRefusalCode::ServerUnavailable => ConnectReturnCode::ServerUnavailable,
+            };
+            v3_1_1::Connack::builder()
+                .session_present(false)
+                .return_code(code)
+                .build()
+                .and_then(|packet| self.send(packet.into()))
+        };
+        self.must(sent);
+        self.closing = true;
+    }
+
+    /// Keeps a packet identifier for a message that the session's last connection sent.
+    pub(crate) fn reserve(&mut self, packet_id: u16) -> bool {
+        self.inner.register_packet_id(packet_id).is_ok()
+    }
+
+    /// Sends a message; `Some` is the packet identifier of a QoS 1 or 2 message.
+    pub(crate) fn publish(&mut self, message: Outgoing<'_>) -> Result<Option<u16>, NotSent> {
+        let packet_id = match (message.qos, message.again) {
+            (0, _) => None,
+            (_, Some(again)) => Some(again),
+            (_, None) => Some(self.inner.acquire_packet_id().map_err(|_| NotSent::Closed)?),
+        };
+        let dup = message.again.is_some();
+        let built: Result<Packet, MqttError> = if self.is_v5() {
+            let mut properties: Vec<Property> = Vec::with_capacity(4);
+            match message.user_properties {
+                UserProperties::None => {}
+                UserProperties::Live(live) => {
+                    for (key, value) in live.properties() {
+                        push(&mut properties, UserProperty::new(key, value).map(Property::from));
+                    }
+                }
+                UserProperties::Stored(stored) => {
+                    for (key, value) in stored {
+                        push(&mut properties, UserProperty::new(*key, value.as_str()).map(Property::from));
+                    }
+                }
+            }
+            if let Some(own) = message.properties {
+                push_message_properties(&mut properties, own);
+            }
+            v5_0::Publish::builder()
+                .topic_name(message.topic)
+                .and_then(|builder| {
+                    let builder = builder.qos(qos(message.qos)).dup(dup).retain(message.retain).payload(message.payload);
+                    let builder = if properties.is_empty() { builder } else { builder.props(properties) };
+                    match packet_id {
+                        Some(id) => builder.packet_id(id),
+                        None => builder,
+                    }
+                    .build()
+                })
+                .map(Into::into)
+        } else {
+            v3_1_1::Publish::builder()
+                .topic_name(message.topic)
+                .and_then(|builder| {
+                    let builder = builder.qos(qos(message.qos)).dup(dup).retain(message.retain).payload(message.payload);
+                    match packet_id {
+                        Some(id) => builder.packet_id(id),
+                        None => builder,
+                    }
+                    .build()
+                })
+                .map(Into::into)
+        };
+        let sent = built.and_then(|packet| self.send(packet));
+        if let Err(error) = sent {
+            tracing::debug!(?error, topic = message.topic, "message not sent");
+            if let Some(id) = packet_id {
+                for event in self.inner.release_packet_id(id) {
+                    self.on_event(event);
+                }
+            }
+            if error == MqttError::PacketTooLarge {
+                return Err(NotSent::TooLarge);
+            }
+            self.closing = true;
+            return Err(NotSent::Closed);
+        }
+        Ok(packet_id)
+    }
+
+    /// PUBACK or PUBREC.
+    pub(crate) fn acknowledge(&mut self, packet_id: u16, qos: u8, ack: &Ack<'_>) {
+        self.unanswered_qos2.retain(|waiting| *waiting != packet_id || qos != 2);
+        let sent = if self.is_v5() {
+            let mut properties = Vec::new();
+            if self.problem_information {
+                match ack {
+                    Ack::Stored { properties: own, .. } => {
+                        for (key, value) in *own {
+                            push(&mut properties, UserProperty::new(*key, value.as_str()).map(Property::from));
+                        }
+                    }
+                    Ack::Refused { reason, .. } => {
+                        push(&mut properties, ReasonString::new(*reason).map(Property::from));
+                    }
+                }
+            }
+            let sent = self.send_v5_ack(packet_id, qos, ack, properties);
+            if sent == Err(MqttError::PacketTooLarge) {
+                // [MQTT-3.4.2-2] and [MQTT-3.4.2-3]: what does not fit the client's maximum packet size is left out.
+                self.send_v5_ack(packet_id, qos, ack, Vec::new())
+            } else {
+                sent
+            }
+        } else if qos == 2 {
+            v3_1_1::Pubrec::builder().packet_id(packet_id).build().and_then(|packet| self.send(packet.into()))
+        } else {
+            v3_1_1::Puback::builder().packet_id(packet_id).build().and_then(|packet| self.send(packet.into()))
+        };
+        self.must(sent);
+    }
+
+    fn send_v5_ack(
+        &mut self,
+        packet_id: u16,
+        qos: u8,
+        ack: &Ack<'_>,
+        properties: Vec<Property>,
+    ) -> Result<(), MqttError> {
+        let plain = properties.is_empty() && matches!(ack, Ack::Stored { subscribers: true, .. });
+        if qos == 2 {
+            let mut builder = v5_0::Pubrec::builder().packet_id(packet_id);
+            if !plain {
+                builder = builder.reason_code(match ack {
+                    Ack::Stored { subscribers: true, .. } => PubrecReasonCode::Success,
+                    Ack::Stored { subscribers: false, .. } => PubrecReasonCode::NoMatchingSubscribers,
+                    Ack::Refused { code, .. } => pubrec_code(*code),
+                });
+            }
+            if !properties.is_empty() {
+                builder = builder.props(properties);
+            }
+            builder.build().and_then(|packet| self.send(packet.into()))
+        } else {
+            let mut builder = v5_0::Puback::builder().packet_id(packet_id);
+            if !plain {
+                builder = builder.reason_code(match ack {
+                    Ack::Stored { subscribers: true, .. } => PubackReasonCode::Success,
+                    Ack::Stored { subscribers: false, .. } => PubackReasonCode::NoMatchingSubscribers,
+                    Ack::Refused { code, .. } => puback_code(*code),
+                });
+            }
+            if !properties.is_empty() {
+                builder = builder.props(properties);
+            }
+            builder.build().and_then(|packet| self.send(packet.into()))
+        }
+    }
+
+    /// QoS 2 publishes that were answered with PUBREC and not released yet.
+    pub(crate) fn qos2_received(&self) -> HashSet<u16> {
+        let mut received: HashSet<u16> = self.inner.get_qos2_publish_handled().into_iter().collect();
+        for unanswered in &self.unanswered_qos2 {
+            received.remove(unanswered);
+        }
+        received
+    }
+
+    /// Takes up what [`Engine::qos2_received`] gave in the session's last connection.
+    pub(crate) fn restore_qos2_received(&mut self, received: HashSet<u16>) {
+        self.inner.restore_qos2_publish_handled(received.into_iter().collect());
+    }
+
+    pub(crate) fn pubrel(&mut self, packet_id: u16) {
+        let sent = if self.is_v5() {
+            v5_0::Pubrel::builder().packet_id(packet_id).build().and_then(|packet| self.send(packet.into()))
+        } else {
+            v3_1_1::Pubrel::builder().packet_id(packet_id).build().and_then(|packet| self.send(packet.into()))
+        };
+        self.must(sent);
+    }
+
+    pub(crate) fn pubcomp(&mut self, packet_id: u16, found: bool) {
+        let sent = if self.is_v5() {
+            let mut builder = v5_0::Pubcomp::builder().packet_id(packet_id);
+            if !found {
+                builder = builder.reason_code(PubcompReasonCode::PacketIdentifierNotFound);
+            }
+            builder.build().and_then(|packet| self.send(packet.into()))
+        } else {
+            v3_1_1::Pubcomp::builder().packet_id(packet_id).build().and_then(|packet| self.send(packet.into()))
+        };
+        self.must(sent);
+    }
+
+    pub(crate) fn suback(&mut self, packet_id: u16, granted: &[Granted], reason: Option<&str>) {
+        let sent = if self.is_v5() {
+            let codes = granted
+                .iter()
+                .map(|granted| match granted {
+                    Granted::Qos(0) => SubackReasonCode::GrantedQos0,
+                    Granted::Qos(1) => SubackReasonCode::GrantedQos1,
+                    Granted::Qos(_) => SubackReasonCode::GrantedQos2,
+                    Granted::Refused(code) => suback_code(*code),
+                })
+                .collect();
+            let mut builder = v5_0::Suback::builder().packet_id(packet_id).reason_codes(codes);
+            if let Some(reason) = reason
+                && self.problem_information
+                && let Ok(property) = ReasonString::new(reason)
+            {
+                builder = builder.props(vec![property.into()]);
+            }
+            builder.build().and_then(|packet| self.send(packet.into()))
+        } else {
+            let codes = granted
+                .iter()
+                .map(|granted| match granted {
+                    Granted::Qos(0) => SubackReturnCode::SuccessMaximumQos0,
+                    Granted::Qos(1) => SubackReturnCode::SuccessMaximumQos1,
+                    Granted::Qos(_) => SubackReturnCode::SuccessMaximumQos2,
+                    Granted::Refused(_) => SubackReturnCode::Failure,
+                })
+                .collect();
+            v3_1_1::Suback::builder()
+                .packet_id(packet_id)
+                .return_codes(codes)
+                .build()
+                .and_then(|packet| self.send(packet.into()))
+        };
+        self.must(sent);
+    }
+
+    pub(crate) fn unsuback(&mut self, packet_id: u16, existed: &[bool]) {
+        let sent = if self.is_v5() {
+            let codes = existed
+                .iter()
+                .map(|existed| {
+                    if *existed { UnsubackReasonCode::Success } else { UnsubackReasonCode::NoSubscriptionExisted }
+                })
+                .collect();
+            v5_0::Unsuback::builder()
+                .packet_id(packet_id)
+                .reason_codes(codes)
+                .build()
+                .and_then(|packet| self.send(packet.into()))
+        } else {
+            v3_1_1::Unsuback::builder().packet_id(packet_id).build().and_then(|packet| self.send(packet.into()))
+        };
+        self.must(sent);
+    }
+
+    pub(crate) fn pingresp(&mut self) {
+        let sent = if self.is_v5() {
+            v5_0::Pingresp::builder().build().and_then(|packet| self.send(packet.into()))
+        } else {
+            v3_1_1::Pingresp::builder().build().and_then(|packet| self.send(packet.into()))
+        };
+        self.must(sent);
+    }
+
+    /// Ends the connection: MQTT 5 clients are told why, MQTT 3.1.1 has no packet for it.
+    pub(crate) fn disconnect(&mut self, code: DisconnectReasonCode, reason: &str) {
+        if self.connected && self.is_v5() && !self.closing {
+            let mut builder = v5_0::Disconnect::builder().reason_code(code);
+            if let Ok(property) = ReasonString::new(reason) {
+                builder = builder.props(vec![property.into()]);
+            }
+            let sent = builder.build().and_then(|packet| self.send(packet.into()));
+            if let Err(error) = sent {
+                tracing::debug!(?error, "disconnect not sent");
+            }
+        }
+        self.closing = true;
+    }
+
+    /// The DISCONNECT for what the client did wrong, unless the engine sent one.
+    pub(crate) fn disconnect_for_fault(&mut self) {
+        let code = match self.fault {
+            Some(MqttError::PacketTooLarge) => DisconnectReasonCode::PacketTooLarge,
+            Some(MqttError::ProtocolError) => DisconnectReasonCode::ProtocolError,
+            Some(MqttError::ReceiveMaximumExceeded) => DisconnectReasonCode::ReceiveMaximumExceeded,
+            Some(MqttError::TopicAliasInvalid) => DisconnectReasonCode::TopicAliasInvalid,
+            Some(MqttError::TopicNameInvalid) => DisconnectReasonCode::TopicNameInvalid,
+            _ => DisconnectReasonCode::MalformedPacket,
+        };
+        self.disconnect(code, "the packet is not valid MQTT here");
+    }
+
+    /// A packet of ours that the engine would not send: the connection cannot go on as if it had been sent.
+    fn must(&mut self, sent: Result<(), MqttError>) {
+        if let Err(error) = sent {
+            if !self.closing {
+                tracing::debug!(?error, "answer not sent, connection ends");
+            }
+            self.closing = true;
+        }
+    }
+}
+
+fn push(properties: &mut Vec<Property>, property: Result<Property, MqttError>) {
+    // A string that MQTT cannot carry (NUL, too long) is left out rather than failing the packet.
+    properties.extend(property);
+}
+
+fn message_properties(properties: &[Property]) -> MessageProperties {
+    let mut message = MessageProperties::default();
+    for property in properties {
+        match property {
+            Property::PayloadFormatIndicator(value) => {
+                message.payload_format_utf8 = Some(value.val() == 1);
+            }
+            Property::MessageExpiryInterval(value) => message.message_expiry_interval_s = Some(value.val()),
+            Property::ContentType(value) => message.content_type = Some(value.val().to_owned()),
+            Property::ResponseTopic(value) => message.response_topic = Some(value.val().to_owned()),
+            Property::CorrelationData(value) => {
+                message.correlation_data = Some(Bytes::copy_from_slice(value.val()));
+            }
+            Property::UserProperty(value) => {
+                message.user_properties.push((value.key().to_owned(), value.val().to_owned()));
+            }
+            _ => {}
+        }
+    }
+    message
+}
+
+fn push_message_properties(properties: &mut Vec<Property>, message: &MessageProperties) {
+    use mqtt_protocol_core::mqtt::packet::{
+        ContentType, CorrelationData, MessageExpiryInterval, PayloadFormat, PayloadFormatIndicator, ResponseTopic,
+    };
+    if message.payload_format_utf8 == Some(true) {
+        push(properties, PayloadFormatIndicator::new(PayloadFormat::String).map(Property::from));
+    }
+    if let Some(expiry) = message.message_expiry_interval_s {
+        push(properties, MessageExpiryInterval::new(expiry).map(Property::from));
+    }
+    if let Some(content_type) = &message.content_type {
+        push(properties, ContentType::new(content_type.as_str()).map(Property::from));
+    }
+    if let Some(topic) = &message.response_topic {
+        push(properties, ResponseTopic::new(topic.as_str()).map(Property::from));
+    }
+    if let Some(correlation) = &message.correlation_data {
+        push(properties, CorrelationData::new(correlation.to_vec()).map(Property::from));
+    }
+    for (key, value) in &message.user_properties {
+        push(properties, UserProperty::new(key.as_str(), value.as_str()).map(Property::from));
+    }
+}
+
+fn qos_number(qos: Qos) -> u8 {
+    match qos {
+        Qos::AtMostOnce => 0,
+        Qos::AtLeastOnce => 1,
+        Qos::ExactlyOnce => 2,
+    }
+}
+
+fn qos(number: u8) -> Qos {
+    match number {
+        0 => Qos::AtMostOnce,
+        1 => Qos::AtLeastOnce,
+        _ => Qos::ExactlyOnce,
+    }
+}
+
+fn puback_code(code: RefusalCode) -> PubackReasonCode {
+    match code {
+        RefusalCode::ImplementationSpecific => PubackReasonCode::ImplementationSpecificError,
+        RefusalCode::NotAuthorized => PubackReasonCode::NotAuthorized,
+        RefusalCode::TopicNameInvalid => PubackReasonCode::TopicNameInvalid,
+        RefusalCode::QuotaExceeded => PubackReasonCode::QuotaExceeded,
+        RefusalCode::PayloadFormatInvalid => PubackReasonCode::PayloadFormatInvalid,
+        RefusalCode::Unspecified | RefusalCode::TopicFilterInvalid | RefusalCode::SharedSubscriptionsNotSupported => {
+            PubackReasonCode::UnspecifiedError
+        }
+    }
+}
+
+fn pubrec_code(code: RefusalCode) -> PubrecReasonCode {
+    match code {
+        RefusalCode::ImplementationSpecific => PubrecReasonCode::ImplementationSpecificError,
+        RefusalCode::NotAuthorized => PubrecReasonCode::NotAuthorized,
+        RefusalCode::TopicNameInvalid => PubrecReasonCode::TopicNameInvalid,
+        RefusalCode::QuotaExceeded => PubrecReasonCode::QuotaExceeded,
+        RefusalCode::PayloadFormatInvalid => PubrecReasonCode::PayloadFormatInvalid,
+        RefusalCode::Unspecified | RefusalCode::TopicFilterInvalid | RefusalCode::SharedSubscriptionsNotSupported => {
+            PubrecReasonCode::UnspecifiedError
+        }
+    }
+}
+
+fn suback_code(code: RefusalCode) -> SubackReasonCode {
+    match code {
+        RefusalCode::ImplementationSpecific => SubackReasonCode::ImplementationSpecificError,
+        RefusalCode::NotAuthorized => SubackReasonCode::NotAuthorized,
+        RefusalCode::TopicFilterInvalid | RefusalCode::TopicNameInvalid => SubackReasonCode::TopicFilterInvalid,
+        RefusalCode::QuotaExceeded => SubackReasonCode::QuotaExceeded,
+        RefusalCode::SharedSubscriptionsNotSupported => SubackReasonCode::SharedSubscriptionsNotSupported,
+        RefusalCode::Unspecified | RefusalCode::PayloadFormatInvalid => SubackReasonCode::UnspecifiedError,
+    }
+}

@@ -1,0 +1,184 @@
+//! Who is connected, and which connections want which bound topic.
+//!
+//! A session belongs to one connection at a time: a new one takes over and the old one is told. Subscribers of bound topics are found by the
+//! topic's exact name; whoever registers before reading the log misses nothing.
+
+use std::hash::BuildHasher;
+use std::sync::Arc;
+
+use parking_lot::{Mutex, RwLock};
+use rustc_hash::{FxBuildHasher, FxHashMap};
+
+use crate::live::LiveMessage;
+use crate::mailbox::{Ending, Mailbox};
+use crate::service::SessionKey;
+
+const SHARDS: usize = 64;
+
+/// A connection's number: never used twice in a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub(crate) struct ConnectionNumber(pub(crate) u64);
+
+#[derive(Debug)]
+struct Holder {
+    number: ConnectionNumber,
+    mailbox: Arc<Mailbox>,
+}
+
+#[derive(Debug, Default)]
+struct Sessions {
+    holders: FxHashMap<SessionKey, Holder>,
+    connections_by_user: FxHashMap<Arc<str>, usize>,
+    closed: bool,
+}
+
+type Subscribers = FxHashMap<Arc<str>, Vec<(ConnectionNumber, Arc<Mailbox>)>>;
+
+#[derive(Debug)]
+pub(crate) struct Registry {
+    sessions: Mutex<Sessions>,
+    topics: Vec<RwLock<Subscribers>>,
+}
+
+impl Registry {
+    pub(crate) fn new() -> Self {
+        Self {
+            sessions: Mutex::new(Sessions::default()),
+            topics: (0..SHARDS).map(|_| RwLock::new(Subscribers::default())).collect(),
+        }
+    }
+
+    /// Makes this connection the holder of its session. `false` if the server is stopping.
+    pub(crate) fn attach(&self, key: &SessionKey, number: ConnectionNumber, mailbox: &Arc<Mailbox>) -> bool {
+        let mut sessions = self.sessions.lock();
+        if sessions.closed {
+            return false;
+        }
+        *sessions.connections_by_user.entry(Arc::clone(&key.user)).or_default() += 1;
+        let previous = sessions.holders.insert(key.clone(), Holder { number, mailbox: Arc::clone(mailbox) });
+        drop(sessions);
+        if let Some(previous) = previous {
+            previous.mailbox.end(Ending::TakenOver);
+        }
+        true
+    }
+
+    /// The connection has ended. `true` if the session was still its own.
+    pub(crate) fn detach(&self, key: &SessionKey, number: ConnectionNumber) -> bool {
+        let mut sessions = self.sessions.lock();
+        if let Some(count) = sessions.connections_by_user.get_mut(&key.user) {
+            *count -= 1;
+            if *count == 0 {
+                sessions.connections_by_user.remove(&key.user);
+            }
+        }
+        let own = sessions.holders.get(key).is_some_and(|holder| holder.number == number);
+        if own {
+            sessions.holders.remove(key);
+        }
+        own
+    }
+
+    pub(crate) fn holds(&self, key: &SessionKey, number: ConnectionNumber) -> bool {
+        self.sessions.lock().holders.get(key).is_some_and(|holder| holder.number == number)
+    }
+
+    pub(crate) fn is_connected(&self, user: &str) -> bool {
+        self.sessions.lock().connections_by_user.contains_key(user)
+    }
+
+    /// Ends every connection and admits no new one.
+    pub(crate) fn close(&self) {
+        let mut sessions = self.sessions.lock();
+        sessions.closed = true;
+        for holder in sessions.holders.values() {
+            holder.mailbox.end(Ending::Shutdown);
+        }
+    }
+
+    fn shard(&self, topic: &str) -> &RwLock<Subscribers> {
+        let hash = FxBuildHasher.hash_one(topic);
+        // The upper bits: the map inside the shard uses the lower ones.
+        let index = usize::try_from(hash >> 58).unwrap_or(0) % SHARDS;
+        &self.topics[index]
+    }
+
+    pub(crate) fn subscribe(&self, topic: &Arc<str>, number: ConnectionNumber, mailbox: &Arc<Mailbox>) {
+        let mut shard = self.shard(topic).write();
+        let subscribers = shard.entry(Arc::clone(topic)).or_default();
+        if !subscribers.iter().any(|(other, _)| *other == number) {
+            subscribers.push((number, Arc::clone(mailbox)));
+        }
+    }
+
+    pub(crate) fn unsubscribe(&self, topic: &str, number: ConnectionNumber) {
+        let mut shard = self.shard(topic).write();
+        if let Some(subscribers) = shard.get_mut(topic) {
+            subscribers.retain(|(other, _)| *other != number);
+            if subscribers.is_empty() {
+                shard.remove(topic);
+            }
+        }
+    }
+
+    pub(crate) fn has_subscribers(&self, topic: &str) -> bool {
+        self.shard(topic).read().contains_key(topic)
+    }
+
+    pub(crate) fn deliver(&self, message: &Arc<LiveMessage>) {
+        if let Some(subscribers) = self.shard(&message.topic).read().get(&*message.topic) {
+            for (_, mailbox) in subscribers {
+                mailbox.push_live(message);
+            }
+        }
+    }
+
+    /// Live messages were lost, nobody knows whose: every subscriber reads its log.
+    pub(crate) fn deliver_missed(&self) {
+        for shard in &self.topics {
+            for (_, mailbox) in shard.read().values().flatten() {
+                mailbox.push_missed();
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn key(user: &str) -> SessionKey {
+        SessionKey { user: user.into(), client_id: "phone".into() }
+    }
+
+    fn mailbox() -> Arc<Mailbox> {
+        Arc::new(Mailbox::new(10, 1000))
+    }
+
+    #[test]
+    fn takeover_happens_within_one_user_only() {
+        let registry = Registry::new();
+        let (bob, other_bob, alice) = (mailbox(), mailbox(), mailbox());
+        assert!(registry.attach(&key("bob"), ConnectionNumber(1), &bob));
+        assert!(registry.attach(&key("alice"), ConnectionNumber(2), &alice));
+        assert!(registry.attach(&key("bob"), ConnectionNumber(3), &other_bob));
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        assert!(matches!(bob.poll(&mut cx, true), std::task::Poll::Ready(mail) if mail.ending == Some(Ending::TakenOver)));
+        assert!(alice.poll(&mut cx, true).is_pending());
+        assert!(!registry.detach(&key("bob"), ConnectionNumber(1)), "the session is no longer the old connection's");
+        assert!(registry.is_connected("bob"));
+        assert!(registry.detach(&key("bob"), ConnectionNumber(3)));
+        assert!(!registry.is_connected("bob"));
+    }
+
+    #[test]
+    fn subscribers_come_and_go_without_a_trace() {
+        let registry = Registry::new();
+        let (topic, box_) = (Arc::from("chat/bob/inbox"), mailbox());
+        registry.subscribe(&topic, ConnectionNumber(1), &box_);
+        registry.subscribe(&topic, ConnectionNumber(1), &box_);
+        assert!(registry.has_subscribers("chat/bob/inbox"));
+        registry.unsubscribe("chat/bob/inbox", ConnectionNumber(1));
+        assert!(registry.topics.iter().all(|shard| shard.read().is_empty()));
+    }
+}

@@ -1,0 +1,313 @@
+//! What a service behind the broker has to answer, in MQTT's words.
+//!
+//! The broker knows sockets, packets, sessions and windows. It asks its [`Service`] who may connect, publish and subscribe,
+//! hands it every publish to a *bound topic* (a topic that the service, not the bus, gives meaning to), and reads from it
+//! what a *bound subscription* has to deliver. A bound topic is `Durable` (a log stands behind it: entries have growing
+//! positions, and a session keeps a cursor there) or `Live` (delivered to whoever is connected, or not at all).
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::completion::Reply;
+
+/// A place in a durable topic's log. Grows with every entry; 0 is before the first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Position(pub u64);
+
+/// A session's name: client ids live inside their user, so no user can take over another's session.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct SessionKey {
+    /// The authenticated user.
+    pub user: Arc<str>,
+    /// The MQTT client identifier.
+    pub client_id: Arc<str>,
+}
+
+/// What a CONNECT asks for.
+#[derive(Debug)]
+pub struct ConnectRequest<'a> {
+    /// The client identifier; never empty (an assigned one is filled in before).
+    pub client_id: &'a str,
+    /// Whether the server made the client identifier up.
+    pub client_id_assigned: bool,
+    /// The MQTT user name, if one was sent.
+    pub user_name: Option<&'a str>,
+    /// The password, if one was sent.
+    pub password: Option<&'a [u8]>,
+}
+
+/// Why a CONNECT was refused.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{reason}")]
+pub struct ConnectRefusal {
+    /// The code for CONNACK.
+    pub code: ConnectRefusalCode,
+    /// A sentence for the client (MQTT 5 reason string) and the log.
+    pub reason: String,
+}
+
+/// The kinds of refused CONNECT, by their names in MQTT 5.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ConnectRefusalCode {
+    /// 0x85, or return code 2 in MQTT 3.1.1.
+    ClientIdentifierNotValid,
+    /// 0x86, or return code 4.
+    BadUserNameOrPassword,
+    /// 0x87, or return code 5.
+    NotAuthorized,
+    /// 0x88, or return code 3.
+    ServerUnavailable,
+    /// 0x8C; MQTT 5 only.
+    BadAuthenticationMethod,
+}
+
+/// A refusal with the code that MQTT 5 carries and a sentence that helps.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// Reason code, from MQTT 5's list.
+    pub code: RefusalCode,
+    /// What was wrong and what would be right.
+    pub reason: String,
+}
+
+/// The reason codes with which a publish or a subscription is refused while its connection lives on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum RefusalCode {
+    /// 0x80.
+    Unspecified,
+    /// 0x83.
+    ImplementationSpecific,
+    /// 0x87.
+    NotAuthorized,
+    /// 0x8F, for subscriptions.
+    TopicFilterInvalid,
+    /// 0x90.
+    TopicNameInvalid,
+    /// 0x97.
+    QuotaExceeded,
+    /// 0x99.
+    PayloadFormatInvalid,
+    /// 0x9E, for subscriptions.
+    SharedSubscriptionsNotSupported,
+}
+
+/// Where a publish goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PublishRoute {
+    /// To the service: [`Service::submit`].
+    Bound,
+    /// To everyone whose filter matches.
+    Ordinary,
+    /// Nowhere.
+    Refused(Refusal),
+}
+
+/// What a topic filter subscribes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum SubscribeRoute {
+    /// To exactly these bound topics.
+    Bound(Vec<BoundTopic>),
+    /// To ordinary topics.
+    Ordinary,
+    /// To nothing.
+    Refused(Refusal),
+}
+
+/// A topic that belongs to the service.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BoundTopic {
+    /// Its topic name.
+    pub name: Arc<str>,
+    /// Whether a log stands behind it.
+    pub keeping: Keeping,
+}
+
+/// Whether a bound topic's messages are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keeping {
+    /// Read from [`Service::read`]; sessions have cursors there.
+    Durable,
+    /// Live only.
+    Live,
+}
+
+/// A publish to a bound topic.
+#[derive(Debug)]
+pub struct BoundPublish {
+    /// The authenticated sender.
+    pub user: Arc<str>,
+    /// Topic name, aliases already resolved.
+    pub topic: String,
+    /// The application message.
+    pub payload: Bytes,
+    /// The MQTT 5 user property `id`, if there was exactly one or the first of several.
+    pub id_property: Option<String>,
+    /// Whether the acknowledgement can carry a refusal (MQTT 5, QoS 1 or 2); otherwise the edge calls [`Service::refused`].
+    pub can_answer: bool,
+    /// When the packet was read from the socket.
+    pub received_at: Instant,
+    /// Where the outcome goes. Dropping it unanswered closes the connection without an acknowledgement.
+    pub reply: Reply,
+}
+
+/// What became of a publish to a bound topic.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum PublishOutcome {
+    /// On disk. The acknowledgement may leave.
+    Stored {
+        /// Whether anybody is there to receive it (reason 0x00, else 0x10).
+        subscribers: bool,
+        /// MQTT 5 user properties for the acknowledgement.
+        properties: Vec<(&'static str, String)>,
+    },
+    /// Not taken.
+    Refused(Refusal),
+    /// Nobody knows whether it was stored: no acknowledgement; the connection is closed so that the client sends it again.
+    Unknown,
+}
+
+/// One message of a durable bound topic.
+#[derive(Clone, Debug)]
+pub struct Delivery {
+    /// Where it stands in the log.
+    pub position: Position,
+    /// The application message for subscribers.
+    pub payload: Bytes,
+    /// MQTT 5 user properties for subscribers.
+    pub properties: Arc<[(&'static str, String)]>,
+}
+
+/// How much one read may return.
+#[derive(Clone, Copy, Debug)]
+pub struct ReadLimit {
+    /// At most so many messages.
+    pub messages: usize,
+    /// Stop after so many payload bytes (at least one message is returned if there is one).
+    pub bytes: usize,
+}
+
+/// Part of a durable topic, in order.
+#[derive(Clone, Debug, Default)]
+pub struct Page {
+    /// Messages with growing positions.
+    pub deliveries: Vec<Delivery>,
+    /// Whether the end of the log was reached: everything committed when the read began is in this page or before it.
+    pub end: bool,
+}
+
+/// A persistent session as it is stored.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SessionRecord {
+    /// Its subscriptions.
+    pub subscriptions: Vec<SubscriptionRecord>,
+    /// How long it outlives its last connection, in seconds; `u32::MAX` for ever.
+    pub expiry_s: u32,
+    /// Where it stands in each durable topic: everything up to there was acknowledged.
+    pub cursors: Vec<(Arc<str>, Position)>,
+}
+
+/// A subscription of a stored session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SubscriptionRecord {
+    /// The topic filter as the client sent it.
+    pub filter: String,
+    /// Granted QoS, 0 to 2.
+    pub qos: u8,
+    /// MQTT 5 no local.
+    pub no_local: bool,
+    /// MQTT 5 retain as published.
+    pub retain_as_published: bool,
+}
+
+/// The service cannot answer now; the sentence is for the log.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct ServiceError(pub String);
+
+/// What the edge counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Observation {
+    /// A CONNECT was accepted.
+    Connected,
+    /// An accepted connection has ended.
+    Disconnected,
+    /// A CONNECT was refused.
+    ConnectRefused,
+    /// Messages of bound topics were acknowledged by their receiver (QoS 0: written to its socket).
+    Delivered(u64),
+    /// From reading the sender's PUBLISH to writing it to a receiver's buffer, live messages only.
+    PublishToDelivery(Duration),
+    /// From reading a PUBLISH to writing its acknowledgement to the buffer.
+    PublishToPuback(Duration),
+    /// A publish or a subscription was refused by the edge itself.
+    Refused(RefusalCode),
+    /// An ordinary message was dropped because its receiver's queue was full.
+    QueueFull,
+    /// A connection's task panicked: a bug, contained.
+    Panicked,
+}
+
+/// What stands behind the broker. All calls may come from many tasks at once.
+pub trait Service: Send + Sync + 'static {
+    /// Who is this? The user name, or a refusal.
+    fn connect(&self, request: &ConnectRequest<'_>) -> Result<Arc<str>, ConnectRefusal>;
+
+    /// Where does a publish of `user` to `topic` (a valid topic name, no wildcards) go?
+    fn route_publish(&self, user: &str, topic: &str) -> PublishRoute;
+
+    /// What does `filter` (a valid topic filter, not shared) mean for `user`?
+    fn route_subscribe(&self, user: &str, filter: &str) -> SubscribeRoute;
+
+    /// Takes publishes to bound topics, in their order; every one is answered through its `reply`. Gives them back while the
+    /// service is full: wait for [`Service::ready`] and try again.
+    fn submit(&self, publishes: Vec<BoundPublish>) -> Result<(), Vec<BoundPublish>>;
+
+    /// Returns once [`Service::submit`] may succeed again.
+    fn ready(&self) -> impl Future<Output = ()> + Send;
+
+    /// Tells a refused publish to a client whose acknowledgement cannot say it (MQTT 3.1.1, or QoS 0).
+    fn refused(&self, user: &str, topic: &str, refusal: &Refusal);
+
+    /// Messages of a durable topic after a position. Must see everything that was committed before the call.
+    fn read(
+        &self,
+        topic: &str,
+        after: Position,
+        limit: ReadLimit,
+    ) -> impl Future<Output = Result<Page, ServiceError>> + Send;
+
+    /// Where a new subscription to a durable topic begins.
+    fn start(&self, topic: &str) -> impl Future<Output = Result<Position, ServiceError>> + Send;
+
+    /// The last committed position of the whole log: what is above it is live.
+    fn head(&self) -> Position;
+
+    /// The receiver has acknowledged everything in `topic` up to `position`. Returns at once; written behind, at most a second later.
+    /// With `persistent` the session's own cursor moves too, not only the user's.
+    fn acknowledged(&self, session: &SessionKey, persistent: bool, topic: &str, position: Position);
+
+    /// The stored session, unless it has expired.
+    fn load_session(
+        &self,
+        session: &SessionKey,
+    ) -> impl Future<Output = Result<Option<SessionRecord>, ServiceError>> + Send;
+
+    /// Stores subscriptions, expiry and cursors; on disk when it returns.
+    fn save_session(
+        &self,
+        session: &SessionKey,
+        record: SessionRecord,
+    ) -> impl Future<Output = Result<(), ServiceError>> + Send;
+
+    /// Forgets a session.
+    fn delete_session(&self, session: &SessionKey) -> impl Future<Output = Result<(), ServiceError>> + Send;
+
+    /// A session's connection has ended: its expiry starts to run. `expiry_s` as in [`SessionRecord`].
+    fn session_ended(&self, session: &SessionKey, expiry_s: u32);
+
+    /// Something happened that is worth counting.
+    fn observe(&self, _observation: Observation) {}
+}

@@ -1,0 +1,220 @@
+//! Decisions about messages: which seq, which time, and whether a message was sent before.
+//!
+//! Pure: no clock, no log, no task. The sequencer loads what [`plan`] needs and carries out what it says. Invariants: seq counts 1, 2, 3, … in
+//! a conversation; `at` never runs backwards in it; a resend (same sender, conversation and id) is the same message.
+
+use std::sync::Arc;
+
+use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
+use rustc_hash::FxHashMap;
+
+use crate::log::{ConversationHead, Entry, IdKey, NewEntry};
+
+/// A message that a user sends, checked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Send {
+    pub conversation: ConversationId,
+    pub from: UserId,
+    pub to: UserId,
+    pub id: Option<MessageId>,
+    pub text: Arc<str>,
+}
+
+impl Send {
+    /// The key under which a resend is recognised; `None` without an id.
+    pub fn id_key(&self) -> Option<IdKey> {
+        Some(IdKey { conversation: self.conversation.clone(), from: self.from.clone(), id: self.id.clone()? })
+    }
+}
+
+/// What becomes of one message of a batch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Decision {
+    /// It is the batch's entry with this index.
+    Append(usize),
+    /// It is the same as the batch's entry with this index.
+    SameAsNew(usize),
+    /// It was stored before, as this.
+    Stored(ConversationHead),
+    /// Its id belongs to another text.
+    IdConflict,
+}
+
+/// A batch, decided.
+#[derive(Debug, Default)]
+pub struct Plan {
+    /// What to append, in order.
+    pub entries: Vec<NewEntry>,
+    /// One for every message, in order.
+    pub decisions: Vec<Decision>,
+}
+
+/// Decides a batch. `heads` are the last entries of every conversation in it (absent: none yet); `stored` the entries that already have an
+/// id of the batch.
+pub fn plan(
+    batch: &[Send],
+    heads: &FxHashMap<ConversationId, ConversationHead>,
+    stored: &FxHashMap<IdKey, Entry>,
+    now: Timestamp,
+) -> Plan {
+    let mut plan = Plan { entries: Vec::with_capacity(batch.len()), decisions: Vec::with_capacity(batch.len()) };
+    let mut moved: FxHashMap<&ConversationId, ConversationHead> = FxHashMap::default();
+    let mut new_ids: FxHashMap<IdKey, usize> = FxHashMap::default();
+    for send in batch {
+        let key = send.id_key();
+        if let Some(key) = &key {
+            if let Some(&index) = new_ids.get(key) {
+                let same = plan.entries[index].text == send.text;
+                plan.decisions.push(if same { Decision::SameAsNew(index) } else { Decision::IdConflict });
+                continue;
+            }
+            if let Some(entry) = stored.get(key) {
+                let head = ConversationHead { seq: entry.seq, at: entry.at };
+                plan.decisions.push(if entry.text == send.text { Decision::Stored(head) } else { Decision::IdConflict });
+                continue;
+            }
+        }
+        let before = moved.get(&send.conversation).or_else(|| heads.get(&send.conversation)).copied();
+        let head = match before {
+            Some(head) => ConversationHead { seq: head.seq.next(), at: head.at.max(now) },
+            None => ConversationHead { seq: Seq::FIRST, at: now },
+        };
+        moved.insert(&send.conversation, head);
+        let index = plan.entries.len();
+        if let Some(key) = key {
+            new_ids.insert(key, index);
+        }
+        plan.entries.push(NewEntry {
+            conversation: send.conversation.clone(),
+            seq: head.seq,
+            from: send.from.clone(),
+            to: send.to.clone(),
+            id: send.id.clone(),
+            at: head.at,
+            text: Arc::clone(&send.text),
+        });
+        plan.decisions.push(Decision::Append(index));
+    }
+    plan
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::log::Position;
+
+    fn user(name: &str) -> UserId {
+        UserId::parse(name).expect("a valid name")
+    }
+
+    fn send(from: &str, to: &str, id: Option<&str>, text: &str) -> Send {
+        let (from, to) = (user(from), user(to));
+        Send {
+            conversation: ConversationId::between(&from, &to).expect("two users"),
+            from,
+            to,
+            id: id.map(|id| MessageId::parse(id).expect("a valid id")),
+            text: text.into(),
+        }
+    }
+
+    fn at(ms: u64) -> Timestamp {
+        Timestamp::from_ms(ms)
+    }
+
+    #[test]
+    fn both_directions_share_one_count() {
+        let batch = [send("alice", "bob", None, "a"), send("bob", "alice", None, "b"), send("alice", "eve", None, "c")];
+        let plan = plan(&batch, &FxHashMap::default(), &FxHashMap::default(), at(5));
+        assert_eq!(plan.entries.iter().map(|e| e.seq.get()).collect::<Vec<_>>(), [1, 2, 1]);
+    }
+
+    #[test]
+    fn a_clock_set_back_does_not_turn_time_back() {
+        let batch = [send("alice", "bob", None, "a")];
+        let head = ConversationHead { seq: Seq::FIRST, at: at(1_000) };
+        let heads = [(batch[0].conversation.clone(), head)].into_iter().collect();
+        let plan = plan(&batch, &heads, &FxHashMap::default(), at(10));
+        assert_eq!((plan.entries[0].seq.get(), plan.entries[0].at), (2, at(1_000)));
+    }
+
+    #[test]
+    fn an_id_is_one_message() {
+        let first = send("alice", "bob", Some("m"), "a");
+        let entry = Entry {
+            position: Position(9),
+            conversation: first.conversation.clone(),
+            seq: Seq::FIRST,
+            from: first.from.clone(),
+            to: first.to.clone(),
+            id: first.id.clone(),
+            at: at(1),
+            text: "a".into(),
+        };
+        let stored = [(first.id_key().expect("has an id"), entry)].into_iter().collect();
+        let batch = [
+            first,
+            send("alice", "bob", Some("m"), "other"),
+            send("bob", "alice", Some("m"), "the peer's ids are the peer's"),
+            send("alice", "bob", Some("n"), "new"),
+            send("alice", "bob", Some("n"), "new"),
+            send("alice", "bob", Some("n"), "not the same"),
+        ];
+        let plan = plan(&batch, &FxHashMap::default(), &stored, at(5));
+        assert_eq!(
+            plan.decisions,
+            [
+                Decision::Stored(ConversationHead { seq: Seq::FIRST, at: at(1) }),
+                Decision::IdConflict,
+                Decision::Append(0),
+                Decision::Append(1),
+                Decision::SameAsNew(1),
+                Decision::IdConflict,
+            ]
+        );
+    }
+
+    proptest! {
+        #[test]
+        fn seq_is_gapless_and_at_monotonic(
+            sends in prop::collection::vec((0usize..4, 0usize..4, prop::option::of(0u8..20), 0u8..3), 1..80),
+            clocks in prop::collection::vec(0u64..50, 1..10),
+        ) {
+            let names = ["alice", "bob", "carol", "dave"];
+            let mut heads: FxHashMap<ConversationId, ConversationHead> = FxHashMap::default();
+            let mut stored: FxHashMap<IdKey, Entry> = FxHashMap::default();
+            let mut seen: FxHashMap<ConversationId, Vec<(u64, Timestamp)>> = FxHashMap::default();
+            let batch: Vec<Send> = sends
+                .iter()
+                .filter(|(from, to, ..)| from != to)
+                .map(|(from, to, id, text)| {
+                    send(names[*from], names[*to], id.map(|id| format!("i{id}")).as_deref(), &format!("t{text}"))
+                })
+                .collect();
+            for (chunk, clock) in batch.chunks(9).zip(clocks.iter().cycle()) {
+                let plan = plan(chunk, &heads, &stored, at(*clock));
+                prop_assert_eq!(plan.decisions.len(), chunk.len());
+                for entry in plan.entries {
+                    seen.entry(entry.conversation.clone()).or_default().push((entry.seq.get(), entry.at));
+                    heads.insert(entry.conversation.clone(), ConversationHead { seq: entry.seq, at: entry.at });
+                    if let Some(id) = &entry.id {
+                        let key = IdKey { conversation: entry.conversation.clone(), from: entry.from.clone(), id: id.clone() };
+                        let entry = Entry {
+                            position: Position(0), conversation: entry.conversation, seq: entry.seq, from: entry.from,
+                            to: entry.to, id: entry.id, at: entry.at, text: entry.text,
+                        };
+                        prop_assert!(stored.insert(key, entry).is_none(), "an id was stored twice");
+                    }
+                }
+            }
+            for entries in seen.values() {
+                for (index, (seq, _)) in entries.iter().enumerate() {
+                    prop_assert_eq!(*seq, index as u64 + 1);
+                }
+                prop_assert!(entries.windows(2).all(|pair| pair[0].1 <= pair[1].1));
+            }
+        }
+    }
+}

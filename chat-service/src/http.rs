@@ -1,0 +1,451 @@
+//! The HTTP listener: health, readiness, metrics, a first page, and whatever routes are merged in (MQTT over WebSocket).
+//!
+//! Each connection has its own task and permit from the moment it is accepted, and a deadline for a request's headers: a client that
+//! sends nothing costs a task until the deadline, and delays nobody. A connection that was upgraded leaves with its upgrade: its
+//! permit returns, and whoever took it over bounds it.
+
+use std::fmt::Write;
+use std::future::Future;
+use std::io;
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU8, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::{StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{Semaphore, watch};
+use tokio::task::{JoinError, JoinSet};
+use tokio::time::{sleep, timeout};
+
+use crate::metrics::{self, Metrics};
+
+/// Pause after a failed accept (no file descriptors left): connections that end meanwhile free some.
+const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// What this is and how to begin.
+const FIRST_PAGE: &str = r#"<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<title>MQTT Chat</title>
+<style>
+  body { font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: 3rem auto; padding: 0 1rem }
+  pre { background: #8881; padding: 1rem; overflow-x: auto }
+</style>
+<h1>MQTT Chat</h1>
+<p>This is <code>chatd</code>, a chat server over plain MQTT. Any MQTT 3.1.1 or 5 client is a chat client.</p>
+<p>Bob listens, in one terminal:</p>
+<pre>mosquitto_sub -u bob -i bob-phone -c -q 1 -t chat/bob/inbox</pre>
+<p>Alice writes, in another:</p>
+<pre>mosquitto_pub -u alice -q 1 -t chat/alice/out/bob -m 'hello'</pre>
+<p>From a browser or Node, connect any MQTT client over WebSocket to <code>/mqtt</code> on this address.</p>
+<p><a href="/healthz">Health</a> · <a href="/readyz">readiness</a> · <a href="/metrics">metrics</a></p>
+</html>
+"#;
+
+/// How the listener treats its connections.
+#[derive(Clone, Copy, Debug)]
+pub struct Options {
+    /// Connections at a time, those that were upgraded not counted. Further ones are closed at once.
+    pub connections: usize,
+    /// Time to send a request's headers, and time between requests.
+    pub header_timeout: Duration,
+    /// Time to finish requests under way after the shutdown began; then they are cut off.
+    pub shutdown_timeout: Duration,
+}
+
+/// The parts of the process by name, each alive or not for a reason. Asked on every probe, so it must answer from memory.
+pub type Health = Arc<dyn Fn() -> Vec<(&'static str, Result<(), String>)> + Send + Sync>;
+
+/// Whether clients should be sent here.
+#[derive(Clone, Debug)]
+pub struct Readiness(Arc<AtomicU8>);
+
+impl Readiness {
+    const STARTING: u8 = 0;
+    const READY: u8 = 1;
+    const STOPPING: u8 = 2;
+
+    /// Not yet: the process starts.
+    pub fn starting() -> Self {
+        Self(Arc::new(AtomicU8::new(Self::STARTING)))
+    }
+
+    /// All listeners accept clients.
+    pub fn ready(&self) {
+        self.0.store(Self::READY, Ordering::Relaxed);
+    }
+
+    /// No more: the process stops.
+    pub fn stopping(&self) {
+        self.0.store(Self::STOPPING, Ordering::Relaxed);
+    }
+
+    fn part(&self) -> (&'static str, Result<(), String>) {
+        let outcome = match self.0.load(Ordering::Relaxed) {
+            Self::READY => Ok(()),
+            Self::STOPPING => Err("stopping".to_owned()),
+            _ => Err("starting".to_owned()),
+        };
+        ("server", outcome)
+    }
+}
+
+#[derive(Clone)]
+struct Probes {
+    health: Health,
+    readiness: Readiness,
+    metrics: Arc<Metrics>,
+}
+
+/// `/`, `/healthz`, `/readyz`, `/metrics`, and 404 for all else.
+pub fn router(health: Health, readiness: Readiness, metrics: Arc<Metrics>) -> Router {
+    Router::new()
+        .route("/", get(async || Html(FIRST_PAGE)))
+        .route("/healthz", get(async |State(probes): State<Probes>| verdict(&(probes.health)())))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(exposition))
+        .fallback(async || (StatusCode::NOT_FOUND, "there is nothing here; try /\n"))
+        .with_state(Probes { health, readiness, metrics })
+}
+
+async fn ready(State(probes): State<Probes>) -> Response {
+    let mut parts = (probes.health)();
+    parts.push(probes.readiness.part());
+    verdict(&parts)
+}
+
+async fn exposition(State(probes): State<Probes>) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], probes.metrics.encode())
+}
+
+/// 200 if every part is well, else 503; a line for each part.
+fn verdict(parts: &[(&'static str, Result<(), String>)]) -> Response {
+    let mut body = String::new();
+    for (name, outcome) in parts {
+        match outcome {
+            Ok(()) => writeln!(body, "{name}: ok"),
+            Err(reason) => writeln!(body, "{name}: {reason}"),
+        }
+        .expect("writing to a string does not fail");
+    }
+    let well = parts.iter().all(|(_, outcome)| outcome.is_ok());
+    let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, [(header::CACHE_CONTROL, "no-store")], body).into_response()
+}
+
+/// Serves until `shutdown`, then lets requests under way finish, for `options.shutdown_timeout` at most.
+pub async fn run(listener: TcpListener, router: Router, options: Options, shutdown: impl Future<Output = ()>) {
+    let permits = Arc::new(Semaphore::new(options.connections));
+    let (stopping, _) = watch::channel(());
+    let mut connections = JoinSet::new();
+    let mut shutdown = pin!(shutdown);
+    loop {
+        let socket = tokio::select! {
+            () = &mut shutdown => break,
+            Some(ended) = connections.join_next() => {
+                report(ended);
+                continue;
+            }
+            socket = accept(&listener) => socket,
+        };
+        let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
+            tracing::warn!(limit = options.connections, "http connection closed: limits.connections is reached");
+            continue;
+        };
+        let connection = serve(socket, router.clone(), options.header_timeout, stopping.subscribe());
+        connections.spawn(async move {
+            connection.await;
+            drop(permit);
+        });
+    }
+    drop(listener);
+    drop(stopping);
+    let drained = timeout(options.shutdown_timeout, async {
+        while let Some(ended) = connections.join_next().await {
+            report(ended);
+        }
+    });
+    if drained.await.is_err() {
+        tracing::warn!(connections = connections.len(), "http connections cut off: they did not finish in time");
+        connections.shutdown().await;
+    }
+}
+
+/// The next connection. Errors are those of a connection that is gone already, or of a process out of file descriptors: both pass.
+async fn accept(listener: &TcpListener) -> TcpStream {
+    loop {
+        match listener.accept().await {
+            Ok((socket, _)) => return socket,
+            Err(error) if is_of_one_connection(&error) => {}
+            Err(error) => {
+                tracing::error!(%error, "http connection not accepted");
+                sleep(ACCEPT_RETRY).await;
+            }
+        }
+    }
+}
+
+fn is_of_one_connection(error: &io::Error) -> bool {
+    use io::ErrorKind::{ConnectionAborted, ConnectionRefused, ConnectionReset, Interrupted};
+    matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset | Interrupted)
+}
+
+/// One connection, until it ends, is upgraded, or `stopping` closes and the request under way is answered.
+async fn serve(socket: TcpStream, router: Router, header_timeout: Duration, mut stopping: watch::Receiver<()>) {
+    if let Err(error) = socket.set_nodelay(true) {
+        tracing::debug!(%error, "http connection is gone already");
+        return;
+    }
+    let mut connection = pin!(
+        http1::Builder::new()
+            .timer(TokioTimer::new())
+            .header_read_timeout(header_timeout)
+            .serve_connection(TokioIo::new(socket), TowerToHyperService::new(router))
+            .with_upgrades()
+    );
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        // The sender never sends: this resolves when it is dropped.
+        _ = stopping.changed() => {
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "http connection ended");
+    }
+}
+
+fn report(ended: Result<(), JoinError>) {
+    if let Err(error) = ended
+        && error.is_panic()
+    {
+        tracing::error!(%error, "http connection task panicked");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+    use std::sync::atomic::AtomicBool;
+    use std::time::Instant;
+
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    use tokio::sync::oneshot;
+    use tokio::task::JoinHandle;
+
+    use super::*;
+
+    /// Longer than any test should take.
+    const DEADLINE: Duration = Duration::from_secs(20);
+
+    struct Server {
+        address: SocketAddr,
+        readiness: Readiness,
+        log_fails: Arc<AtomicBool>,
+        stop: oneshot::Sender<()>,
+        running: JoinHandle<()>,
+    }
+
+    impl Server {
+        async fn start(options: Options) -> Self {
+            Self::start_with(options, Router::new()).await
+        }
+
+        async fn start_with(options: Options, more: Router) -> Self {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let log_fails = Arc::new(AtomicBool::new(false));
+            let readiness = Readiness::starting();
+            let fails = Arc::clone(&log_fails);
+            let health: Health = Arc::new(move || {
+                let log = if fails.load(Ordering::Relaxed) { Err("disk is full".to_owned()) } else { Ok(()) };
+                vec![("bus", Ok(())), ("log", log)]
+            });
+            let router = router(health, readiness.clone(), Arc::new(Metrics::new())).merge(more);
+            let (stop, stopped) = oneshot::channel();
+            let shutdown = async { stopped.await.unwrap_or(()) };
+            let running = tokio::spawn(run(listener, router, options, shutdown));
+            Self { address, readiness, log_fails, stop, running }
+        }
+
+        async fn stop(self) {
+            drop(self.stop);
+            timeout(DEADLINE, self.running).await.expect("stops in time").unwrap();
+        }
+
+        async fn connect(&self) -> TcpStream {
+            TcpStream::connect(self.address).await.unwrap()
+        }
+
+        /// Status line, headers and body.
+        async fn get(&self, path: &str) -> String {
+            let mut socket = self.connect().await;
+            let request = format!("GET {path} HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n");
+            socket.write_all(request.as_bytes()).await.unwrap();
+            rest(socket).await
+        }
+    }
+
+    /// What is left to read until the server closes.
+    async fn rest(mut socket: TcpStream) -> String {
+        let mut text = String::new();
+        timeout(DEADLINE, socket.read_to_string(&mut text)).await.expect("closed in time").unwrap();
+        text
+    }
+
+    fn options() -> Options {
+        Options { connections: 10_000, header_timeout: DEADLINE, shutdown_timeout: DEADLINE }
+    }
+
+    #[tokio::test]
+    async fn routes_answer() {
+        let server = Server::start(options()).await;
+        let page = server.get("/").await;
+        assert!(page.starts_with("HTTP/1.1 200") && page.contains("mosquitto_sub"), "{page}");
+        let metrics = server.get("/metrics").await;
+        assert!(metrics.contains(metrics::CONTENT_TYPE) && metrics.contains("chatd_connections 0"), "{metrics}");
+        assert!(server.get("/nothing").await.starts_with("HTTP/1.1 404"));
+        server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn health_says_what_fails() {
+        let server = Server::start(options()).await;
+        let well = server.get("/healthz").await;
+        assert!(well.starts_with("HTTP/1.1 200") && well.contains("log: ok"), "{well}");
+        server.log_fails.store(true, Ordering::Relaxed);
+        let ill = server.get("/healthz").await;
+        assert!(ill.starts_with("HTTP/1.1 503") && ill.contains("bus: ok\nlog: disk is full\n"), "{ill}");
+        server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn readiness_follows_start_stop_and_health() {
+        let server = Server::start(options()).await;
+        let starting = server.get("/readyz").await;
+        assert!(starting.starts_with("HTTP/1.1 503") && starting.contains("server: starting"), "{starting}");
+        server.readiness.ready();
+        assert!(server.get("/readyz").await.starts_with("HTTP/1.1 200"));
+        server.log_fails.store(true, Ordering::Relaxed);
+        assert!(server.get("/readyz").await.starts_with("HTTP/1.1 503"));
+        server.log_fails.store(false, Ordering::Relaxed);
+        server.readiness.stopping();
+        let stopping = server.get("/readyz").await;
+        assert!(stopping.starts_with("HTTP/1.1 503") && stopping.contains("server: stopping"), "{stopping}");
+        server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn clients_that_send_nothing_delay_nobody() {
+        let server = Server::start(options()).await;
+        let mut idle = Vec::new();
+        // Both ends of each are in this process, whose file descriptors may be limited to 1,024.
+        for n in 0..300 {
+            let mut socket = server.connect().await;
+            if n % 2 == 0 {
+                socket.write_all(b"GET /mqtt HTTP/1.1\r\nupgrade: webso").await.unwrap();
+            }
+            idle.push(socket);
+        }
+        let before = Instant::now();
+        assert!(server.get("/healthz").await.starts_with("HTTP/1.1 200"));
+        assert!(before.elapsed() < Duration::from_secs(2), "{:?}", before.elapsed());
+        drop(idle);
+        server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn clients_that_send_nothing_are_closed_in_time() {
+        let server = Server::start(Options { header_timeout: Duration::from_millis(50), ..options() }).await;
+        let silent = server.connect().await;
+        let mut half = server.connect().await;
+        half.write_all(b"GET /healthz HTTP/1.1\r\nho").await.unwrap();
+        let mut kept_alive = server.connect().await;
+        kept_alive.write_all(b"GET /healthz HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+        assert_eq!(rest(silent).await, "");
+        rest(half).await;
+        assert!(rest(kept_alive).await.starts_with("HTTP/1.1 200"));
+        server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn connections_over_the_limit_are_closed_and_room_returns() {
+        let server = Server::start(Options { connections: 1, ..options() }).await;
+        let mut first = server.connect().await;
+        first.write_all(b"GET /healthz HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+        first.read_exact(&mut [0; 12]).await.unwrap();
+        assert_eq!(rest(server.connect().await).await, "");
+        drop(first);
+        let room_again = async {
+            loop {
+                let mut socket = server.connect().await;
+                let request = b"GET /healthz HTTP/1.1\r\nhost: test\r\nconnection: close\r\n\r\n";
+                let mut text = String::new();
+                if socket.write_all(request).await.is_ok()
+                    && socket.read_to_string(&mut text).await.is_ok_and(|n| n > 0)
+                {
+                    break text;
+                }
+            }
+        };
+        assert!(timeout(DEADLINE, room_again).await.expect("room in time").starts_with("HTTP/1.1 200"));
+        server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn a_request_under_way_is_answered_before_the_stop() {
+        let (begun, begins) = oneshot::channel();
+        let (finish, finishes) = oneshot::channel::<()>();
+        let once = Arc::new(parking_lot::Mutex::new(Some((begun, finishes))));
+        let slow = Router::new().route(
+            "/slow",
+            get(async move || {
+                let (begun, finishes) = once.lock().take().expect("one request");
+                begun.send(()).expect("the test waits");
+                finishes.await.expect("the test answers");
+                "done"
+            }),
+        );
+        let server = Server::start_with(options(), slow).await;
+        let idle = server.connect().await;
+        let mut socket = server.connect().await;
+        socket.write_all(b"GET /slow HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+        begins.await.unwrap();
+        let stopping = tokio::spawn(server.stop());
+        assert_eq!(rest(idle).await, "", "an idle connection is closed at once");
+        assert!(!stopping.is_finished());
+        finish.send(()).unwrap();
+        assert!(rest(socket).await.ends_with("done"));
+        stopping.await.unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_request_that_never_ends_is_cut_off() {
+        let (begun, begins) = oneshot::channel();
+        let once = Arc::new(parking_lot::Mutex::new(Some(begun)));
+        let stuck = Router::new().route(
+            "/stuck",
+            get(async move || {
+                once.lock().take().expect("one request").send(()).expect("the test waits");
+                std::future::pending::<&str>().await
+            }),
+        );
+        let server =
+            Server::start_with(Options { shutdown_timeout: Duration::from_millis(50), ..options() }, stuck).await;
+        let mut socket = server.connect().await;
+        socket.write_all(b"GET /stuck HTTP/1.1\r\nhost: test\r\n\r\n").await.unwrap();
+        begins.await.unwrap();
+        server.stop().await;
+        assert_eq!(rest(socket).await, "");
+    }
+}

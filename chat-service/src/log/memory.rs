@@ -1,0 +1,200 @@
+//! A log in memory, for tests: the trait's meaning in its simplest form.
+//!
+//! It keeps every promise of [`Log`] but one: nothing is on disk. A clone is another handle to the same log, which is how tests
+//! "open it again". One lock guards everything and is never held across an await.
+
+use std::sync::Arc;
+
+use chat_protocol::{ConversationId, Seq};
+use parking_lot::Mutex;
+use rustc_hash::FxHashMap;
+
+use super::{
+    Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, Position, ReadLimit,
+    SessionRecord, Side, Stream,
+};
+
+/// A log without a disk.
+#[derive(Clone, Debug, Default)]
+pub struct MemoryLog {
+    state: Arc<Mutex<State>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// The entry at position p is at index p - 1.
+    entries: Vec<Entry>,
+    conversations: FxHashMap<ConversationId, Vec<Position>>,
+    streams: FxHashMap<Stream, Vec<Position>>,
+    ids: FxHashMap<IdKey, Position>,
+    delivered: FxHashMap<Stream, Position>,
+    sessions: FxHashMap<Device, SessionRecord>,
+}
+
+impl MemoryLog {
+    /// An empty log.
+    pub fn new() -> Self {
+        Self::default()
+    }
+}
+
+impl State {
+    /// `Err` with the entry that is not next in its conversation.
+    fn check(&self, batch: &[NewEntry]) -> Result<(), AppendError> {
+        let mut heads: FxHashMap<&ConversationId, u64> = FxHashMap::default();
+        for new in batch {
+            let head = heads
+                .entry(&new.conversation)
+                .or_insert_with(|| self.conversations.get(&new.conversation).map_or(0, |all| all.len() as u64));
+            if new.seq.get() != *head + 1 {
+                return Err(AppendError::Conflict { conversation: new.conversation.clone(), expected: new.seq });
+            }
+            *head += 1;
+        }
+        Ok(())
+    }
+
+    fn store(&mut self, new: NewEntry) -> Position {
+        let position = Position(self.entries.len() as u64 + 1);
+        let NewEntry { conversation, seq, from, to, id, at, text } = new;
+        self.conversations.entry(conversation.clone()).or_default().push(position);
+        for (user, side) in [(&to, Side::Inbox), (&from, Side::Sent)] {
+            self.streams.entry(Stream { user: user.clone(), side }).or_default().push(position);
+        }
+        if let Some(id) = &id {
+            let key = IdKey { conversation: conversation.clone(), from: from.clone(), id: id.clone() };
+            self.ids.entry(key).or_insert(position);
+        }
+        self.entries.push(Entry { position, conversation, seq, from, to, id, at, text });
+        position
+    }
+
+    fn entry(&self, position: Position) -> &Entry {
+        let index = usize::try_from(position.0 - 1).expect("a position of ours counts entries in memory");
+        &self.entries[index]
+    }
+
+    /// `positions` are those still to be read.
+    fn page(&self, positions: &[Position], limit: ReadLimit) -> Page {
+        let mut page = Page { entries: Vec::new(), end: true };
+        let mut bytes = 0;
+        for position in positions {
+            let entry = self.entry(*position);
+            if !limit.has_room(page.entries.len(), bytes, entry.text.len()) {
+                page.end = false;
+                break;
+            }
+            bytes += entry.text.len();
+            page.entries.push(entry.clone());
+        }
+        page
+    }
+}
+
+impl Log for MemoryLog {
+    async fn append(&self, batch: Vec<NewEntry>) -> Result<Vec<Position>, AppendError> {
+        let mut state = self.state.lock();
+        state.check(&batch)?;
+        Ok(batch.into_iter().map(|new| state.store(new)).collect())
+    }
+
+    async fn heads(&self, conversations: Vec<ConversationId>) -> Result<Vec<Option<ConversationHead>>, LogError> {
+        let state = self.state.lock();
+        let head = |conversation: &ConversationId| {
+            let entry = state.entry(*state.conversations.get(conversation)?.last()?);
+            Some(ConversationHead { seq: entry.seq, at: entry.at })
+        };
+        Ok(conversations.iter().map(head).collect())
+    }
+
+    async fn find(&self, ids: Vec<IdKey>) -> Result<Vec<Option<Entry>>, LogError> {
+        let state = self.state.lock();
+        Ok(ids.iter().map(|key| state.ids.get(key).map(|position| state.entry(*position).clone())).collect())
+    }
+
+    async fn read(&self, stream: &Stream, after: Position, limit: ReadLimit) -> Result<Page, LogError> {
+        let state = self.state.lock();
+        let positions = state.streams.get(stream).map_or(&[][..], Vec::as_slice);
+        let rest = &positions[positions.partition_point(|position| *position <= after)..];
+        Ok(state.page(rest, limit))
+    }
+
+    async fn read_conversation(
+        &self,
+        conversation: &ConversationId,
+        after: Option<Seq>,
+        limit: ReadLimit,
+    ) -> Result<Page, LogError> {
+        let state = self.state.lock();
+        let positions = state.conversations.get(conversation).map_or(&[][..], Vec::as_slice);
+        // Seqs have no gaps, so as many entries are to be skipped as the seq says.
+        let skip = after.map_or(0, |seq| usize::try_from(seq.get()).unwrap_or(usize::MAX));
+        Ok(state.page(&positions[skip.min(positions.len())..], limit))
+    }
+
+    fn head(&self) -> Position {
+        Position(self.state.lock().entries.len() as u64)
+    }
+
+    fn advance(&self, advances: Vec<Advance>) {
+        let mut state = self.state.lock();
+        for Advance { stream, device, position } in advances {
+            if let Some(session) = device.and_then(|device| state.sessions.get_mut(&device)) {
+                session.advance(stream.side, position);
+            }
+            let delivered = state.delivered.entry(stream).or_default();
+            *delivered = position.max(*delivered);
+        }
+    }
+
+    async fn delivered(&self, stream: &Stream) -> Result<Position, LogError> {
+        Ok(self.state.lock().delivered.get(stream).copied().unwrap_or_default())
+    }
+
+    async fn session(&self, device: &Device) -> Result<Option<SessionRecord>, LogError> {
+        Ok(self.state.lock().sessions.get(device).cloned())
+    }
+
+    async fn put_session(&self, device: &Device, record: SessionRecord) -> Result<(), LogError> {
+        self.state.lock().sessions.insert(device.clone(), record);
+        Ok(())
+    }
+
+    fn end_session(&self, device: &Device, ended_at_ms: u64, expiry_s: u32) {
+        if let Some(session) = self.state.lock().sessions.get_mut(device) {
+            session.ended_at_ms = Some(ended_at_ms);
+            session.expiry_s = expiry_s;
+        }
+    }
+
+    async fn delete_session(&self, device: &Device) -> Result<(), LogError> {
+        self.state.lock().sessions.remove(device);
+        Ok(())
+    }
+
+    async fn flush(&self) -> Result<(), LogError> {
+        Ok(())
+    }
+
+    fn health(&self) -> Result<(), String> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::MemoryLog;
+    use crate::log::conformance::Store;
+
+    struct InMemory(MemoryLog);
+
+    impl Store for InMemory {
+        type Log = MemoryLog;
+
+        async fn open(&self) -> MemoryLog {
+            self.0.clone()
+        }
+    }
+
+    crate::log_conformance_tests!(InMemory(MemoryLog::new()));
+}

@@ -1,0 +1,260 @@
+//! The log: the truth about every conversation, behind one trait.
+//!
+//! A message exists when the log has it. The trait is shaped for more than one machine: appends are asynchronous, can fail with an
+//! unknown outcome, and can lose against another writer (compare-and-set on a conversation's last seq). Whoever implements it
+//! must pass [`conformance`]. Invariants: a conversation's seq is 1, 2, 3, … without gaps; positions grow in the order of
+//! commits; what a read returned once, every later read returns; a batch is stored whole or not at all.
+
+pub mod conformance;
+mod memory;
+mod redb;
+
+use std::fmt;
+use std::future::Future;
+use std::sync::Arc;
+
+use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
+
+pub use self::memory::MemoryLog;
+pub use self::redb::{OpenError, RedbLog, RedbOptions};
+
+/// A place in the log. Grows with every entry; 0 is before the first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Position(pub u64);
+
+/// A message to append. Its `seq` says what the writer believes to be next: the log refuses the batch if it is not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct NewEntry {
+    pub conversation: ConversationId,
+    pub seq: Seq,
+    pub from: UserId,
+    pub to: UserId,
+    pub id: Option<MessageId>,
+    pub at: Timestamp,
+    pub text: Arc<str>,
+}
+
+/// A stored message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub position: Position,
+    pub conversation: ConversationId,
+    pub seq: Seq,
+    pub from: UserId,
+    pub to: UserId,
+    pub id: Option<MessageId>,
+    pub at: Timestamp,
+    pub text: Arc<str>,
+}
+
+/// The last entry of a conversation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ConversationHead {
+    pub seq: Seq,
+    pub at: Timestamp,
+}
+
+/// A sender's id in a conversation.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct IdKey {
+    pub conversation: ConversationId,
+    pub from: UserId,
+    pub id: MessageId,
+}
+
+/// One user's side of the log: what others sent them, or what they sent.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Stream {
+    pub user: UserId,
+    pub side: Side,
+}
+
+/// Which side of a user's conversations.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Side {
+    /// Entries sent to the user.
+    Inbox,
+    /// Entries sent by the user.
+    Sent,
+}
+
+impl fmt::Display for Stream {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let side = match self.side {
+            Side::Inbox => "inbox",
+            Side::Sent => "sent",
+        };
+        write!(f, "{}/{side}", self.user)
+    }
+}
+
+/// How much one read may return. At least one entry is returned if there is one.
+#[derive(Clone, Copy, Debug)]
+pub struct ReadLimit {
+    pub entries: usize,
+    /// Of text, roughly.
+    pub bytes: usize,
+}
+
+impl ReadLimit {
+    /// Whether a page with so many entries and bytes of text may take another text.
+    fn has_room(&self, entries: usize, bytes: usize, text_bytes: usize) -> bool {
+        entries == 0 || (entries < self.entries && bytes.saturating_add(text_bytes) <= self.bytes)
+    }
+}
+
+/// Entries in order.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Page {
+    pub entries: Vec<Entry>,
+    /// Everything committed before the read began is in this page or before it.
+    pub end: bool,
+}
+
+/// A device: a user and a client id.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Device {
+    pub user: UserId,
+    pub client_id: Arc<str>,
+}
+
+impl fmt::Display for Device {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/{}", self.user, self.client_id.escape_debug())
+    }
+}
+
+/// A device's persistent session.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct SessionRecord {
+    pub subscriptions: Vec<SubscriptionRecord>,
+    /// Seconds that it outlives its last connection; `u32::MAX` for ever.
+    pub expiry_s: u32,
+    /// When its last connection ended, in milliseconds since the Unix epoch; `None` while one may be there.
+    pub ended_at_ms: Option<u64>,
+    /// Where the device stands in each of its user's streams; `None` where it never subscribed.
+    pub inbox: Option<Position>,
+    pub sent: Option<Position>,
+}
+
+impl SessionRecord {
+    /// Moves a cursor forward, if it is there and the position is later.
+    fn advance(&mut self, side: Side, position: Position) {
+        let cursor = match side {
+            Side::Inbox => &mut self.inbox,
+            Side::Sent => &mut self.sent,
+        };
+        if let Some(cursor) = cursor {
+            *cursor = position.max(*cursor);
+        }
+    }
+}
+
+/// A subscription of a session.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct SubscriptionRecord {
+    pub filter: String,
+    pub qos: u8,
+    pub no_local: bool,
+    pub retain_as_published: bool,
+}
+
+/// A cursor's new place. Cursors only advance: an older position than the stored one changes nothing.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Advance {
+    pub stream: Stream,
+    /// The device whose own cursor moves too (it must have a session with a cursor in that stream, else only the user's moves).
+    pub device: Option<Device>,
+    pub position: Position,
+}
+
+/// Why an append did not happen, or may not have.
+#[derive(Debug, thiserror::Error)]
+pub enum AppendError {
+    /// Another writer was first: nothing was stored. Read the conversation's head again.
+    #[error("conversation {conversation} has moved on: expected seq {expected} to be next")]
+    Conflict { conversation: ConversationId, expected: Seq },
+    /// No space: nothing was stored; later appends may succeed.
+    #[error("no space left: {0}")]
+    Full(String),
+    /// Stored or not, nobody knows. Read before writing again; acknowledge nothing.
+    #[error("outcome unknown: {0}")]
+    Unknown(String),
+    /// The log takes no more appends until the process starts again.
+    #[error("the log has failed: {0}")]
+    Failed(String),
+}
+
+/// A read or a session write failed.
+#[derive(Debug, thiserror::Error)]
+#[error("{what}: {cause}")]
+pub struct LogError {
+    /// What was tried, e.g. `reading alice's inbox`.
+    pub what: String,
+    /// What the storage said.
+    pub cause: String,
+}
+
+/// Where messages live. Cheap to share (`Arc`); every call may come from any task.
+pub trait Log: Send + Sync + 'static {
+    /// Stores a batch whole, durably, or not at all; positions in the batch's order. Returns only after the data is on disk.
+    fn append(&self, batch: Vec<NewEntry>) -> impl Future<Output = Result<Vec<Position>, AppendError>> + Send;
+
+    /// Heads of conversations, in the order asked; `None` for one without entries.
+    fn heads(
+        &self,
+        conversations: Vec<ConversationId>,
+    ) -> impl Future<Output = Result<Vec<Option<ConversationHead>>, LogError>> + Send;
+
+    /// Entries by their senders' ids, in the order asked; kept for at least 7 days.
+    fn find(&self, ids: Vec<IdKey>) -> impl Future<Output = Result<Vec<Option<Entry>>, LogError>> + Send;
+
+    /// Entries of one user's stream after a position. Never blocks the writer.
+    fn read(
+        &self,
+        stream: &Stream,
+        after: Position,
+        limit: ReadLimit,
+    ) -> impl Future<Output = Result<Page, LogError>> + Send;
+
+    /// Entries of a conversation after a seq (`None`: from the first).
+    fn read_conversation(
+        &self,
+        conversation: &ConversationId,
+        after: Option<Seq>,
+        limit: ReadLimit,
+    ) -> impl Future<Output = Result<Page, LogError>> + Send;
+
+    /// Position of the last committed entry, from memory.
+    fn head(&self) -> Position;
+
+    /// Moves cursors forward. Returns at once; on disk at most a second later (losing that may repeat a delivery, never skip one).
+    /// Reads of sessions and cursors see it at once.
+    fn advance(&self, advances: Vec<Advance>);
+
+    /// What some device of the user has had: the highest position that any device has acknowledged in this stream.
+    fn delivered(&self, stream: &Stream) -> impl Future<Output = Result<Position, LogError>> + Send;
+
+    /// A device's session.
+    fn session(&self, device: &Device) -> impl Future<Output = Result<Option<SessionRecord>, LogError>> + Send;
+
+    /// Writes a session; on disk when it returns. Its cursors replace the stored ones.
+    fn put_session(
+        &self,
+        device: &Device,
+        record: SessionRecord,
+    ) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    /// Notes that a device's last connection ended at this time (milliseconds since the Unix epoch), with this expiry.
+    /// Returns at once, like [`Log::advance`]. Nothing happens if there is no such session.
+    fn end_session(&self, device: &Device, ended_at_ms: u64, expiry_s: u32);
+
+    /// Removes a session with its cursors.
+    fn delete_session(&self, device: &Device) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    /// Writes what was only noted (cursors, ended sessions); on disk when it returns.
+    fn flush(&self) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    /// `Err` with the reason once the log has failed and takes no more appends.
+    fn health(&self) -> Result<(), String>;
+}

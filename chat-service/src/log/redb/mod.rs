@@ -1,0 +1,192 @@
+//! The log in one file of redb, for one machine.
+//!
+//! One thread owns every write ([`writer`]); reads take snapshots and never wait for it ([`reader`]). Callers reach the writer
+//! through a queue of bounded size; what was only noted (cursors, ended sessions) lies in memory until the next commit and is laid
+//! over what reads find on disk. Invariants: an append is answered after its commit is on disk, and [`Log::head`] moves only
+//! then; once it is unknown what is on disk the log has failed and writes nothing more.
+
+mod notes;
+mod open;
+mod reader;
+mod record;
+mod schema;
+mod writer;
+
+use std::path::Path;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread::JoinHandle;
+
+use ::redb::Database;
+use chat_protocol::{ConversationId, Seq};
+use parking_lot::RwLock;
+
+pub use self::open::OpenError;
+use self::open::Opener;
+use self::writer::Queue;
+use super::{
+    Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, Position, ReadLimit,
+    SessionRecord, Stream,
+};
+
+/// How to open a [`RedbLog`].
+#[derive(Clone, Debug)]
+pub struct RedbOptions {
+    /// Memory for pages of the file, in bytes.
+    pub cache_bytes: usize,
+}
+
+impl Default for RedbOptions {
+    fn default() -> Self {
+        Self { cache_bytes: 256 << 20 }
+    }
+}
+
+/// The log in `chat.redb`. Dropping it writes what was noted, ends the writer and releases the file; that blocks for a commit.
+#[derive(Debug)]
+pub struct RedbLog {
+    shared: Arc<Shared>,
+    writer: Option<JoinHandle<()>>,
+}
+
+/// What callers, reads and the writer share.
+#[derive(Debug)]
+struct Shared {
+    /// Reads hold it while they read; the writer takes it for itself only to open the file again after the disk was full.
+    /// `None` once closed.
+    database: RwLock<Option<Database>>,
+    queue: Queue,
+    head: AtomicU64,
+    failure: OnceLock<String>,
+}
+
+impl RedbLog {
+    /// Opens the log in a folder, which is made if it is missing. Blocks: on the disk, and on a repair after a crash (milliseconds).
+    pub fn open(folder: impl AsRef<Path>, options: RedbOptions) -> Result<Self, OpenError> {
+        let opener = Opener::new(folder.as_ref(), options);
+        opener.make_folder()?;
+        let database = opener.open()?;
+        let head = opener.prepare(&database)?;
+        opener.say_who_holds_it();
+        let shared = Arc::new(Shared {
+            database: RwLock::new(Some(database)),
+            queue: Queue::default(),
+            head: AtomicU64::new(head.0),
+            failure: OnceLock::new(),
+        });
+        let writer = writer::start(Arc::clone(&shared), opener)?;
+        Ok(Self { shared, writer: Some(writer) })
+    }
+}
+
+impl Shared {
+    fn head(&self) -> Position {
+        Position(self.head.load(Ordering::Acquire))
+    }
+
+    /// Only the writer calls it, after a commit.
+    fn committed_up_to(&self, head: Position) {
+        self.head.store(head.0, Ordering::Release);
+    }
+
+    /// The log takes no more appends. The first reason stays.
+    fn fail(&self, reason: String) {
+        tracing::error!(%reason, "the log has failed");
+        // A failure after the first tells nothing new.
+        self.failure.set(reason).unwrap_or(());
+    }
+
+    fn failure(&self) -> Option<&str> {
+        self.failure.get().map(String::as_str)
+    }
+}
+
+impl Drop for RedbLog {
+    fn drop(&mut self) {
+        self.shared.queue.close();
+        let ended = self.writer.take().map(JoinHandle::join);
+        if ended.is_some_and(|ended| ended.is_err()) {
+            tracing::error!("the log's writer panicked");
+        }
+        let database = self.shared.database.write().take();
+        if let Some(Err(error)) = database.map(Database::close) {
+            tracing::warn!(%error, "the log was not closed cleanly: it will be repaired when it is opened again");
+        }
+    }
+}
+
+impl Log for RedbLog {
+    async fn append(&self, batch: Vec<NewEntry>) -> Result<Vec<Position>, AppendError> {
+        self.shared.append(batch).await
+    }
+
+    async fn heads(&self, conversations: Vec<ConversationId>) -> Result<Vec<Option<ConversationHead>>, LogError> {
+        let lookups = conversations.len();
+        let what = format!("looking up the heads of {lookups} conversations");
+        self.shared.lookup(lookups, what, move |snapshot| reader::heads(snapshot, &conversations)).await
+    }
+
+    async fn find(&self, ids: Vec<IdKey>) -> Result<Vec<Option<Entry>>, LogError> {
+        let lookups = ids.len();
+        let what = format!("looking up {lookups} message ids");
+        self.shared.lookup(lookups, what, move |snapshot| reader::find(snapshot, &ids)).await
+    }
+
+    async fn read(&self, stream: &Stream, after: Position, limit: ReadLimit) -> Result<Page, LogError> {
+        let what = format!("reading {stream}");
+        let stream = stream.clone();
+        self.shared.page(what, move |snapshot| reader::stream(snapshot, &stream, after, limit)).await
+    }
+
+    async fn read_conversation(
+        &self,
+        conversation: &ConversationId,
+        after: Option<Seq>,
+        limit: ReadLimit,
+    ) -> Result<Page, LogError> {
+        let what = format!("reading conversation {conversation}");
+        let conversation = conversation.clone();
+        self.shared.page(what, move |snapshot| reader::conversation(snapshot, &conversation, after, limit)).await
+    }
+
+    fn head(&self) -> Position {
+        self.shared.head()
+    }
+
+    fn advance(&self, advances: Vec<Advance>) {
+        self.shared.queue.note(|notes| advances.into_iter().for_each(|advance| notes.advance(advance)));
+    }
+
+    async fn delivered(&self, stream: &Stream) -> Result<Position, LogError> {
+        self.shared.delivered(stream)
+    }
+
+    async fn session(&self, device: &Device) -> Result<Option<SessionRecord>, LogError> {
+        self.shared.session(device)
+    }
+
+    async fn put_session(&self, device: &Device, record: SessionRecord) -> Result<(), LogError> {
+        self.shared.queue.note(|notes| notes.replace(device.clone(), Some(record)));
+        self.shared.sync(format!("writing the session of {device}")).await
+    }
+
+    fn end_session(&self, device: &Device, ended_at_ms: u64, expiry_s: u32) {
+        self.shared.queue.note(|notes| notes.end(device.clone(), ended_at_ms, expiry_s));
+    }
+
+    async fn delete_session(&self, device: &Device) -> Result<(), LogError> {
+        self.shared.queue.note(|notes| notes.replace(device.clone(), None));
+        self.shared.sync(format!("removing the session of {device}")).await
+    }
+
+    async fn flush(&self) -> Result<(), LogError> {
+        self.shared.sync("writing cursors".to_owned()).await
+    }
+
+    fn health(&self) -> Result<(), String> {
+        self.shared.failure().map_or(Ok(()), |reason| Err(reason.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests;

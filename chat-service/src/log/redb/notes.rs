@@ -1,0 +1,186 @@
+//! What was noted but is not on disk yet: cursors and sessions.
+//!
+//! Reads lay the notes over what the disk says, so they see them at once. Notes about one thing are folded into one, so there are
+//! at most as many as cursors and sessions. Pure: no lock, clock or disk.
+
+use rustc_hash::FxHashMap;
+
+use super::super::{Advance, Device, Position, SessionRecord, Side, Stream};
+
+/// Notes since some moment, folded.
+#[derive(Debug, Default)]
+pub(super) struct Notes {
+    pub(super) delivered: FxHashMap<Stream, Position>,
+    pub(super) sessions: FxHashMap<Device, SessionNote>,
+}
+
+/// What happened to a session, in this order: replaced, then its cursors advanced and it ended.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct SessionNote {
+    replaced: Option<Replacement>,
+    inbox: Option<Position>,
+    sent: Option<Position>,
+    ended: Option<End>,
+}
+
+/// What a session was replaced with: `None` if it was deleted.
+type Replacement = Option<SessionRecord>;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct End {
+    at_ms: u64,
+    expiry_s: u32,
+}
+
+impl Notes {
+    pub(super) fn is_empty(&self) -> bool {
+        self.delivered.is_empty() && self.sessions.is_empty()
+    }
+
+    pub(super) fn advance(&mut self, advance: Advance) {
+        let Advance { stream, device, position } = advance;
+        if let Some(device) = device {
+            let note = self.sessions.entry(device).or_default();
+            let cursor = match stream.side {
+                Side::Inbox => &mut note.inbox,
+                Side::Sent => &mut note.sent,
+            };
+            *cursor = (*cursor).max(Some(position));
+        }
+        let delivered = self.delivered.entry(stream).or_default();
+        *delivered = position.max(*delivered);
+    }
+
+    /// Earlier notes about the session are void.
+    pub(super) fn replace(&mut self, device: Device, record: Option<SessionRecord>) {
+        self.sessions.insert(device, SessionNote { replaced: Some(record), ..SessionNote::default() });
+    }
+
+    pub(super) fn end(&mut self, device: Device, at_ms: u64, expiry_s: u32) {
+        self.sessions.entry(device).or_default().ended = Some(End { at_ms, expiry_s });
+    }
+
+    /// Adds notes made after these.
+    pub(super) fn fold(&mut self, later: Self) {
+        for (stream, position) in later.delivered {
+            let delivered = self.delivered.entry(stream).or_default();
+            *delivered = position.max(*delivered);
+        }
+        for (device, note) in later.sessions {
+            self.sessions.entry(device).or_default().fold(note);
+        }
+    }
+}
+
+impl SessionNote {
+    fn fold(&mut self, later: Self) {
+        if later.replaced.is_some() {
+            *self = later;
+            return;
+        }
+        self.inbox = self.inbox.max(later.inbox);
+        self.sent = self.sent.max(later.sent);
+        self.ended = later.ended.or(self.ended);
+    }
+
+    /// Whether the stored session matters for what the session is now.
+    pub(super) fn needs_stored(&self) -> bool {
+        self.replaced.is_none()
+    }
+
+    /// The session as it is now, from the one stored before the note.
+    pub(super) fn apply(&self, stored: Option<SessionRecord>) -> Option<SessionRecord> {
+        let mut session = self.replaced.clone().unwrap_or(stored)?;
+        for (side, cursor) in [(Side::Inbox, self.inbox), (Side::Sent, self.sent)] {
+            if let Some(position) = cursor {
+                session.advance(side, position);
+            }
+        }
+        if let Some(End { at_ms, expiry_s }) = self.ended {
+            session.ended_at_ms = Some(at_ms);
+            session.expiry_s = expiry_s;
+        }
+        Some(session)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chat_protocol::UserId;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Advance(Side, u64),
+        Put(Option<u64>, Option<u64>),
+        Delete,
+        End(u64),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let side = prop_oneof![Just(Side::Inbox), Just(Side::Sent)];
+        let step = prop_oneof![
+            (side, 0_u64..20).prop_map(|(side, position)| Step::Advance(side, position)),
+            (any::<Option<bool>>(), any::<Option<bool>>())
+                .prop_map(|(inbox, sent)| Step::Put(inbox.map(u64::from), sent.map(|sent| 9 * u64::from(sent)))),
+            Just(Step::Delete),
+            (0_u64..20).prop_map(Step::End),
+        ];
+        prop::collection::vec(step, 0..12)
+    }
+
+    fn device() -> Device {
+        Device { user: UserId::parse("bob").unwrap(), client_id: "phone".into() }
+    }
+
+    fn note(notes: &mut Notes, step: &Step) {
+        match *step {
+            Step::Advance(side, position) => notes.advance(Advance {
+                stream: Stream { user: device().user, side },
+                device: Some(device()),
+                position: Position(position),
+            }),
+            Step::Put(inbox, sent) => notes.replace(device(), Some(record(inbox, sent))),
+            Step::Delete => notes.replace(device(), None),
+            Step::End(at_ms) => notes.end(device(), at_ms, 7),
+        }
+    }
+
+    fn record(inbox: Option<u64>, sent: Option<u64>) -> SessionRecord {
+        SessionRecord { inbox: inbox.map(Position), sent: sent.map(Position), ..SessionRecord::default() }
+    }
+
+    /// What the steps do to a session one by one.
+    fn done_at_once(session: Option<SessionRecord>, steps: &[Step]) -> Option<SessionRecord> {
+        steps.iter().fold(session, |session, step| match *step {
+            Step::Put(inbox, sent) => Some(record(inbox, sent)),
+            Step::Delete => None,
+            Step::Advance(side, position) => session.map(|mut session| {
+                session.advance(side, Position(position));
+                session
+            }),
+            Step::End(at_ms) => {
+                session.map(|session| SessionRecord { ended_at_ms: Some(at_ms), expiry_s: 7, ..session })
+            }
+        })
+    }
+
+    proptest! {
+        #[test]
+        fn folded_notes_mean_what_the_steps_did(stored in any::<bool>(), before in steps(), after in steps()) {
+            let stored = stored.then(|| record(Some(5), None));
+            let (mut earlier, mut later) = (Notes::default(), Notes::default());
+            before.iter().for_each(|step| note(&mut earlier, step));
+            after.iter().for_each(|step| note(&mut later, step));
+            let all: Vec<Step> = [before, after].concat();
+            earlier.fold(later);
+            let read = match earlier.sessions.get(&device()) {
+                Some(note) => note.apply(stored.clone()),
+                None => stored.clone(),
+            };
+            prop_assert_eq!(read, done_at_once(stored, &all));
+        }
+    }
+}

@@ -1,0 +1,302 @@
+//! How entries and sessions are written: a version byte, a CRC-32 of key, version and body, and the body.
+//!
+//! The checksum covers the key, so a record under another's key is found out as surely as a flipped bit. Decoding never panics:
+//! what cannot be read is a [`Broken`] that names table and key. Lengths and numbers are LEB128: short where they are small.
+
+use std::sync::Arc;
+
+use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
+
+use super::super::{Device, Entry, NewEntry, Position, SessionRecord, SubscriptionRecord};
+use super::schema;
+
+/// The version that this code writes, and the only one so far.
+const VERSION: u8 = 1;
+const HEADER_BYTES: usize = 5;
+
+/// Something in the file is not what was written there.
+#[derive(Debug, thiserror::Error)]
+#[error("table {table}, key {key}: {reason}")]
+pub(super) struct Broken {
+    pub(super) table: &'static str,
+    pub(super) key: String,
+    pub(super) reason: String,
+}
+
+impl Broken {
+    /// For a key made of bytes.
+    pub(super) fn at(table: &'static str, key: &[u8], reason: impl Into<String>) -> Self {
+        Self { table, key: key.escape_ascii().to_string(), reason: reason.into() }
+    }
+
+    /// For an entry, whose key is its position.
+    pub(super) fn entry(position: Position, reason: impl Into<String>) -> Self {
+        Self { table: "entries", key: position.0.to_string(), reason: reason.into() }
+    }
+}
+
+/// Writes an entry's record into `record`, whose old content is lost.
+pub(super) fn encode_entry(position: Position, entry: &NewEntry, record: &mut Vec<u8>) {
+    begin(record);
+    put_number(record, entry.seq.get());
+    put_number(record, entry.at.as_ms());
+    put_text(record, entry.conversation.as_str());
+    put_text(record, entry.from.as_str());
+    put_text(record, entry.to.as_str());
+    // No id has no characters.
+    put_text(record, entry.id.as_ref().map_or("", |id| id.as_str()));
+    put_text(record, &entry.text);
+    seal(&position.0.to_be_bytes(), record);
+}
+
+pub(super) fn decode_entry(position: Position, record: &[u8]) -> Result<Entry, Broken> {
+    let broken = |reason: String| Broken::entry(position, reason);
+    let mut body = open(&position.0.to_be_bytes(), record).map_err(broken)?;
+    let mut entry = || -> Result<Entry, String> {
+        let seq = body.number()?;
+        let at = body.number()?;
+        let conversation = body.text()?;
+        let from = body.text()?;
+        let to = body.text()?;
+        let id = body.text()?;
+        let text = body.text()?;
+        body.finish()?;
+        Ok(Entry {
+            position,
+            conversation: ConversationId::parse(conversation).map_err(|error| error.to_string())?,
+            seq: Seq::new(seq).ok_or("seq 0")?,
+            from: UserId::parse(from).map_err(|error| error.to_string())?,
+            to: UserId::parse(to).map_err(|error| error.to_string())?,
+            id: match id {
+                "" => None,
+                id => Some(MessageId::parse(id).map_err(|error| error.to_string())?),
+            },
+            at: Timestamp::from_ms(at),
+            text: Arc::from(text),
+        })
+    };
+    entry().map_err(broken)
+}
+
+const HAS_ENDED: u64 = 1;
+const HAS_INBOX: u64 = 2;
+const HAS_SENT: u64 = 4;
+
+const NO_LOCAL: u64 = 4;
+const RETAIN_AS_PUBLISHED: u64 = 8;
+const QOS_MASK: u64 = 3;
+
+/// A session's record, ready to be stored under [`schema::session_key`].
+pub(super) fn encode_session(key: &[u8], session: &SessionRecord) -> Vec<u8> {
+    let mut record = Vec::new();
+    begin(&mut record);
+    let optional = [
+        (HAS_ENDED, session.ended_at_ms),
+        (HAS_INBOX, session.inbox.map(|position| position.0)),
+        (HAS_SENT, session.sent.map(|position| position.0)),
+    ];
+    put_number(&mut record, u64::from(session.expiry_s));
+    put_number(&mut record, optional.iter().filter(|(_, value)| value.is_some()).map(|(flag, _)| flag).sum());
+    for value in optional.iter().filter_map(|(_, value)| *value) {
+        put_number(&mut record, value);
+    }
+    put_number(&mut record, session.subscriptions.len() as u64);
+    for subscription in &session.subscriptions {
+        let mut options = u64::from(subscription.qos) & QOS_MASK;
+        if subscription.no_local {
+            options |= NO_LOCAL;
+        }
+        if subscription.retain_as_published {
+            options |= RETAIN_AS_PUBLISHED;
+        }
+        put_number(&mut record, options);
+        put_text(&mut record, &subscription.filter);
+    }
+    seal(key, &mut record);
+    record
+}
+
+pub(super) fn decode_session(device: &Device, record: &[u8]) -> Result<SessionRecord, Broken> {
+    let key = schema::session_key(device);
+    let broken = |reason: String| Broken::at("sessions", &key, reason);
+    let mut body = open(&key, record).map_err(broken)?;
+    let mut session = || -> Result<SessionRecord, String> {
+        let expiry_s = u32::try_from(body.number()?).map_err(|_| "the expiry is too large")?;
+        let present = body.number()?;
+        let mut optional = |flag| if present & flag == 0 { Ok(None) } else { body.number().map(Some) };
+        let ended_at_ms = optional(HAS_ENDED)?;
+        let inbox = optional(HAS_INBOX)?.map(Position);
+        let sent = optional(HAS_SENT)?.map(Position);
+        let count = body.number()?;
+        let mut subscriptions = Vec::new();
+        for _ in 0..count {
+            let options = body.number()?;
+            subscriptions.push(SubscriptionRecord {
+                filter: body.text()?.to_owned(),
+                qos: u8::try_from(options & QOS_MASK).map_err(|_| "a QoS that cannot be")?,
+                no_local: options & NO_LOCAL != 0,
+                retain_as_published: options & RETAIN_AS_PUBLISHED != 0,
+            });
+        }
+        body.finish()?;
+        Ok(SessionRecord { subscriptions, expiry_s, ended_at_ms, inbox, sent })
+    };
+    session().map_err(broken)
+}
+
+fn begin(record: &mut Vec<u8>) {
+    record.clear();
+    record.push(VERSION);
+    record.extend_from_slice(&[0; HEADER_BYTES - 1]);
+}
+
+fn seal(key: &[u8], record: &mut [u8]) {
+    let (header, body) = record.split_at_mut(HEADER_BYTES);
+    let sum = checksum(key, header[0], body);
+    header[1..].copy_from_slice(&sum.to_le_bytes());
+}
+
+fn open<'a>(key: &[u8], record: &'a [u8]) -> Result<Body<'a>, String> {
+    let (header, body) = record.split_first_chunk::<HEADER_BYTES>().ok_or("the record is cut short")?;
+    let [version, sum @ ..] = *header;
+    if checksum(key, version, body) != u32::from_le_bytes(sum) {
+        return Err("the checksum does not match".to_owned());
+    }
+    if version != VERSION {
+        return Err(format!("record version {version} is not known here"));
+    }
+    Ok(Body(body))
+}
+
+fn checksum(key: &[u8], version: u8, body: &[u8]) -> u32 {
+    let mut hasher = crc32fast::Hasher::new();
+    hasher.update(key);
+    hasher.update(&[version]);
+    hasher.update(body);
+    hasher.finalize()
+}
+
+fn put_number(record: &mut Vec<u8>, mut number: u64) {
+    loop {
+        let low = number.to_le_bytes()[0] & 0x7f;
+        number >>= 7;
+        if number == 0 {
+            record.push(low);
+            return;
+        }
+        record.push(low | 0x80);
+    }
+}
+
+fn put_text(record: &mut Vec<u8>, text: &str) {
+    put_number(record, text.len() as u64);
+    record.extend_from_slice(text.as_bytes());
+}
+
+/// What of a record's body has not been read yet.
+struct Body<'a>(&'a [u8]);
+
+impl<'a> Body<'a> {
+    fn number(&mut self) -> Result<u64, String> {
+        let mut number = 0;
+        for shift in (0..u64::BITS).step_by(7) {
+            let (byte, rest) = self.0.split_first().ok_or("the record ends within a number")?;
+            self.0 = rest;
+            number |= u64::from(byte & 0x7f) << shift;
+            if byte & 0x80 == 0 {
+                return Ok(number);
+            }
+        }
+        Err("a number is too long".to_owned())
+    }
+
+    fn text(&mut self) -> Result<&'a str, String> {
+        let length = usize::try_from(self.number()?).map_err(|_| "a text is too long")?;
+        let (text, rest) = self.0.split_at_checked(length).ok_or("the record ends within a text")?;
+        self.0 = rest;
+        str::from_utf8(text).map_err(|_| "a text is not UTF-8".to_owned())
+    }
+
+    fn finish(&self) -> Result<(), String> {
+        if self.0.is_empty() { Ok(()) } else { Err(format!("{} bytes too many", self.0.len())) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn entry() -> NewEntry {
+        NewEntry {
+            conversation: ConversationId::parse("alice:bob").unwrap(),
+            seq: Seq::new(300).unwrap(),
+            from: UserId::parse("bob").unwrap(),
+            to: UserId::parse("alice").unwrap(),
+            id: Some(MessageId::parse("m-1").unwrap()),
+            at: Timestamp::from_ms(1_795_456_800_123),
+            text: "héllo \0 🦀".into(),
+        }
+    }
+
+    #[test]
+    fn entries_come_back() {
+        for new in [entry(), NewEntry { id: None, text: "".into(), ..entry() }] {
+            let mut record = b"old content".to_vec();
+            encode_entry(Position(7), &new, &mut record);
+            let read = decode_entry(Position(7), &record).unwrap();
+            let NewEntry { conversation, seq, from, to, id, at, text } = new;
+            assert_eq!(read, Entry { position: Position(7), conversation, seq, from, to, id, at, text });
+        }
+    }
+
+    #[test]
+    fn every_flipped_bit_and_every_cut_is_noticed() {
+        let mut record = Vec::new();
+        encode_entry(Position(7), &entry(), &mut record);
+        for bit in 0..record.len() * 8 {
+            let mut flipped = record.clone();
+            flipped[bit / 8] ^= 1 << (bit % 8);
+            decode_entry(Position(7), &flipped).unwrap_err();
+        }
+        for length in 0..record.len() {
+            decode_entry(Position(7), &record[..length]).unwrap_err();
+        }
+        let elsewhere = decode_entry(Position(8), &record).unwrap_err();
+        assert_eq!(elsewhere.to_string(), "table entries, key 8: the checksum does not match");
+    }
+
+    #[test]
+    fn sessions_come_back() {
+        let device = Device { user: UserId::parse("bob").unwrap(), client_id: "a\0/é".into() };
+        let full = SessionRecord {
+            subscriptions: vec![
+                SubscriptionRecord {
+                    filter: "chat/bob/inbox".to_owned(),
+                    qos: 2,
+                    no_local: false,
+                    retain_as_published: true,
+                },
+                SubscriptionRecord { filter: "#".to_owned(), qos: 1, no_local: true, retain_as_published: false },
+            ],
+            expiry_s: u32::MAX,
+            ended_at_ms: Some(u64::MAX),
+            inbox: Some(Position(0)),
+            sent: Some(Position(u64::MAX)),
+        };
+        let half = SessionRecord { ended_at_ms: None, inbox: None, ..full.clone() };
+        for session in [SessionRecord::default(), full, half] {
+            let record = encode_session(&schema::session_key(&device), &session);
+            assert_eq!(decode_session(&device, &record).unwrap(), session);
+        }
+    }
+
+    #[test]
+    fn a_newer_record_version_is_named() {
+        let mut record = Vec::new();
+        encode_entry(Position(7), &entry(), &mut record);
+        record[0] = 9;
+        seal(&7_u64.to_be_bytes(), &mut record);
+        let newer = decode_entry(Position(7), &record).unwrap_err();
+        assert_eq!(newer.reason, "record version 9 is not known here");
+    }
+}

@@ -1,0 +1,196 @@
+//! What chatd counts, and how Prometheus reads it.
+//!
+//! Counters and gauges are atomics; a histogram takes a short lock, so on hot paths observe once per batch where that says the same.
+//! Labels take values from the code only, never from a client: the number of series is bounded.
+
+use std::sync::atomic::AtomicU64;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use prometheus_client::encoding::text::encode;
+use prometheus_client::encoding::{EncodeLabelSet, EncodeLabelValue, LabelValueEncoder};
+use prometheus_client::metrics::counter::Counter;
+use prometheus_client::metrics::family::Family;
+use prometheus_client::metrics::gauge::Gauge;
+use prometheus_client::metrics::histogram::{Histogram, exponential_buckets};
+use prometheus_client::metrics::info::Info;
+use prometheus_client::registry::{Registry, Unit};
+
+/// The type of what [`Metrics::encode`] returns.
+pub const CONTENT_TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
+
+/// Everything that is counted. One for the process, shared in an `Arc`.
+#[derive(Debug)]
+pub struct Metrics {
+    /// `chatd_connections`: MQTT connections, now.
+    pub connections: Gauge,
+    /// `chatd_connects_total`: accepted CONNECTs.
+    pub connects: Counter,
+    /// `chatd_messages_accepted_total`: chat messages stored.
+    pub messages_accepted: Counter,
+    /// `chatd_messages_delivered_total`: chat messages sent to devices, each device counting.
+    pub messages_delivered: Counter,
+    /// `chatd_messages_duplicate_total`: resends answered with the first seq.
+    pub messages_duplicate: Counter,
+    /// `chatd_commit_seconds`: writing a batch to the log, fsync included.
+    pub commit_seconds: Histogram,
+    /// `chatd_commit_messages`: messages in a batch.
+    pub commit_messages: Histogram,
+    /// `chatd_publish_to_puback_seconds`: from reading a PUBLISH to sending its PUBACK or PUBREC.
+    pub publish_to_puback_seconds: Histogram,
+    /// `chatd_publish_to_delivery_seconds`: from reading a PUBLISH to sending the message to a device that was there.
+    pub publish_to_delivery_seconds: Histogram,
+    refused: Family<Reason, Counter>,
+    bus_gaps: Family<Bus, Counter>,
+    bus_restarts: Family<Bus, Counter>,
+    registry: Registry,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Reason {
+    reason: Name,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Bus {
+    bus: Name,
+}
+
+/// A label's value, from the code.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Name(&'static str);
+
+impl EncodeLabelValue for Name {
+    fn encode(&self, encoder: &mut LabelValueEncoder<'_>) -> Result<(), std::fmt::Error> {
+        EncodeLabelValue::encode(&self.0, encoder)
+    }
+}
+
+impl Metrics {
+    /// Nothing counted yet. The process's start is now.
+    pub fn new() -> Self {
+        let metrics = Self {
+            connections: Gauge::default(),
+            connects: Counter::default(),
+            messages_accepted: Counter::default(),
+            messages_delivered: Counter::default(),
+            messages_duplicate: Counter::default(),
+            commit_seconds: Histogram::new(latency_buckets()),
+            commit_messages: Histogram::new(exponential_buckets(1.0, 2.0, 16)),
+            publish_to_puback_seconds: Histogram::new(latency_buckets()),
+            publish_to_delivery_seconds: Histogram::new(latency_buckets()),
+            refused: Family::default(),
+            bus_gaps: Family::default(),
+            bus_restarts: Family::default(),
+            registry: Registry::with_prefix("chatd"),
+        };
+        metrics.registered()
+    }
+
+    fn registered(mut self) -> Self {
+        let started = Gauge::<f64, AtomicU64>::default();
+        started.set(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |since| since.as_secs_f64()));
+        let build = Info::new([("version", env!("CARGO_PKG_VERSION"))]);
+
+        let r = &mut self.registry;
+        r.register("build", "The version that runs", build);
+        r.register_with_unit("start_time", "When the process began, since the Unix epoch", Unit::Seconds, started);
+        r.register("connections", "MQTT connections, now", self.connections.clone());
+        r.register("connects", "Accepted CONNECTs", self.connects.clone());
+        r.register("messages_accepted", "Chat messages stored", self.messages_accepted.clone());
+        r.register("messages_delivered", "Chat messages sent to devices", self.messages_delivered.clone());
+        r.register("messages_duplicate", "Resends answered with the first seq", self.messages_duplicate.clone());
+        r.register("refused", "Refused connects, publishes and subscriptions", self.refused.clone());
+        r.register_with_unit("commit", "Writing a batch to the log", Unit::Seconds, self.commit_seconds.clone());
+        r.register("commit_messages", "Messages in a batch", self.commit_messages.clone());
+        r.register_with_unit(
+            "publish_to_puback",
+            "From reading a PUBLISH to sending its PUBACK or PUBREC",
+            Unit::Seconds,
+            self.publish_to_puback_seconds.clone(),
+        );
+        r.register_with_unit(
+            "publish_to_delivery",
+            "From reading a PUBLISH to sending the message to a device that was there",
+            Unit::Seconds,
+            self.publish_to_delivery_seconds.clone(),
+        );
+        r.register("bus_gaps", "Times that live messages were lost on a bus and read again", self.bus_gaps.clone());
+        r.register("bus_restarts", "Times that a bus had ended and was replaced", self.bus_restarts.clone());
+        self
+    }
+
+    /// `chatd_refused_total{reason}`: a connect, publish or subscription was refused.
+    pub fn refused(&self, reason: &'static str) {
+        self.refused.get_or_create(&Reason { reason: Name(reason) }).inc();
+    }
+
+    /// `chatd_bus_gaps_total{bus}`: live messages were lost there and have to be read from the log.
+    pub fn bus_gap(&self, bus: &'static str) {
+        self.bus_gaps.get_or_create(&Bus { bus: Name(bus) }).inc();
+    }
+
+    /// `chatd_bus_restarts_total{bus}`: it had ended and was replaced.
+    pub fn bus_restart(&self, bus: &'static str) {
+        self.bus_restarts.get_or_create(&Bus { bus: Name(bus) }).inc();
+    }
+
+    /// Everything, in OpenMetrics text.
+    pub fn encode(&self) -> String {
+        let mut text = String::new();
+        encode(&mut text, &self.registry).expect("writing to a string does not fail");
+        text
+    }
+}
+
+impl Default for Metrics {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// From 50 µs to 26 s, each twice the one before.
+fn latency_buckets() -> impl Iterator<Item = f64> {
+    exponential_buckets(0.000_05, 2.0, 20)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_promised_name_is_there() {
+        let metrics = Metrics::new();
+        metrics.connections.inc();
+        metrics.connects.inc();
+        metrics.messages_accepted.inc_by(3);
+        metrics.messages_delivered.inc();
+        metrics.messages_duplicate.inc();
+        metrics.refused("bad_topic");
+        metrics.commit_seconds.observe(0.001);
+        metrics.commit_messages.observe(100.0);
+        metrics.publish_to_puback_seconds.observe(0.002);
+        metrics.publish_to_delivery_seconds.observe(0.002);
+        metrics.bus_gap("chat");
+        metrics.bus_restart("ordinary");
+        let text = metrics.encode();
+        for line in [
+            "chatd_connections 1",
+            "chatd_connects_total 1",
+            "chatd_messages_accepted_total 3",
+            "chatd_messages_delivered_total 1",
+            "chatd_messages_duplicate_total 1",
+            "chatd_refused_total{reason=\"bad_topic\"} 1",
+            "chatd_commit_seconds_count 1",
+            "chatd_commit_seconds_bucket{le=\"0.00005\"} 0",
+            "chatd_commit_messages_bucket{le=\"128.0\"} 1",
+            "chatd_publish_to_puback_seconds_sum 0.002",
+            "chatd_publish_to_delivery_seconds_count 1",
+            "chatd_bus_gaps_total{bus=\"chat\"} 1",
+            "chatd_bus_restarts_total{bus=\"ordinary\"} 1",
+            concat!("chatd_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
+            "# UNIT chatd_start_time_seconds seconds",
+        ] {
+            assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");
+        }
+    }
+}

@@ -1,0 +1,285 @@
+//! The sequencer: the one task that numbers messages and writes them to the log.
+//!
+//! While one batch is being written the next one gathers in the queue: a lone message commits at once, and under load batches grow by
+//! themselves. What is committed goes to the announcer, which answers the senders and puts the messages on the bus while the next batch is
+//! already on its way to the disk. Invariant: nothing is answered as stored, and nothing is announced, before the log has it on disk.
+
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use broker::Announcer;
+use broker::completion::{Reply, complete};
+use broker::live::LiveMessage;
+use broker::service::PublishOutcome;
+use chat_protocol::{ConversationId, ErrorCode, Timestamp};
+use rustc_hash::FxHashMap;
+use tokio::sync::mpsc;
+
+use crate::core::{self, Decision, Plan, Send};
+use crate::envelope;
+use crate::log::{AppendError, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, Position};
+use crate::metrics::Metrics;
+use crate::refusal;
+
+/// Submissions that may wait; past that publishers wait, and their PUBACKs come later.
+pub const SUBMISSIONS_MAX: usize = 4_096;
+/// Messages in one commit.
+const BATCH_MESSAGES_MAX: usize = 4_096;
+/// Committed batches that may wait for the announcer.
+const COMMITTED_BATCHES_MAX: usize = 4;
+/// Conversations whose last entry is kept in memory; when it is full all are forgotten and read again.
+const HEADS_MAX: usize = 200_000;
+/// Attempts after another writer was first.
+const CONFLICT_RETRIES: usize = 16;
+
+/// A checked publish on its way to the log.
+pub struct Submission {
+    pub send: Send,
+    pub reply: Reply,
+    pub can_answer: bool,
+    pub topic: String,
+    pub received_at: Instant,
+}
+
+struct Committed {
+    batch: Vec<Submission>,
+    plan: Plan,
+    positions: Vec<Position>,
+}
+
+/// Numbers and writes until `shutdown`, and then what the queue still holds.
+pub async fn run<L: Log>(
+    log: Arc<L>,
+    mut queue: mpsc::Receiver<Vec<Submission>>,
+    announcer: Announcer,
+    metrics: Arc<Metrics>,
+    shutdown: impl Future<Output = ()> + std::marker::Send,
+) {
+    let mut shutdown = std::pin::pin!(shutdown);
+    let mut open = true;
+    let (committed, to_announce) = mpsc::channel(COMMITTED_BATCHES_MAX);
+    let announcing = tokio::spawn(announce(to_announce, announcer.clone(), Arc::clone(&metrics)));
+    let mut heads = FxHashMap::default();
+    let mut gathered: Vec<Vec<Submission>> = Vec::new();
+    loop {
+        let received = tokio::select! {
+            biased;
+            () = &mut shutdown, if open => {
+                open = false;
+                queue.close();
+                continue;
+            }
+            received = queue.recv_many(&mut gathered, BATCH_MESSAGES_MAX) => received,
+        };
+        if received == 0 {
+            break;
+        }
+        let mut rest = gathered.drain(..).flatten();
+        loop {
+            let batch: Vec<Submission> = rest.by_ref().take(BATCH_MESSAGES_MAX).collect();
+            if batch.is_empty() {
+                break;
+            }
+            if let Some(done) = write(&*log, &mut heads, batch, &announcer, &metrics).await
+                && committed.send(done).await.is_err()
+            {
+                tracing::error!("the announcer has ended");
+                return;
+            }
+        }
+    }
+    drop(committed);
+    if announcing.await.is_err() {
+        tracing::error!("the announcer panicked");
+    }
+}
+
+async fn write<L: Log>(
+    log: &L,
+    heads: &mut FxHashMap<ConversationId, ConversationHead>,
+    batch: Vec<Submission>,
+    announcer: &Announcer,
+    metrics: &Metrics,
+) -> Option<Committed> {
+    let sends: Vec<Send> = batch.iter().map(|submission| submission.send.clone()).collect();
+    for _ in 0..CONFLICT_RETRIES {
+        let plan = match prepare(log, heads, &sends).await {
+            Ok(plan) => plan,
+            Err(error) => {
+                tracing::error!(%error, "a batch could not be prepared");
+                refuse_all(batch, ErrorCode::Unavailable, "the log cannot be read now: send it again", announcer, metrics);
+                return None;
+            }
+        };
+        if plan.entries.is_empty() {
+            return Some(Committed { batch, plan, positions: Vec::new() });
+        }
+        let began = Instant::now();
+        match log.append(plan.entries.clone()).await {
+            Ok(positions) => {
+                metrics.commit_seconds.observe(began.elapsed().as_secs_f64());
+                metrics.commit_messages.observe(f64::from(u32::try_from(positions.len()).unwrap_or(u32::MAX)));
+                metrics.messages_accepted.inc_by(positions.len() as u64);
+                remember(heads, &plan.entries);
+                return Some(Committed { batch, plan, positions });
+            }
+            Err(AppendError::Conflict { conversation, .. }) => {
+                tracing::debug!(%conversation, "another writer was first");
+                heads.remove(&conversation);
+            }
+            Err(AppendError::Full(reason)) => {
+                tracing::warn!(%reason, "the disk is full: senders are refused");
+                refuse_all(batch, ErrorCode::StorageFull, "the server has no space left", announcer, metrics);
+                return None;
+            }
+            Err(error @ (AppendError::Unknown(_) | AppendError::Failed(_))) => {
+                tracing::error!(%error, "a batch was not written");
+                heads.clear();
+                // Dropping the replies closes the senders' connections without an acknowledgement.
+                return None;
+            }
+        }
+    }
+    tracing::error!("gave up after {CONFLICT_RETRIES} conflicts");
+    None
+}
+
+async fn prepare<L: Log>(
+    log: &L,
+    heads: &mut FxHashMap<ConversationId, ConversationHead>,
+    sends: &[Send],
+) -> Result<Plan, LogError> {
+    let mut unknown: Vec<ConversationId> =
+        sends.iter().filter(|send| !heads.contains_key(&send.conversation)).map(|send| send.conversation.clone()).collect();
+    if !unknown.is_empty() {
+        unknown.sort_unstable();
+        unknown.dedup();
+        if heads.len() + unknown.len() > HEADS_MAX {
+            heads.clear();
+            unknown = sends.iter().map(|send| send.conversation.clone()).collect();
+        }
+        let found = log.heads(unknown.clone()).await?;
+        heads.extend(unknown.into_iter().zip(found).filter_map(|(conversation, head)| Some((conversation, head?))));
+    }
+    // A conversation without entries has no ids either.
+    let keys: Vec<IdKey> =
+        sends.iter().filter(|send| heads.contains_key(&send.conversation)).filter_map(Send::id_key).collect();
+    let stored: FxHashMap<IdKey, Entry> = if keys.is_empty() {
+        FxHashMap::default()
+    } else {
+        let found = log.find(keys.clone()).await?;
+        keys.into_iter().zip(found).filter_map(|(key, entry)| Some((key, entry?))).collect()
+    };
+    Ok(core::plan(sends, heads, &stored, now()))
+}
+
+fn remember(heads: &mut FxHashMap<ConversationId, ConversationHead>, entries: &[NewEntry]) {
+    for entry in entries {
+        let head = ConversationHead { seq: entry.seq, at: entry.at };
+        match heads.get_mut(&entry.conversation) {
+            Some(known) => *known = head,
+            None => {
+                heads.insert(entry.conversation.clone(), head);
+            }
+        }
+    }
+}
+
+fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: &Announcer, metrics: &Metrics) {
+    let outcomes = batch
+        .into_iter()
+        .map(|submission| {
+            let told = !submission.can_answer;
+            let id = submission.send.id.as_ref().map(|id| id.as_str());
+            refusal::count_and_tell(announcer, metrics, submission.send.from.as_str(), told, code, reason, &submission.topic, id);
+            (submission.reply, PublishOutcome::Refused(refusal::refusal(code, reason)))
+        })
+        .collect();
+    complete(outcomes);
+}
+
+/// Answers senders and puts messages on the bus, batch after batch in the order of the log.
+async fn announce(mut committed: mpsc::Receiver<Committed>, announcer: Announcer, metrics: Arc<Metrics>) {
+    while let Some(Committed { batch, plan, positions }) = committed.recv().await {
+        let mut messages = Vec::with_capacity(positions.len());
+        let mut outcomes = Vec::with_capacity(batch.len());
+        for (submission, decision) in batch.into_iter().zip(&plan.decisions) {
+            let head = match decision {
+                Decision::Append(index) => {
+                    let entry = &plan.entries[*index];
+                    push_live(&mut messages, &announcer, entry, positions[*index], submission.received_at);
+                    ConversationHead { seq: entry.seq, at: entry.at }
+                }
+                Decision::SameAsNew(index) => {
+                    metrics.messages_duplicate.inc();
+                    let entry = &plan.entries[*index];
+                    ConversationHead { seq: entry.seq, at: entry.at }
+                }
+                Decision::Stored(head) => {
+                    metrics.messages_duplicate.inc();
+                    *head
+                }
+                Decision::IdConflict => {
+                    let reason = "this id was used for another text in this conversation";
+                    let code = ErrorCode::IdConflict;
+                    let id = submission.send.id.as_ref().map(|id| id.as_str());
+                    refusal::count_and_tell(
+                        &announcer,
+                        &metrics,
+                        submission.send.from.as_str(),
+                        !submission.can_answer,
+                        code,
+                        reason,
+                        &submission.topic,
+                        id,
+                    );
+                    outcomes.push((submission.reply, PublishOutcome::Refused(refusal::refusal(code, reason))));
+                    continue;
+                }
+            };
+            let properties = if submission.can_answer {
+                vec![("seq", head.seq.to_string()), ("at", head.at.as_ms().to_string())]
+            } else {
+                Vec::new()
+            };
+            let subscribers = announcer.is_connected(submission.send.to.as_str());
+            outcomes.push((submission.reply, PublishOutcome::Stored { subscribers, properties }));
+        }
+        if !messages.is_empty() {
+            announcer.announce(messages);
+        }
+        complete(outcomes);
+    }
+}
+
+fn push_live(
+    messages: &mut Vec<LiveMessage>,
+    announcer: &Announcer,
+    entry: &NewEntry,
+    position: Position,
+    received_at: Instant,
+) {
+    let inbox = chat_protocol::topic::Down::Inbox.topic(&entry.to);
+    let sent = chat_protocol::topic::Down::Sent.topic(&entry.from);
+    let (to_inbox, to_sent) = (announcer.has_subscribers(&inbox), announcer.has_subscribers(&sent));
+    if !to_inbox && !to_sent {
+        return;
+    }
+    let payload = envelope::encode(entry);
+    let properties = envelope::properties(entry.seq, &entry.from, entry.id.as_ref());
+    let properties: Vec<(&str, &str)> = properties.iter().map(|(key, value)| (*key, value.as_str())).collect();
+    let position = broker::service::Position(position.0);
+    let received_us = announcer.micros(received_at);
+    for (topic, wanted) in [(inbox, to_inbox), (sent, to_sent)] {
+        if wanted {
+            messages.push(LiveMessage::new(topic.into(), position, received_us, payload.clone(), &properties));
+        }
+    }
+}
+
+/// The server's clock.
+fn now() -> Timestamp {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    Timestamp::from_ms(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}

@@ -1,0 +1,246 @@
+//! The server as a whole: opens the log, starts the sequencer, the broker and the listeners, and takes them down in the opposite order.
+
+use std::future::Future;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::Context;
+use broker::{Announcer, Broker};
+use tokio::net::TcpListener;
+use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+
+use crate::http::{self, Readiness};
+use crate::log::{Log, RedbLog, RedbOptions};
+use crate::metrics::Metrics;
+use crate::sequencer;
+use crate::service::{BOUND_FILTERS, ChatService};
+use crate::settings::Settings;
+
+/// A bus that was silent for so long is not well.
+const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(10);
+/// How often the health of the parts is looked at.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+
+type Chat = ChatService<RedbLog>;
+
+/// A server whose sockets are bound and whose log is open.
+pub struct Server {
+    log: Arc<RedbLog>,
+    broker: Broker<Chat>,
+    sequencing: JoinHandle<()>,
+    drain: watch::Sender<bool>,
+    mqtt: TcpListener,
+    http: TcpListener,
+    routes: axum::Router,
+    readiness: Readiness,
+    metrics: Arc<Metrics>,
+    storage: PathBuf,
+    http_options: http::Options,
+    shutdown_timeout: Duration,
+}
+
+impl Server {
+    /// Opens and binds everything, or says what could not be.
+    pub async fn start(settings: &Settings) -> anyhow::Result<Self> {
+        let limits = &settings.limits;
+        let log = {
+            let path = settings.storage.path.clone();
+            let open = tokio::task::spawn_blocking(move || RedbLog::open(&path, RedbOptions::default()));
+            Arc::new(open.await.context("opening the log")??)
+        };
+        let metrics = Arc::new(Metrics::new());
+        let announcer = Announcer::default();
+        let (queue, submissions) = mpsc::channel(sequencer::SUBMISSIONS_MAX);
+        let (drain, draining) = watch::channel(false);
+        let sequencing = tokio::spawn(sequencer::run(
+            Arc::clone(&log),
+            submissions,
+            announcer.clone(),
+            Arc::clone(&metrics),
+            told(draining),
+        ));
+        let service = Arc::new(ChatService::new(
+            Arc::clone(&log),
+            queue,
+            announcer.clone(),
+            Arc::clone(&metrics),
+            limits.message_bytes,
+        ));
+        let bound = BOUND_FILTERS.iter().map(|filter| (*filter).to_owned()).collect();
+        let edge_limits = broker_limits(settings);
+        let packet_bytes = edge_limits.packet_bytes;
+        let starting = {
+            let announcer = announcer.clone();
+            tokio::task::spawn_blocking(move || Broker::start(service, &announcer, bound, edge_limits))
+        };
+        let broker = starting.await.context("starting the buses")?.context("starting the buses")?;
+
+        let mqtt = bind("mqtt.listen", settings.mqtt.listen).await?;
+        let http = bind("http.listen", settings.http.listen).await?;
+        let readiness = Readiness::starting();
+        let health = health(&log, &broker);
+        let routes = http::router(health, readiness.clone(), Arc::clone(&metrics))
+            .merge(broker::websocket::router(broker.clone(), packet_bytes));
+        let http_options = http::Options {
+            connections: limits.connections,
+            header_timeout: limits.connect_timeout,
+            shutdown_timeout: limits.shutdown_timeout,
+        };
+        Ok(Self {
+            log,
+            broker,
+            sequencing,
+            drain,
+            mqtt,
+            http,
+            routes,
+            readiness,
+            metrics,
+            storage: settings.storage.path.clone(),
+            http_options,
+            shutdown_timeout: limits.shutdown_timeout,
+        })
+    }
+
+    /// What it listens on, where its data lies, and two lines to copy.
+    pub fn greeting(&self) -> String {
+        let (mqtt, http) = (local(&self.mqtt), local(&self.http));
+        let storage = std::fs::canonicalize(&self.storage).unwrap_or_else(|_| self.storage.clone());
+        let host = if mqtt.ip().is_loopback() && mqtt.is_ipv4() { String::new() } else { format!(" -h {}", mqtt.ip()) };
+        let port = if mqtt.port() == 1883 { String::new() } else { format!(" -p {}", mqtt.port()) };
+        format!(
+            "mqtt listening on {mqtt}\n\
+             http listening on {http}\n\
+             messages lie in {}\n\
+             development mode: any user name, no password, this machine only\n\
+             \n\
+             bob listens:   mosquitto_sub{host}{port} -u bob -i bob-phone -c -q 1 -t chat/bob/inbox\n\
+             alice writes:  mosquitto_pub{host}{port} -u alice -q 1 -t chat/alice/out/bob -m 'hello'\n",
+            storage.display(),
+        )
+    }
+
+    /// Serves until `shutdown`, then drains: no new clients, publishes under way are answered, clients are told, cursors are written.
+    pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
+        let (stop, stopping) = watch::channel(false);
+        let mqtt = tokio::spawn(broker::listener::run(self.mqtt, self.broker.clone(), told(stopping.clone())));
+        let http = tokio::spawn(http::run(self.http, self.routes, self.http_options, told(stopping)));
+        self.readiness.ready();
+        tracing::info!("ready");
+
+        let failure = tokio::select! {
+            () = shutdown => None,
+            reason = watch_parts(&self.log, &self.broker, &self.metrics) => Some(reason),
+        };
+        self.readiness.stopping();
+        tracing::info!("stopping");
+        stop.send_replace(true);
+        if mqtt.await.is_err() {
+            tracing::error!("the mqtt listener panicked");
+        }
+        if !self.broker.stop(self.shutdown_timeout).await {
+            tracing::warn!("some clients were cut off at the deadline");
+        }
+        if http.await.is_err() {
+            tracing::error!("the http listener panicked");
+        }
+        // Nobody is left who could submit: the sequencer writes what it has and ends.
+        self.drain.send_replace(true);
+        if tokio::time::timeout(self.shutdown_timeout, self.sequencing).await.is_err() {
+            tracing::warn!("the sequencer did not end in time");
+        }
+        if failure.is_none() {
+            self.log.flush().await.context("writing cursors at the end")?;
+        }
+        match failure {
+            None => Ok(()),
+            Some(reason) => Err(anyhow::anyhow!("the log has failed, and nothing more is acknowledged: {reason}")),
+        }
+    }
+}
+
+/// Ends when `true` is sent, or when nobody is left to send it.
+async fn told(mut flag: watch::Receiver<bool>) {
+    drop(flag.wait_for(|set| *set).await);
+}
+
+async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    TcpListener::bind(address).await.with_context(|| format!("{key}: listening on {address}"))
+}
+
+fn local(listener: &TcpListener) -> SocketAddr {
+    listener.local_addr().expect("a bound socket has an address")
+}
+
+fn broker_limits(settings: &Settings) -> broker::Limits {
+    let limits = &settings.limits;
+    broker::Limits {
+        connections: limits.connections,
+        connect_timeout: limits.connect_timeout,
+        packet_bytes: limits.packet_bytes,
+        receive_maximum: limits.receive_maximum,
+        window: limits.window,
+        topic_levels: limits.topic_levels,
+        subscriptions_per_session: limits.subscriptions_per_session,
+        session_expiry_max_s: limits.session_expiry_max_s,
+        queue_messages: limits.queue_messages,
+        queue_bytes: limits.queue_bytes,
+        retained_messages: limits.retained_messages,
+        retained_bytes: limits.retained_bytes,
+        idle_timeout: limits.idle_timeout,
+    }
+}
+
+fn health(log: &Arc<RedbLog>, broker: &Broker<Chat>) -> http::Health {
+    let (log, broker) = (Arc::clone(log), broker.clone());
+    Arc::new(move || {
+        let mut parts = vec![("log", log.health())];
+        for bus in broker.buses() {
+            let alive = if bus.heartbeat_age <= HEARTBEAT_AGE_MAX {
+                Ok(())
+            } else {
+                Err(format!("no heartbeat for {} s", bus.heartbeat_age.as_secs()))
+            };
+            parts.push((if bus.name == "chat" { "chat bus" } else { "ordinary bus" }, alive));
+        }
+        parts
+    })
+}
+
+/// Carries the buses' counters to the metrics; returns when the log has failed.
+async fn watch_parts(log: &RedbLog, broker: &Broker<Chat>, metrics: &Metrics) -> String {
+    let mut before = broker.buses();
+    let mut interval = tokio::time::interval(WATCH_INTERVAL);
+    loop {
+        interval.tick().await;
+        if let Err(reason) = log.health() {
+            return reason;
+        }
+        let now = broker.buses();
+        for (bus, earlier) in now.iter().zip(&before) {
+            for _ in earlier.counters.gaps..bus.counters.gaps {
+                metrics.bus_gap(bus.name);
+            }
+            for _ in earlier.counters.restarts..bus.counters.restarts {
+                metrics.bus_restart(bus.name);
+            }
+        }
+        before = now;
+    }
+}
+
+/// Ends at SIGTERM or SIGINT.
+pub fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
+    use tokio::signal::unix::{SignalKind, signal};
+    let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    Ok(async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    })
+}

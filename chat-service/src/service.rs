@@ -1,0 +1,373 @@
+//! The chat service: what the broker asks about topics, messages and sessions, answered from the protocol and the log.
+//!
+//! Everything that a client sends is parsed here into types that cannot be wrong, and refused here if it cannot be; the sequencer sees only
+//! messages that may be stored.
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use broker::Announcer;
+use broker::completion::complete;
+use broker::service::{
+    BoundPublish, BoundTopic, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Delivery, Keeping, Observation, Page,
+    Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError, SessionKey,
+    SessionRecord, SubscribeRoute, SubscriptionRecord,
+};
+use chat_protocol::topic::{self, Down, Up};
+use chat_protocol::{ConversationId, ErrorCode, MessageId, UserId};
+use tokio::sync::mpsc;
+
+use crate::core::Send as ChatSend;
+use crate::envelope;
+use crate::log::{self, Advance, Device, Log, LogError, Side, Stream};
+use crate::metrics::Metrics;
+use crate::refusal;
+use crate::sequencer::Submission;
+
+/// Longest client identifier, in bytes.
+const CLIENT_ID_BYTES_MAX: usize = 256;
+/// The bus filters under which the service announces.
+pub const BOUND_FILTERS: [&str; 4] = ["chat/+/inbox", "chat/+/sent", "chat/+/event/+", "chat/+/res"];
+
+/// Chat behind the broker.
+pub struct ChatService<L> {
+    log: Arc<L>,
+    queue: mpsc::Sender<Vec<Submission>>,
+    announcer: Announcer,
+    metrics: Arc<Metrics>,
+    message_bytes_max: usize,
+}
+
+impl<L: Log> ChatService<L> {
+    /// `message_bytes_max`: the longest text, in bytes.
+    pub fn new(
+        log: Arc<L>,
+        queue: mpsc::Sender<Vec<Submission>>,
+        announcer: Announcer,
+        metrics: Arc<Metrics>,
+        message_bytes_max: usize,
+    ) -> Self {
+        Self { log, queue, announcer, metrics, message_bytes_max }
+    }
+
+    /// Checks a publish: what it sends, or why it cannot.
+    fn parse(&self, publish: &BoundPublish) -> Result<ChatSend, (ErrorCode, String, Option<String>)> {
+        let up = topic::parse_up(&publish.topic).map_err(|error| (error.code(), error.to_string(), None))?;
+        let me = match &up {
+            Up::Out { me, .. } | Up::Read { me, .. } | Up::Typing { me, .. } | Up::Req { me, .. } => me,
+        };
+        if me.as_str() != &*publish.user {
+            let sentence = format!("you are {}: publish below chat/{}/", publish.user, publish.user);
+            return Err((ErrorCode::NotAuthorized, sentence, None));
+        }
+        let Up::Out { me: from, peer: to, id } = up else {
+            let sentence = "this server version serves chat/{me}/out/{peer} only".to_owned();
+            return Err((ErrorCode::NotSupported, sentence, None));
+        };
+        let id = match (id, &publish.id_property) {
+            (Some(id), _) => Some(id),
+            (None, Some(property)) => Some(
+                MessageId::parse(property)
+                    .map_err(|error| (ErrorCode::InvalidId, error.to_string(), Some(property.clone())))?,
+            ),
+            (None, None) => None,
+        };
+        let told_id = id.as_ref().map(|id| id.as_str().to_owned());
+        let conversation = ConversationId::between(&from, &to)
+            .map_err(|error| (ErrorCode::SelfMessage, error.to_string(), told_id.clone()))?;
+        if publish.payload.is_empty() {
+            return Err((ErrorCode::EmptyText, "the payload is the text, and it is empty".to_owned(), told_id));
+        }
+        if publish.payload.len() > self.message_bytes_max {
+            let sentence = format!(
+                "the text has {} bytes; limits.message_bytes is {}",
+                publish.payload.len(),
+                self.message_bytes_max
+            );
+            return Err((ErrorCode::TextTooLong, sentence, told_id));
+        }
+        let text = std::str::from_utf8(&publish.payload)
+            .map_err(|error| (ErrorCode::NotUtf8, format!("the payload is not UTF-8 text: {error}"), told_id))?;
+        Ok(ChatSend { conversation, from, to, id, text: text.into() })
+    }
+
+    fn stream(topic: &str) -> Result<Stream, ServiceError> {
+        let unknown = || ServiceError(format!("{topic} is no durable topic"));
+        let (user, side) = match topic.strip_prefix("chat/").and_then(|rest| rest.split_once('/')) {
+            Some((user, "inbox")) => (user, Side::Inbox),
+            Some((user, "sent")) => (user, Side::Sent),
+            _ => return Err(unknown()),
+        };
+        Ok(Stream { user: UserId::parse(user).map_err(|_| unknown())?, side })
+    }
+
+    fn device(session: &SessionKey) -> Result<Device, ServiceError> {
+        let user = UserId::parse(&session.user).map_err(|error| ServiceError(error.to_string()))?;
+        Ok(Device { user, client_id: Arc::clone(&session.client_id) })
+    }
+}
+
+impl<L: Log> Service for ChatService<L> {
+    fn connect(&self, request: &ConnectRequest<'_>) -> Result<Arc<str>, ConnectRefusal> {
+        let refuse = |code, reason: String| Err(ConnectRefusal { code, reason });
+        if request.client_id.len() > CLIENT_ID_BYTES_MAX {
+            let reason = format!("the client identifier is longer than {CLIENT_ID_BYTES_MAX} bytes");
+            return refuse(ConnectRefusalCode::ClientIdentifierNotValid, reason);
+        }
+        match request.user_name {
+            Some(name) => match UserId::parse(name) {
+                Ok(user) => Ok(user.as_arc()),
+                Err(error) => refuse(ConnectRefusalCode::BadUserNameOrPassword, format!("invalid_user: {error}")),
+            },
+            None if request.client_id_assigned => refuse(
+                ConnectRefusalCode::BadUserNameOrPassword,
+                "invalid_user: name yourself: send a user name or a client identifier".to_owned(),
+            ),
+            None => match UserId::parse(request.client_id) {
+                Ok(user) => Ok(user.as_arc()),
+                Err(error) => refuse(
+                    ConnectRefusalCode::ClientIdentifierNotValid,
+                    format!("invalid_user: without a user name the client identifier is the user: {error}"),
+                ),
+            },
+        }
+    }
+
+    fn route_publish(&self, _user: &str, topic: &str) -> PublishRoute {
+        // What is wrong with a chat topic is told by `submit`, which knows the codes of the protocol.
+        if topic::is_chat(topic) { PublishRoute::Bound } else { PublishRoute::Ordinary }
+    }
+
+    fn route_subscribe(&self, user: &str, filter: &str) -> SubscribeRoute {
+        let refuse = |code, reason: String| SubscribeRoute::Refused(Refusal { code, reason });
+        if filter.starts_with("$SYS") {
+            return refuse(RefusalCode::NotAuthorized, "not_authorized: $SYS is not served".to_owned());
+        }
+        if !topic::is_chat(filter) {
+            return SubscribeRoute::Ordinary;
+        }
+        let me = match UserId::parse(user) {
+            Ok(me) => me,
+            Err(error) => return refuse(RefusalCode::NotAuthorized, error.to_string()),
+        };
+        match topic::parse_filter(&me, filter) {
+            Ok(topics) => SubscribeRoute::Bound(
+                topics
+                    .into_iter()
+                    .map(|down| BoundTopic {
+                        name: down.topic(&me).into(),
+                        keeping: match down {
+                            Down::Inbox | Down::Sent => Keeping::Durable,
+                            Down::Receipt | Down::Typing | Down::Presence | Down::Error | Down::Res => Keeping::Live,
+                        },
+                    })
+                    .collect(),
+            ),
+            Err(error) => refuse(RefusalCode::NotAuthorized, format!("not_authorized: {error}")),
+        }
+    }
+
+    fn submit(&self, publishes: Vec<BoundPublish>) -> Result<(), Vec<BoundPublish>> {
+        // A place first: once taken apart, publishes cannot be given back.
+        let permit = match self.queue.try_reserve() {
+            Ok(permit) => permit,
+            Err(mpsc::error::TrySendError::Full(())) => return Err(publishes),
+            // The server stops: dropping the replies closes the connections without an acknowledgement.
+            Err(mpsc::error::TrySendError::Closed(())) => return Ok(()),
+        };
+        let mut submissions = Vec::with_capacity(publishes.len());
+        let mut refused = Vec::new();
+        for publish in publishes {
+            match self.parse(&publish) {
+                Ok(send) => submissions.push(Submission {
+                    send,
+                    reply: publish.reply,
+                    can_answer: publish.can_answer,
+                    topic: publish.topic,
+                    received_at: publish.received_at,
+                }),
+                Err((code, sentence, id)) => {
+                    refusal::count_and_tell(
+                        &self.announcer,
+                        &self.metrics,
+                        &publish.user,
+                        !publish.can_answer,
+                        code,
+                        &sentence,
+                        &publish.topic,
+                        id.as_deref(),
+                    );
+                    refused.push((publish.reply, PublishOutcome::Refused(refusal::refusal(code, &sentence))));
+                }
+            }
+        }
+        if !submissions.is_empty() {
+            permit.send(submissions);
+        }
+        complete(refused);
+        Ok(())
+    }
+
+    async fn ready(&self) {
+        // Closed counts as ready: `submit` then says what that means.
+        drop(self.queue.reserve().await);
+    }
+
+    fn refused(&self, user: &str, topic: &str, refused: &Refusal) {
+        let code = refusal::code_of(refused);
+        refusal::count_and_tell(&self.announcer, &self.metrics, user, true, code, &refused.reason, topic, None);
+    }
+
+    async fn read(&self, topic: &str, after: Position, limit: ReadLimit) -> Result<Page, ServiceError> {
+        let stream = Self::stream(topic)?;
+        let limit = log::ReadLimit { entries: limit.messages, bytes: limit.bytes };
+        let page = self.log.read(&stream, log::Position(after.0), limit).await.map_err(service_error)?;
+        let deliveries = page
+            .entries
+            .iter()
+            .map(|entry| Delivery {
+                position: Position(entry.position.0),
+                payload: envelope::encode_stored(entry),
+                properties: envelope::properties(entry.seq, &entry.from, entry.id.as_ref()).into(),
+            })
+            .collect();
+        Ok(Page { deliveries, end: page.end })
+    }
+
+    async fn start(&self, topic: &str) -> Result<Position, ServiceError> {
+        let stream = Self::stream(topic)?;
+        match stream.side {
+            // What no device of the user has had.
+            Side::Inbox => Ok(Position(self.log.delivered(&stream).await.map_err(service_error)?.0)),
+            // The user's own messages came from a device of theirs: a new one sees what is sent from now on.
+            Side::Sent => Ok(self.head()),
+        }
+    }
+
+    fn head(&self) -> Position {
+        Position(self.log.head().0)
+    }
+
+    fn acknowledged(&self, session: &SessionKey, persistent: bool, topic: &str, position: Position) {
+        let (Ok(stream), Ok(device)) = (Self::stream(topic), Self::device(session)) else { return };
+        self.log.advance(vec![Advance {
+            stream,
+            device: persistent.then_some(device),
+            position: log::Position(position.0),
+        }]);
+    }
+
+    async fn load_session(&self, session: &SessionKey) -> Result<Option<SessionRecord>, ServiceError> {
+        let device = Self::device(session)?;
+        let Some(record) = self.log.session(&device).await.map_err(service_error)? else { return Ok(None) };
+        if has_expired(&record, now_ms()) {
+            self.log.delete_session(&device).await.map_err(service_error)?;
+            return Ok(None);
+        }
+        if record.ended_at_ms.is_some() && record.expiry_s != u32::MAX {
+            // It lives again: should the process die now, its expiry must not be counted from the last end.
+            let alive = log::SessionRecord { ended_at_ms: None, ..record.clone() };
+            self.log.put_session(&device, alive).await.map_err(service_error)?;
+        }
+        let mut cursors = Vec::with_capacity(2);
+        for (down, cursor) in [(Down::Inbox, record.inbox), (Down::Sent, record.sent)] {
+            if let Some(position) = cursor {
+                cursors.push((down.topic(&device.user).into(), Position(position.0)));
+            }
+        }
+        Ok(Some(SessionRecord {
+            subscriptions: record
+                .subscriptions
+                .into_iter()
+                .map(|subscription| SubscriptionRecord {
+                    filter: subscription.filter,
+                    qos: subscription.qos,
+                    no_local: subscription.no_local,
+                    retain_as_published: subscription.retain_as_published,
+                })
+                .collect(),
+            expiry_s: record.expiry_s,
+            cursors,
+        }))
+    }
+
+    async fn save_session(&self, session: &SessionKey, record: SessionRecord) -> Result<(), ServiceError> {
+        let device = Self::device(session)?;
+        let cursor = |down: Down| {
+            let topic = down.topic(&device.user);
+            record
+                .cursors
+                .iter()
+                .find(|(name, _)| **name == *topic)
+                .map(|(_, position)| log::Position(position.0))
+        };
+        let stored = log::SessionRecord {
+            inbox: cursor(Down::Inbox),
+            sent: cursor(Down::Sent),
+            expiry_s: record.expiry_s,
+            ended_at_ms: None,
+            subscriptions: record
+                .subscriptions
+                .into_iter()
+                .map(|subscription| log::SubscriptionRecord {
+                    filter: subscription.filter,
+                    qos: subscription.qos,
+                    no_local: subscription.no_local,
+                    retain_as_published: subscription.retain_as_published,
+                })
+                .collect(),
+        };
+        self.log.put_session(&device, stored).await.map_err(service_error)
+    }
+
+    async fn delete_session(&self, session: &SessionKey) -> Result<(), ServiceError> {
+        self.log.delete_session(&Self::device(session)?).await.map_err(service_error)
+    }
+
+    fn session_ended(&self, session: &SessionKey, expiry_s: u32) {
+        if let Ok(device) = Self::device(session) {
+            self.log.end_session(&device, now_ms(), expiry_s);
+        }
+    }
+
+    fn observe(&self, observation: Observation) {
+        match observation {
+            Observation::Connected => {
+                self.metrics.connects.inc();
+                self.metrics.connections.inc();
+            }
+            Observation::Disconnected => {
+                self.metrics.connections.dec();
+            }
+            Observation::ConnectRefused => self.metrics.refused("connect"),
+            Observation::Delivered(count) => {
+                self.metrics.messages_delivered.inc_by(count);
+            }
+            Observation::PublishToDelivery(age) => {
+                self.metrics.publish_to_delivery_seconds.observe(age.as_secs_f64());
+            }
+            Observation::PublishToPuback(age) => self.metrics.publish_to_puback_seconds.observe(age.as_secs_f64()),
+            Observation::Refused(RefusalCode::SharedSubscriptionsNotSupported) => {
+                self.metrics.refused("shared_subscription");
+            }
+            Observation::Refused(_) => self.metrics.refused("edge"),
+            Observation::QueueFull => self.metrics.refused("queue_full"),
+            Observation::Panicked => self.metrics.refused("panic"),
+        }
+    }
+}
+
+fn service_error(error: LogError) -> ServiceError {
+    ServiceError(error.to_string())
+}
+
+/// Whether a session outlived its expiry: its last connection ended so many seconds ago.
+fn has_expired(record: &log::SessionRecord, now_ms: u64) -> bool {
+    let Some(ended_at_ms) = record.ended_at_ms else { return false };
+    record.expiry_s != u32::MAX && ended_at_ms.saturating_add(u64::from(record.expiry_s) * 1_000) <= now_ms
+}
+
+fn now_ms() -> u64 {
+    let since: Duration = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,757 @@
+//! The settings of `chatd`: where they come from, what they may be, and which source is to blame when one is wrong.
+//!
+//! The built-in defaults are the file `config/chatd.toml` itself, so file and code cannot drift apart. A [`Settings`] that exists has
+//! been judged: nobody checks a value again. A refusal names the source (file, environment variable or flag), the key and the reason.
+
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::Duration;
+
+use config::{Config, ConfigError, Environment, File, FileFormat, Map, Source, Value, ValueKind};
+use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
+use tracing_subscriber::EnvFilter;
+
+use crate::cli::Flags;
+
+/// The file whose values are the defaults.
+const DEFAULTS: &str = include_str!("../../config/chatd.toml");
+/// Read from here if nobody names another file and this one exists.
+const DEFAULT_FILE: &str = "config/chatd.toml";
+/// Environment variables begin with this, and two underscores.
+const ENVIRONMENT_PREFIX: &str = "CHATD";
+/// What a PUBLISH of a message needs besides its text: topic, id, properties.
+const PACKET_BYTES_BESIDES_TEXT: usize = 1024;
+
+/// Everything that can be set.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Settings {
+    pub mqtt: MqttSettings,
+    pub http: HttpSettings,
+    pub storage: StorageSettings,
+    pub auth: AuthSettings,
+    pub limits: Limits,
+    pub log: LogSettings,
+}
+
+/// The MQTT listener.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MqttSettings {
+    #[serde(deserialize_with = "listen_address")]
+    pub listen: SocketAddr,
+}
+
+/// The HTTP listener, which also carries MQTT over WebSocket.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct HttpSettings {
+    #[serde(deserialize_with = "listen_address")]
+    pub listen: SocketAddr,
+}
+
+/// Where messages and sessions lie.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct StorageSettings {
+    /// A folder; relative to the working directory.
+    #[serde(deserialize_with = "folder")]
+    pub path: PathBuf,
+}
+
+/// Who may connect.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct AuthSettings {
+    #[serde(deserialize_with = "text")]
+    pub mode: AuthMode,
+}
+
+/// How a client proves who it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum AuthMode {
+    /// It does not: loopback only, any name, passwords ignored.
+    Development,
+}
+
+/// Capacities and deadlines; what each means is said in `config/chatd.toml`.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct Limits {
+    #[serde(deserialize_with = "within::<_, _, 1, 1_048_576>")]
+    pub message_bytes: usize,
+    /// At most what MQTT's remaining length can say.
+    #[serde(deserialize_with = "within::<_, _, 1_024, 268_435_455>")]
+    pub packet_bytes: u32,
+    #[serde(deserialize_with = "within::<_, _, 1, 10_000_000>")]
+    pub connections: usize,
+    #[serde(rename = "connect_timeout_ms")]
+    #[serde(deserialize_with = "milliseconds_within::<_, 1, 600_000>", serialize_with = "as_milliseconds")]
+    pub connect_timeout: Duration,
+    /// Zero: never.
+    #[serde(rename = "idle_timeout_ms")]
+    #[serde(deserialize_with = "milliseconds_within::<_, 0, 604_800_000>", serialize_with = "as_milliseconds")]
+    pub idle_timeout: Duration,
+    #[serde(rename = "shutdown_timeout_ms")]
+    #[serde(deserialize_with = "milliseconds_within::<_, 0, 600_000>", serialize_with = "as_milliseconds")]
+    pub shutdown_timeout: Duration,
+    #[serde(deserialize_with = "within::<_, _, 1, 65_535>")]
+    pub receive_maximum: u16,
+    #[serde(deserialize_with = "within::<_, _, 1, 65_535>")]
+    pub window: u16,
+    /// A topic has at most 65,535 bytes; `chat/{me}/out/{peer}/{id}` needs 5 levels.
+    #[serde(deserialize_with = "within::<_, _, 5, 65_536>")]
+    pub topic_levels: usize,
+    #[serde(deserialize_with = "within::<_, _, 1, 1_000_000>")]
+    pub subscriptions_per_session: usize,
+    /// `u32::MAX`: for ever, as in MQTT 5.
+    #[serde(deserialize_with = "within::<_, _, 0, 4_294_967_295>")]
+    pub session_expiry_max_s: u32,
+    #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
+    pub retained_messages: usize,
+    #[serde(deserialize_with = "within::<_, _, 0, 1_099_511_627_776>")]
+    pub retained_bytes: usize,
+    #[serde(deserialize_with = "within::<_, _, 1, 1_000_000>")]
+    pub queue_messages: usize,
+    #[serde(deserialize_with = "within::<_, _, 1, 1_073_741_824>")]
+    pub queue_bytes: usize,
+}
+
+/// What chatd says about itself on stderr.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct LogSettings {
+    #[serde(deserialize_with = "text")]
+    pub level: LogLevel,
+    #[serde(deserialize_with = "text")]
+    pub format: LogFormat,
+}
+
+/// Directives that `EnvFilter` understands.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(transparent)]
+pub struct LogLevel(String);
+
+impl LogLevel {
+    /// The directives as written.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum LogFormat {
+    /// For people; coloured if stderr is a terminal.
+    Auto,
+    /// For people, coloured.
+    Pretty,
+    /// One JSON object a line.
+    Json,
+}
+
+/// Where a value came from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The defaults that are built in.
+    Defaults,
+    File(PathBuf),
+    /// The variable's name.
+    Environment(String),
+    /// The flag as it is written.
+    Flag(&'static str),
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Defaults => f.write_str("built-in defaults"),
+            Self::File(path) => write!(f, "{}", path.display()),
+            Self::Environment(variable) => write!(f, "environment variable {variable}"),
+            Self::Flag(flag) => write!(f, "flag {flag}"),
+        }
+    }
+}
+
+/// Why settings were refused. Each is a mistake of whoever wrote them, so the exit code is that of wrong usage.
+#[derive(Debug, thiserror::Error)]
+pub enum SettingsError {
+    /// The settings file cannot be read.
+    #[error("{}: cannot be read: {cause}", path.display())]
+    Unreadable {
+        path: PathBuf,
+        #[source]
+        cause: io::Error,
+    },
+    /// The settings file is not TOML; the cause names line and column.
+    #[error("{}: not valid TOML: {cause}", path.display())]
+    Syntax { path: PathBuf, cause: String },
+    /// The environment cannot be read.
+    #[error("environment: {cause}")]
+    Environment { cause: String },
+    /// A key that does not exist.
+    #[error("{origin}: unknown key `{key}`: {reason}")]
+    UnknownKey { origin: Origin, key: String, reason: String },
+    /// A value that cannot be.
+    #[error("{origin}: bad value for `{key}`: {reason}")]
+    BadValue { origin: Origin, key: String, reason: String },
+}
+
+impl Settings {
+    /// Defaults, then the file, then the process's environment, then the flags.
+    ///
+    /// # Errors
+    /// [`SettingsError`] for the first thing found wrong.
+    pub fn load(flags: &Flags) -> Result<Self, SettingsError> {
+        Self::load_from(flags, Path::new(DEFAULT_FILE), None)
+    }
+
+    /// `environment`: variables to use instead of the process's own.
+    fn load_from(
+        flags: &Flags,
+        default_file: &Path,
+        environment: Option<Map<String, String>>,
+    ) -> Result<Self, SettingsError> {
+        let defaults = Layer::from_toml(Origin::Defaults, Path::new(DEFAULT_FILE), DEFAULTS)?;
+        let known = leaves(&defaults.values);
+        let mut layers = vec![defaults];
+        layers.extend(Layer::from_file(flags.config.as_deref(), default_file)?);
+        layers.extend(Layer::from_environment(environment)?);
+        layers.extend(flags.overrides().map(|o| Layer::of_one(Origin::Flag(o.flag), o.key, o.value)));
+        for layer in &layers {
+            layer.refuse_unknown_keys(&known)?;
+        }
+        let settings = merge(&layers)
+            .and_then(Config::try_deserialize::<Self>)
+            .map_err(|error| Wrong::from(error).blame(&layers))?;
+        settings.check().map_err(|wrong| wrong.blame(&layers))?;
+        Ok(settings)
+    }
+
+    /// What no value can say alone.
+    fn check(&self) -> Result<(), Wrong> {
+        let least = self.limits.message_bytes + PACKET_BYTES_BESIDES_TEXT;
+        if usize::try_from(self.limits.packet_bytes).is_ok_and(|bytes| bytes < least) {
+            return Err(Wrong {
+                key: "limits.packet_bytes".into(),
+                reason: format!(
+                    "{} is too small for messages of limits.message_bytes = {}; {least} is the least",
+                    self.limits.packet_bytes, self.limits.message_bytes
+                ),
+            });
+        }
+        let AuthMode::Development = self.auth.mode;
+        for (key, address) in [("mqtt.listen", self.mqtt.listen), ("http.listen", self.http.listen)] {
+            if !address.ip().to_canonical().is_loopback() {
+                return Err(Wrong {
+                    key: key.into(),
+                    reason: format!(
+                        "{address} can be reached from other machines, and auth.mode = \"development\" lets everyone in under \
+                         any name; listen on loopback (127.0.0.1:{port} or [::1]:{port}), or put authentication on, which this \
+                         version does not have yet",
+                        port = address.port()
+                    ),
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// The settings as a file that would give them again, in the order of `config/chatd.toml`.
+    pub fn to_toml(&self) -> String {
+        let values = serde_json::to_value(self).expect("settings are strings and numbers under string keys");
+        let mut section = "";
+        let mut toml = String::new();
+        for line in DEFAULTS.lines().map(str::trim).filter(|line| !line.starts_with('#')) {
+            if let Some(name) = line.strip_prefix('[').and_then(|rest| rest.strip_suffix(']')) {
+                let gap = if section.is_empty() { "" } else { "\n" };
+                toml.push_str(&format!("{gap}[{name}]\n"));
+                section = name;
+            } else if let Some((key, _)) = line.split_once('=') {
+                // JSON writes strings and integers as TOML does.
+                toml.push_str(&format!("{key}= {}\n", values[section][key.trim()]));
+            }
+        }
+        toml
+    }
+}
+
+/// A key and what is wrong with it, before it is known who wrote it.
+#[derive(Debug)]
+struct Wrong {
+    key: String,
+    reason: String,
+}
+
+impl Wrong {
+    /// The last source that set the key is to blame.
+    fn blame(self, layers: &[Layer]) -> SettingsError {
+        let origin = layers
+            .iter()
+            .rev()
+            .find(|layer| leaves(&layer.values).contains(&self.key))
+            .map_or(Origin::Defaults, |layer| layer.origin.clone());
+        SettingsError::BadValue { origin, key: self.key, reason: self.reason }
+    }
+}
+
+impl From<ConfigError> for Wrong {
+    fn from(error: ConfigError) -> Self {
+        match error {
+            ConfigError::At { error, key: Some(key), .. } => Self { key, reason: error.to_string() },
+            other => Self { key: String::new(), reason: other.to_string() },
+        }
+    }
+}
+
+/// One source of values.
+#[derive(Debug)]
+struct Layer {
+    origin: Origin,
+    values: Map<String, Value>,
+}
+
+impl Layer {
+    fn from_toml(origin: Origin, path: &Path, toml: &str) -> Result<Self, SettingsError> {
+        let values = File::from_str(toml, FileFormat::Toml).collect().map_err(|error| SettingsError::Syntax {
+            path: path.to_owned(),
+            cause: match error {
+                ConfigError::FileParse { cause, .. } => cause.to_string().trim_end().to_owned(),
+                other => other.to_string(),
+            },
+        })?;
+        Ok(Self { origin, values })
+    }
+
+    /// The named file, which has to exist, or else the default one, which need not.
+    fn from_file(named: Option<&Path>, default_file: &Path) -> Result<Option<Self>, SettingsError> {
+        let path = named.unwrap_or(default_file);
+        match std::fs::read_to_string(path) {
+            Ok(toml) => Self::from_toml(Origin::File(path.to_owned()), path, &toml).map(Some),
+            Err(error) if named.is_none() && error.kind() == io::ErrorKind::NotFound => Ok(None),
+            Err(cause) => Err(SettingsError::Unreadable { path: path.to_owned(), cause }),
+        }
+    }
+
+    /// A layer for each variable, so that each can be named. Empty variables count as unset.
+    fn from_environment(variables: Option<Map<String, String>>) -> Result<Vec<Self>, SettingsError> {
+        let values = Environment::with_prefix(ENVIRONMENT_PREFIX)
+            .prefix_separator("__")
+            .separator("__")
+            .ignore_empty(true)
+            .source(variables)
+            .collect()
+            .map_err(|error| SettingsError::Environment { cause: error.to_string() })?;
+        let layer = |(key, value): (String, Value)| {
+            let variable = format!("{ENVIRONMENT_PREFIX}__{}", key.replace('.', "__").to_uppercase());
+            Self { origin: Origin::Environment(variable), values: Map::from([(key, value)]) }
+        };
+        Ok(values.into_iter().map(layer).collect())
+    }
+
+    fn of_one(origin: Origin, key: &str, value: &str) -> Self {
+        Self { origin, values: Map::from([(key.to_owned(), Value::from(value))]) }
+    }
+
+    fn refuse_unknown_keys(&self, known: &[String]) -> Result<(), SettingsError> {
+        let Some(key) = leaves(&self.values).into_iter().find(|key| !known.contains(key)) else { return Ok(()) };
+        let section = key.split_once('.').map_or(key.as_str(), |(section, _)| section);
+        let in_section: Vec<&str> =
+            known.iter().filter_map(|known| known.strip_prefix(section)?.strip_prefix('.')).collect();
+        let reason = if in_section.is_empty() {
+            let mut sections: Vec<&str> = known.iter().filter_map(|known| Some(known.split_once('.')?.0)).collect();
+            sections.dedup();
+            format!("the sections are {}", sections.join(", "))
+        } else {
+            format!("the keys of [{section}] are {}", in_section.join(", "))
+        };
+        Err(SettingsError::UnknownKey { origin: self.origin.clone(), key, reason })
+    }
+}
+
+impl Source for Layer {
+    fn clone_into_box(&self) -> Box<dyn Source + Send + Sync> {
+        Box::new(Self { origin: self.origin.clone(), values: self.values.clone() })
+    }
+
+    fn collect(&self) -> Result<Map<String, Value>, ConfigError> {
+        Ok(self.values.clone())
+    }
+}
+
+fn merge(layers: &[Layer]) -> Result<Config, ConfigError> {
+    let mut builder = Config::builder();
+    for layer in layers {
+        builder = builder.add_source(Layer { origin: layer.origin.clone(), values: layer.values.clone() });
+    }
+    builder.build()
+}
+
+/// The keys that hold values, `section.key`, sorted.
+fn leaves(values: &Map<String, Value>) -> Vec<String> {
+    fn collect(prefix: &str, values: &Map<String, Value>, found: &mut Vec<String>) {
+        for (key, value) in values {
+            let key = if prefix.is_empty() { key.clone() } else { format!("{prefix}.{key}") };
+            match &value.kind {
+                // A section may be empty.
+                ValueKind::Table(table) => collect(&key, table, found),
+                _ => found.push(key),
+            }
+        }
+    }
+    let mut found = Vec::new();
+    collect("", values, &mut found);
+    found.sort();
+    found
+}
+
+/// A whole number. In the environment it is text, so text that says a number will do; fractions and booleans will not.
+struct Number;
+
+impl de::Visitor<'_> for Number {
+    type Value = u64;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a whole number")
+    }
+
+    fn visit_u64<E: de::Error>(self, value: u64) -> Result<u64, E> {
+        Ok(value)
+    }
+
+    fn visit_i64<E: de::Error>(self, value: i64) -> Result<u64, E> {
+        u64::try_from(value).map_err(|_| E::custom(format!("{value} is negative")))
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<u64, E> {
+        value.parse().map_err(|_| E::custom(format!("{value:?} is not a whole number")))
+    }
+}
+
+fn within<'de, D, T, const MIN: u64, const MAX: u64>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: TryFrom<u64>,
+{
+    let value = deserializer.deserialize_any(Number)?;
+    T::try_from(value)
+        .ok()
+        .filter(|_| (MIN..=MAX).contains(&value))
+        .ok_or_else(|| de::Error::custom(format!("{value} is not between {MIN} and {MAX}")))
+}
+
+fn milliseconds_within<'de, D, const MIN: u64, const MAX: u64>(deserializer: D) -> Result<Duration, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    within::<D, u64, MIN, MAX>(deserializer).map(Duration::from_millis)
+}
+
+fn as_milliseconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(u64::try_from(duration.as_millis()).expect("it was read from a u64 of milliseconds"))
+}
+
+/// Text and nothing else: a number in place of a name is a mistake.
+struct Text;
+
+impl de::Visitor<'_> for Text {
+    type Value = String;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("text in quotes")
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<String, E> {
+        Ok(value.to_owned())
+    }
+}
+
+fn text<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err = String>,
+{
+    deserializer.deserialize_any(Text)?.parse().map_err(de::Error::custom)
+}
+
+fn listen_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
+    let address = deserializer.deserialize_any(Text)?;
+    address.parse().map_err(|_| {
+        de::Error::custom(format!("{address:?} is not an IP address and a port, such as 127.0.0.1:1883 or [::1]:1883"))
+    })
+}
+
+fn folder<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {
+    let path = deserializer.deserialize_any(Text)?;
+    if path.is_empty() {
+        return Err(de::Error::custom("it is empty; name a folder"));
+    }
+    Ok(path.into())
+}
+
+impl FromStr for AuthMode {
+    type Err = String;
+
+    fn from_str(mode: &str) -> Result<Self, String> {
+        match mode {
+            "development" => Ok(Self::Development),
+            _ => Err(format!("{mode:?} is not a mode; this version has \"development\" only")),
+        }
+    }
+}
+
+impl FromStr for LogFormat {
+    type Err = String;
+
+    fn from_str(format: &str) -> Result<Self, String> {
+        match format {
+            "auto" => Ok(Self::Auto),
+            "pretty" => Ok(Self::Pretty),
+            "json" => Ok(Self::Json),
+            _ => Err(format!("{format:?} is not one of auto, pretty, json")),
+        }
+    }
+}
+
+impl FromStr for LogLevel {
+    type Err = String;
+
+    fn from_str(level: &str) -> Result<Self, String> {
+        // EnvFilter takes a lone word for a crate's name, and empty text for silence: both are mistakes here.
+        let mistyped = |directive: &str| {
+            let directive = directive.trim();
+            directive.is_empty()
+                || (!directive.contains(['=', '[', ':', '_'])
+                    && !matches!(
+                        directive.to_ascii_lowercase().as_str(),
+                        "off" | "error" | "warn" | "info" | "debug" | "trace"
+                    ))
+        };
+        if let Some(directive) = level.split(',').find(|directive| mistyped(directive)) {
+            return Err(format!(
+                "{:?} is not one of off, error, warn, info, debug, trace, or a directive such as broker=debug",
+                directive.trim()
+            ));
+        }
+        EnvFilter::try_new(level).map_err(|error| format!("{level:?}: {error}"))?;
+        Ok(Self(level.to_owned()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+
+    /// Settings from a file's text, variables and flags, with nothing taken from this process.
+    fn load(toml: &str, variables: &[(&str, &str)], flags: Flags) -> Result<Settings, SettingsError> {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("chatd.toml");
+        std::fs::write(&file, toml).unwrap();
+        let variables = variables.iter().map(|(name, value)| ((*name).to_owned(), (*value).to_owned())).collect();
+        Settings::load_from(&flags, &file, Some(variables))
+    }
+
+    fn refusal(toml: &str) -> String {
+        let error = load(toml, &[], Flags::default()).unwrap_err().to_string();
+        assert!(error.contains("chatd.toml: "), "the file is not named: {error}");
+        error
+    }
+
+    fn environment_refusal(name: &str, value: &str) -> String {
+        load("", &[(name, value)], Flags::default()).unwrap_err().to_string()
+    }
+
+    fn defaults() -> Settings {
+        load("", &[], Flags::default()).unwrap()
+    }
+
+    #[track_caller]
+    fn assert_says(error: &str, parts: &[&str]) {
+        for part in parts {
+            assert!(error.contains(part), "{part:?} is missing in {error:?}");
+        }
+    }
+
+    #[test]
+    fn the_file_has_exactly_the_keys_of_the_settings() {
+        let in_file: BTreeSet<String> =
+            leaves(&File::from_str(DEFAULTS, FileFormat::Toml).collect().unwrap()).into_iter().collect();
+        let in_code: BTreeSet<String> =
+            leaves(&Config::try_from(&defaults()).unwrap().collect().unwrap()).into_iter().collect();
+        assert_eq!(in_file, in_code);
+    }
+
+    #[test]
+    fn every_key_of_the_file_is_commented() {
+        let mut commented = false;
+        for line in DEFAULTS.lines() {
+            match line {
+                "" => commented = false,
+                line if line.starts_with('#') => commented = true,
+                line => assert!(commented || line.starts_with('['), "no comment above {line:?}"),
+            }
+        }
+    }
+
+    #[test]
+    fn defaults_are_those_promised() {
+        let settings = defaults();
+        assert_eq!(settings.mqtt.listen, "127.0.0.1:1883".parse().unwrap());
+        assert_eq!(settings.http.listen, "127.0.0.1:8080".parse().unwrap());
+        assert_eq!(settings.storage.path, Path::new("chatd-data"));
+        assert_eq!(settings.limits.message_bytes, 16 * 1024);
+        assert_eq!(settings.limits.connect_timeout, Duration::from_secs(10));
+        assert_eq!(settings.limits.idle_timeout, Duration::ZERO);
+        assert_eq!(settings.limits.session_expiry_max_s, u32::MAX);
+    }
+
+    #[test]
+    fn effective_settings_are_a_settings_file() {
+        let changed = load(
+            "[limits]\nidle_timeout_ms = 5\n[storage]\npath = 'a \"quoted\" folder'",
+            &[("CHATD__LOG__FORMAT", "json")],
+            Flags::default(),
+        )
+        .unwrap();
+        assert_ne!(changed, defaults());
+        let toml = changed.to_toml();
+        assert_eq!(load(&toml, &[], Flags::default()).unwrap(), changed, "{toml}");
+        assert_says(&toml, &["[mqtt]\nlisten = \"127.0.0.1:1883\"\n", "idle_timeout_ms = 5\n", "format = \"json\"\n"]);
+    }
+
+    #[test]
+    fn later_sources_win() {
+        let toml = "[limits]\nwindow = 2\nconnections = 2\n[log]\nlevel = 'error'\n";
+        let variables = [("CHATD__LIMITS__WINDOW", "3"), ("CHATD__LOG__LEVEL", "warn"), ("CHATD__MQTT__LISTEN", "")];
+        let flags =
+            Flags { log_level: Some("debug".into()), mqtt_listen: Some("127.0.0.1:0".into()), ..Flags::default() };
+        let settings = load(toml, &variables, flags).unwrap();
+        assert_eq!(settings.limits.connections, 2, "the file wins over the defaults");
+        assert_eq!(settings.limits.window, 3, "the environment wins over the file");
+        assert_eq!(settings.log.level.as_str(), "debug", "a flag wins over the environment");
+        assert_eq!(settings.mqtt.listen.port(), 0);
+    }
+
+    #[test]
+    fn a_bad_value_that_a_later_source_replaces_does_no_harm() {
+        let flags = Flags { mqtt_listen: Some("127.0.0.1:0".into()), ..Flags::default() };
+        assert!(load("[mqtt]\nlisten = '0.0.0.0:1883'", &[], flags).is_ok());
+    }
+
+    #[test]
+    fn the_named_file_has_to_exist_and_the_default_one_need_not() {
+        let nowhere = tempfile::tempdir().unwrap().path().join("none.toml");
+        assert_eq!(Settings::load_from(&Flags::default(), &nowhere, Some(Map::new())).unwrap(), defaults());
+        let flags = Flags { config: Some(nowhere.clone()), ..Flags::default() };
+        let error = Settings::load_from(&flags, &nowhere, Some(Map::new())).unwrap_err();
+        assert!(matches!(error, SettingsError::Unreadable { ref path, .. } if *path == nowhere), "{error}");
+    }
+
+    #[test]
+    fn a_file_that_is_not_toml_is_refused_with_its_line() {
+        assert_says(&refusal("[mqtt]\nlisten = \n"), &["not valid TOML", "line 2"]);
+    }
+
+    #[test]
+    fn unknown_keys_are_refused() {
+        assert_says(&refusal("[limits]\nmessage_byte = 1"), &["unknown key `limits.message_byte`", "message_bytes"]);
+        assert_says(&refusal("[limit]\nwindow = 1"), &["unknown key `limit.window`", "the sections are", "limits"]);
+        assert_says(&refusal("window = 1"), &["unknown key `window`"]);
+        assert_says(&refusal("mqtt = '127.0.0.1:1'"), &["unknown key `mqtt`", "the keys of [mqtt] are listen"]);
+        assert_says(&refusal("[mqtt.listen]\nport = 1"), &["unknown key `mqtt.listen.port`"]);
+        assert_says(
+            &environment_refusal("CHATD__MQTT__PORT", "1"),
+            &["environment variable CHATD__MQTT__PORT: unknown key `mqtt.port`"],
+        );
+        assert_says(&environment_refusal("CHATD__MQTT", "1"), &["environment variable CHATD__MQTT: unknown key"]);
+    }
+
+    #[test]
+    fn variables_of_others_are_left_alone() {
+        let variables = [("CHATD_LOG", "x"), ("CHATDX__Y", "z"), ("PATH", "/bin")];
+        assert_eq!(load("", &variables, Flags::default()).unwrap(), defaults());
+    }
+
+    #[test]
+    fn numbers_have_to_be_whole_and_in_range() {
+        for (value, reason) in [
+            ("0", "0 is not between 1 and"),
+            ("-5", "-5 is negative"),
+            ("1.5", "a whole number"),
+            ("true", "a whole number"),
+            ("'many'", "\"many\" is not a whole number"),
+            ("[1]", "a whole number"),
+            ("99999999999", "not between 1 and 1048576"),
+        ] {
+            let error = refusal(&format!("[limits]\nmessage_bytes = {value}"));
+            assert_says(&error, &["bad value for `limits.message_bytes`", reason]);
+        }
+        for (key, value) in [
+            ("connections", "0"),
+            ("connect_timeout_ms", "0"),
+            ("shutdown_timeout_ms", "600001"),
+            ("receive_maximum", "65536"),
+            ("window", "0"),
+            ("topic_levels", "4"),
+            ("subscriptions_per_session", "0"),
+            ("session_expiry_max_s", "4294967296"),
+            ("queue_messages", "0"),
+            ("queue_bytes", "0"),
+            ("packet_bytes", "268435456"),
+        ] {
+            let variable = format!("CHATD__LIMITS__{}", key.to_uppercase());
+            let start =
+                format!("environment variable {variable}: bad value for `limits.{key}`: {value} is not between");
+            assert_says(&environment_refusal(&variable, value), &[&start]);
+        }
+    }
+
+    #[test]
+    fn a_packet_has_room_for_a_message() {
+        let error = refusal("[limits]\npacket_bytes = 16384");
+        assert_says(
+            &error,
+            &["bad value for `limits.packet_bytes`", "limits.message_bytes = 16384", "17408 is the least"],
+        );
+    }
+
+    #[test]
+    fn names_have_to_be_right() {
+        assert_says(&refusal("[auth]\nmode = 'none'"), &["`auth.mode`", "\"none\"", "development"]);
+        assert_says(&refusal("[log]\nformat = 'xml'"), &["`log.format`", "auto, pretty, json"]);
+        assert_says(&refusal("[log]\nlevel = 'loud'"), &["`log.level`", "\"loud\"", "info"]);
+        assert_says(&refusal("[log]\nlevel = 'info,broker=loud'"), &["`log.level`"]);
+        assert_says(&refusal("[log]\nlevel = 3"), &["`log.level`", "text in quotes"]);
+        assert_says(&refusal("[storage]\npath = ''"), &["`storage.path`", "name a folder"]);
+        assert!(load("[log]\nlevel = 'info,broker=debug'", &[], Flags::default()).is_ok());
+    }
+
+    #[test]
+    fn listen_addresses_have_to_be_addresses() {
+        for address in ["1883", "127.0.0.1", "localhost:1883", "127.0.0.1:70000", ""] {
+            assert_says(&refusal(&format!("[mqtt]\nlisten = '{address}'")), &["`mqtt.listen`", "127.0.0.1:1883"]);
+        }
+        let flags = Flags { http_listen: Some("here".into()), ..Flags::default() };
+        let error = load("", &[], flags).unwrap_err().to_string();
+        assert_says(&error, &["flag --http-listen: bad value for `http.listen`", "\"here\""]);
+    }
+
+    #[test]
+    fn without_authentication_only_loopback_is_listened_on() {
+        for address in ["0.0.0.0:1883", "[::]:1883", "192.168.1.2:1883", "[::ffff:10.0.0.1]:1883"] {
+            let error = refusal(&format!("[mqtt]\nlisten = '{address}'"));
+            assert_says(&error, &["`mqtt.listen`", "listen on loopback (127.0.0.1:1883", "put authentication on"]);
+        }
+        assert_says(&environment_refusal("CHATD__HTTP__LISTEN", "0.0.0.0:0"), &["CHATD__HTTP__LISTEN", "loopback"]);
+        for address in ["127.0.0.1:0", "[::1]:0", "127.8.9.1:1883", "[::ffff:127.0.0.1]:0"] {
+            assert!(load(&format!("[http]\nlisten = '{address}'"), &[], Flags::default()).is_ok(), "{address}");
+        }
+    }
+}
