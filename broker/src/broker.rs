@@ -198,11 +198,14 @@ impl<S: Service> OrdinarySink<S> {
     fn deliver(&mut self, message: Arc<Message>) {
         let matched = &mut self.matched;
         matched.clear();
-        self.shared.ordinary.read().matching(&message.topic, &mut |number: &u64, subscription: &OrdinarySubscription| {
-            if !(subscription.no_local && *number == message.publisher) {
-                matched.push((*number, subscription.clone()));
-            }
-        });
+        self.shared.ordinary.read().matching(
+            &message.topic,
+            &mut |number: &u64, subscription: &OrdinarySubscription| {
+                if !(subscription.no_local && *number == message.publisher) {
+                    matched.push((*number, subscription.clone()));
+                }
+            },
+        );
         // Overlapping filters of one session deliver once, at the highest QoS [MQTT-3.3.4-2].
         matched.sort_unstable_by_key(|(number, subscription)| (*number, std::cmp::Reverse(subscription.qos)));
         matched.dedup_by_key(|(number, _)| *number);
@@ -220,7 +223,7 @@ impl<S: Service> OrdinarySink<S> {
 }
 
 impl<S: Service> Broker<S> {
-    /// Starts both buses. `bound_filters` are the bus filters under which the service announces.
+    /// Starts both buses. From then on `announcer` reaches this broker's connections. `bound_filters` match every bound topic.
     pub fn start(
         service: Arc<S>,
         announcer: &Announcer,
@@ -346,4 +349,3 @@ impl<S: Service> Shared<S> {
         }
     }
 }
-

@@ -19,7 +19,9 @@ use tokio::time::Sleep;
 
 use crate::broker::{OrdinarySubscription, Shared, UnderWay};
 use crate::completion::Reply;
-use crate::engine::{Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Publish, UserProperties, Will};
+use crate::engine::{
+    Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Publish, UserProperties, Will,
+};
 use crate::mailbox::{Ending, Mail, Mailbox, Ordinary};
 use crate::registry::ConnectionNumber;
 use crate::service::{
@@ -149,8 +151,13 @@ where
         end: None,
     };
     // The guard leaves no trace of the connection behind, even if a bug makes the task panic.
-    let mut departure =
-        Departure { shared: Arc::clone(&connection.shared), number, key: None, ordinary: Vec::new(), bound: Vec::new() };
+    let mut departure = Departure {
+        shared: Arc::clone(&connection.shared),
+        number,
+        key: None,
+        ordinary: Vec::new(),
+        bound: Vec::new(),
+    };
     let end = connection.serve(&mut departure).await;
     connection.depart(end).await;
 }
@@ -360,7 +367,8 @@ where
         }
         let silent_until = self.silent_until();
         if silent_until.is_some_and(|until| now >= until) {
-            self.engine.disconnect(DisconnectReasonCode::KeepAliveTimeout, "nothing was heard for 1.5 times the keep alive");
+            self.engine
+                .disconnect(DisconnectReasonCode::KeepAliveTimeout, "nothing was heard for 1.5 times the keep alive");
             return;
         }
         let next = [if self.session.is_none() { self.deadline } else { None }, silent_until, self.retry_at]
@@ -477,7 +485,8 @@ where
                     self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
                 }
                 Incoming::Auth => {
-                    self.engine.disconnect(DisconnectReasonCode::ProtocolError, "no authentication method was agreed on");
+                    self.engine
+                        .disconnect(DisconnectReasonCode::ProtocolError, "no authentication method was agreed on");
                 }
             }
         }
@@ -591,7 +600,8 @@ where
         {
             self.shared.service.save_session(&session.key, session.record()).await.map_err(unavailable)?;
         }
-        let assigned_client_id = self.session.as_ref().filter(|_| assigned).map(|session| Arc::clone(&session.key.client_id));
+        let assigned_client_id =
+            self.session.as_ref().filter(|_| assigned).map(|session| Arc::clone(&session.key.client_id));
         let expiry_told = (expiry_s != connect.session_expiry_s).then_some(expiry_s);
         self.engine.accept(session_present, assigned_client_id.as_deref(), expiry_told, None);
         self.deadline = None;
@@ -685,13 +695,7 @@ where
         }
     }
 
-    fn push_pending(
-        &mut self,
-        packet_id: u16,
-        qos: u8,
-        received_at: Instant,
-        outcome: Option<PublishOutcome>,
-    ) -> u64 {
+    fn push_pending(&mut self, packet_id: u16, qos: u8, received_at: Instant, outcome: Option<PublishOutcome>) -> u64 {
         let token = self.first_token + self.pending.len() as u64;
         self.pending.push_back(Pending { packet_id, qos, received_at, outcome });
         token
@@ -834,9 +838,13 @@ where
                 _ => false,
             };
             if send_retained {
-                retained.extend(self.shared.retained.lock().matching(&record.filter).into_iter().map(|message| {
-                    Ordinary { qos: qos.min(message.qos), retain: true, message }
-                }));
+                retained.extend(
+                    self.shared.retained.lock().matching(&record.filter).into_iter().map(|message| Ordinary {
+                        qos: qos.min(message.qos),
+                        retain: true,
+                        message,
+                    }),
+                );
             }
         }
         Ok(qos)
@@ -1104,8 +1112,7 @@ where
         self.reading = None;
         let Some(mut session) = self.session.take() else { return };
         if session.is_persistent() {
-            let under_way =
-                UnderWay { received: self.engine.qos2_received(), resend: session.unacknowledged() };
+            let under_way = UnderWay { received: self.engine.qos2_received(), resend: session.unacknowledged() };
             self.shared.keep_under_way(&session.key, under_way);
             if self.shared.registry.holds(&session.key, self.number) {
                 self.shared.service.session_ended(&session.key, session.expiry_s);

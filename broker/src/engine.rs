@@ -525,7 +525,8 @@ impl Engine {
             v5_0::Publish::builder()
                 .topic_name(message.topic)
                 .and_then(|builder| {
-                    let builder = builder.qos(qos(message.qos)).dup(dup).retain(message.retain).payload(message.payload);
+                    let builder =
+                        builder.qos(qos(message.qos)).dup(dup).retain(message.retain).payload(message.payload);
                     let builder = if properties.is_empty() { builder } else { builder.props(properties) };
                     match packet_id {
                         Some(id) => builder.packet_id(id),
@@ -538,7 +539,8 @@ impl Engine {
             v3_1_1::Publish::builder()
                 .topic_name(message.topic)
                 .and_then(|builder| {
-                    let builder = builder.qos(qos(message.qos)).dup(dup).retain(message.retain).payload(message.payload);
+                    let builder =
+                        builder.qos(qos(message.qos)).dup(dup).retain(message.retain).payload(message.payload);
                     match packet_id {
                         Some(id) => builder.packet_id(id),
                         None => builder,
@@ -711,9 +713,11 @@ impl Engine {
         let sent = if self.is_v5() {
             let codes = existed
                 .iter()
-                .map(|existed| {
-                    if *existed { UnsubackReasonCode::Success } else { UnsubackReasonCode::NoSubscriptionExisted }
-                })
+                .map(
+                    |existed| {
+                        if *existed { UnsubackReasonCode::Success } else { UnsubackReasonCode::NoSubscriptionExisted }
+                    },
+                )
                 .collect();
             v5_0::Unsuback::builder()
                 .packet_id(packet_id)

@@ -163,7 +163,9 @@ mod tests {
         assert!(registry.attach(&key("alice"), ConnectionNumber(2), &alice));
         assert!(registry.attach(&key("bob"), ConnectionNumber(3), &other_bob));
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
-        assert!(matches!(bob.poll(&mut cx, true), std::task::Poll::Ready(mail) if mail.ending == Some(Ending::TakenOver)));
+        assert!(
+            matches!(bob.poll(&mut cx, true), std::task::Poll::Ready(mail) if mail.ending == Some(Ending::TakenOver))
+        );
         assert!(alice.poll(&mut cx, true).is_pending());
         assert!(!registry.detach(&key("bob"), ConnectionNumber(1)), "the session is no longer the old connection's");
         assert!(registry.is_connected("bob"));

@@ -276,7 +276,9 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         /// Commit a message and announce it; `lost`: on its way the announcement is dropped and a gap told.
-        Commit { lost: bool },
+        Commit {
+            lost: bool,
+        },
         /// The announcement that waits longest arrives.
         Arrive,
         BeginRead,

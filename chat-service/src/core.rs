@@ -70,7 +70,11 @@ pub fn plan(
             }
             if let Some(entry) = stored.get(key) {
                 let head = ConversationHead { seq: entry.seq, at: entry.at };
-                plan.decisions.push(if entry.text == send.text { Decision::Stored(head) } else { Decision::IdConflict });
+                plan.decisions.push(if entry.text == send.text {
+                    Decision::Stored(head)
+                } else {
+                    Decision::IdConflict
+                });
                 continue;
             }
         }

@@ -9,7 +9,7 @@ use chat_protocol::{ErrorCode, ErrorEvent, UserId};
 use crate::metrics::Metrics;
 
 /// The refusal that the edge puts into an acknowledgement.
-pub fn refusal(code: ErrorCode, reason: &str) -> Refusal {
+pub(crate) fn refusal(code: ErrorCode, reason: &str) -> Refusal {
     let mqtt = match code.reason_code() {
         0x87 => RefusalCode::NotAuthorized,
         0x90 => RefusalCode::TopicNameInvalid,
@@ -22,7 +22,7 @@ pub fn refusal(code: ErrorCode, reason: &str) -> Refusal {
 }
 
 /// The error code for a refusal that the edge made itself.
-pub fn code_of(refusal: &Refusal) -> ErrorCode {
+pub(crate) fn code_of(refusal: &Refusal) -> ErrorCode {
     match refusal.code {
         RefusalCode::NotAuthorized => ErrorCode::NotAuthorized,
         RefusalCode::TopicNameInvalid | RefusalCode::TopicFilterInvalid => ErrorCode::InvalidTopic,
@@ -36,7 +36,7 @@ pub fn code_of(refusal: &Refusal) -> ErrorCode {
 
 /// Counts a refused publish and, if its acknowledgement cannot say why, tells the user's devices.
 #[expect(clippy::too_many_arguments, reason = "the parts of one event")]
-pub fn count_and_tell(
+pub(crate) fn count_and_tell(
     announcer: &Announcer,
     metrics: &Metrics,
     user: &str,
@@ -51,12 +51,7 @@ pub fn count_and_tell(
         return;
     }
     let Ok(user) = UserId::parse(user) else { return };
-    let event = ErrorEvent {
-        code,
-        message: message.to_owned(),
-        topic: topic.to_owned(),
-        id: id.map(str::to_owned),
-    };
+    let event = ErrorEvent { code, message: message.to_owned(), topic: topic.to_owned(), id: id.map(str::to_owned) };
     announcer.announce(vec![LiveMessage::new(
         Down::Error.topic(&user).into(),
         Position(0),

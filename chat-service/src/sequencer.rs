@@ -108,7 +108,13 @@ async fn write<L: Log>(
             Ok(plan) => plan,
             Err(error) => {
                 tracing::error!(%error, "a batch could not be prepared");
-                refuse_all(batch, ErrorCode::Unavailable, "the log cannot be read now: send it again", announcer, metrics);
+                refuse_all(
+                    batch,
+                    ErrorCode::Unavailable,
+                    "the log cannot be read now: send it again",
+                    announcer,
+                    metrics,
+                );
                 return None;
             }
         };
@@ -150,8 +156,11 @@ async fn prepare<L: Log>(
     heads: &mut FxHashMap<ConversationId, ConversationHead>,
     sends: &[Send],
 ) -> Result<Plan, LogError> {
-    let mut unknown: Vec<ConversationId> =
-        sends.iter().filter(|send| !heads.contains_key(&send.conversation)).map(|send| send.conversation.clone()).collect();
+    let mut unknown: Vec<ConversationId> = sends
+        .iter()
+        .filter(|send| !heads.contains_key(&send.conversation))
+        .map(|send| send.conversation.clone())
+        .collect();
     if !unknown.is_empty() {
         unknown.sort_unstable();
         unknown.dedup();
@@ -192,7 +201,16 @@ fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: 
         .map(|submission| {
             let told = !submission.can_answer;
             let id = submission.send.id.as_ref().map(|id| id.as_str());
-            refusal::count_and_tell(announcer, metrics, submission.send.from.as_str(), told, code, reason, &submission.topic, id);
+            refusal::count_and_tell(
+                announcer,
+                metrics,
+                submission.send.from.as_str(),
+                told,
+                code,
+                reason,
+                &submission.topic,
+                id,
+            );
             (submission.reply, PublishOutcome::Refused(refusal::refusal(code, reason)))
         })
         .collect();

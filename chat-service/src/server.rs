@@ -16,7 +16,7 @@ use crate::http::{self, Readiness};
 use crate::log::{Log, RedbLog, RedbOptions};
 use crate::metrics::Metrics;
 use crate::sequencer;
-use crate::service::{BOUND_FILTERS, ChatService};
+use crate::service::{BOUND_FILTER, ChatService};
 use crate::settings::Settings;
 
 /// A bus that was silent for so long is not well.
@@ -69,12 +69,13 @@ impl Server {
             Arc::clone(&metrics),
             limits.message_bytes,
         ));
-        let bound = BOUND_FILTERS.iter().map(|filter| (*filter).to_owned()).collect();
         let edge_limits = broker_limits(settings);
         let packet_bytes = edge_limits.packet_bytes;
         let starting = {
             let announcer = announcer.clone();
-            tokio::task::spawn_blocking(move || Broker::start(service, &announcer, bound, edge_limits))
+            tokio::task::spawn_blocking(move || {
+                Broker::start(service, &announcer, vec![BOUND_FILTER.to_owned()], edge_limits)
+            })
         };
         let broker = starting.await.context("starting the buses")?.context("starting the buses")?;
 

@@ -26,8 +26,8 @@ use crate::sequencer::Submission;
 
 /// Longest client identifier, in bytes.
 const CLIENT_ID_BYTES_MAX: usize = 256;
-/// The bus filters under which the service announces.
-pub const BOUND_FILTERS: [&str; 4] = ["chat/+/inbox", "chat/+/sent", "chat/+/event/+", "chat/+/res"];
+/// Matches every topic that the service announces on.
+pub const BOUND_FILTER: &str = "chat/#";
 
 /// Chat behind the broker.
 pub struct ChatService<L> {
@@ -295,11 +295,7 @@ impl<L: Log> Service for ChatService<L> {
         let device = Self::device(session)?;
         let cursor = |down: Down| {
             let topic = down.topic(&device.user);
-            record
-                .cursors
-                .iter()
-                .find(|(name, _)| **name == *topic)
-                .map(|(_, position)| log::Position(position.0))
+            record.cursors.iter().find(|(name, _)| **name == *topic).map(|(_, position)| log::Position(position.0))
         };
         let stored = log::SessionRecord {
             inbox: cursor(Down::Inbox),

@@ -239,11 +239,7 @@ pub trait Log: Send + Sync + 'static {
     fn session(&self, device: &Device) -> impl Future<Output = Result<Option<SessionRecord>, LogError>> + Send;
 
     /// Writes a session; on disk when it returns. Its cursors replace the stored ones.
-    fn put_session(
-        &self,
-        device: &Device,
-        record: SessionRecord,
-    ) -> impl Future<Output = Result<(), LogError>> + Send;
+    fn put_session(&self, device: &Device, record: SessionRecord) -> impl Future<Output = Result<(), LogError>> + Send;
 
     /// Notes that a device's last connection ended at this time (milliseconds since the Unix epoch), with this expiry.
     /// Returns at once, like [`Log::advance`]. Nothing happens if there is no such session.

@@ -63,7 +63,10 @@ struct Shared {
 impl RedbLog {
     /// Opens the log in a folder, which is made if it is missing. Blocks: on the disk, and on a repair after a crash (milliseconds).
     pub fn open(folder: impl AsRef<Path>, options: RedbOptions) -> Result<Self, OpenError> {
-        let opener = Opener::new(folder.as_ref(), options);
+        Self::start(Opener::new(folder.as_ref(), options))
+    }
+
+    fn start(opener: Opener) -> Result<Self, OpenError> {
         opener.make_folder()?;
         let database = opener.open()?;
         let head = opener.prepare(&database)?;

@@ -8,7 +8,7 @@ use rustc_hash::FxHashMap;
 use super::super::{Advance, Device, Position, SessionRecord, Side, Stream};
 
 /// Notes since some moment, folded.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Notes {
     pub(super) delivered: FxHashMap<Stream, Position>,
     pub(super) sessions: FxHashMap<Device, SessionNote>,

@@ -54,6 +54,10 @@ impl Opener {
         }
     }
 
+    pub(super) fn folder(&self) -> &Path {
+        &self.folder
+    }
+
     fn file(&self) -> PathBuf {
         self.folder.join(FILE_NAME)
     }

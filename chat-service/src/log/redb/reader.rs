@@ -14,8 +14,8 @@ use super::super::{
 use super::Shared;
 use super::record::{Broken, decode_entry, decode_session};
 use super::schema::{
-    BY_SEQ, CONVERSATIONS, DELIVERED, ENTRIES, IDS, SESSIONS, STREAMS, by_seq_key, conversation_key, delivered_key, id_key,
-    session_key, stream_key, stream_position,
+    BY_SEQ, CONVERSATIONS, DELIVERED, ENTRIES, IDS, SESSIONS, STREAMS, by_seq_key, conversation_key, delivered_key,
+    id_key, session_key, stream_key, stream_position,
 };
 
 /// Up to so many point lookups (measured at 1 to 2 µs each) are done where the caller stands; moving to another thread costs
@@ -29,8 +29,8 @@ pub(super) enum ReadError {
     Broken(#[from] Broken),
     #[error("{0}")]
     Storage(#[from] Box<::redb::Error>),
-    #[error("the log is closed")]
-    Closed,
+    #[error("the file is closed: {0}")]
+    Closed(String),
 }
 
 /// redb has an error type for every kind of call; which it was does not matter here.
@@ -43,7 +43,7 @@ macro_rules! storage_errors {
         }
     )*};
 }
-storage_errors!(StorageError, TableError, TransactionError);
+storage_errors!(StorageError, TableError, TransactionError, SetDurabilityError);
 
 impl Shared {
     /// A few point lookups.
@@ -74,8 +74,12 @@ impl Shared {
 
     fn snapshot<T>(&self, read: impl FnOnce(&ReadTransaction) -> Result<T, ReadError>) -> Result<T, ReadError> {
         let database = self.database.read();
-        let snapshot = database.as_ref().ok_or(ReadError::Closed)?.begin_read()?;
+        let snapshot = database.as_ref().ok_or_else(|| self.closed())?.begin_read()?;
         read(&snapshot)
+    }
+
+    pub(super) fn closed(&self) -> ReadError {
+        ReadError::Closed(self.failure().unwrap_or("the log ends").to_owned())
     }
 
     pub(super) fn delivered(&self, stream: &Stream) -> Result<Position, LogError> {
@@ -92,7 +96,7 @@ impl Shared {
     pub(super) fn session(&self, device: &Device) -> Result<Option<SessionRecord>, LogError> {
         let read = || -> Result<Option<SessionRecord>, ReadError> {
             let database = self.database.read();
-            let database = database.as_ref().ok_or(ReadError::Closed)?;
+            let database = database.as_ref().ok_or_else(|| self.closed())?;
             // Notes and snapshot are of one moment, or a session that is being replaced could get its predecessor's cursors.
             let (notes, snapshot) = self.queue.noted_session(device, || database.begin_read());
             let stored = stored_session(&snapshot?.open_table(SESSIONS)?, device)?;
@@ -121,9 +125,9 @@ pub(super) fn stored_head(
     conversation: &ConversationId,
 ) -> Result<Option<ConversationHead>, ReadError> {
     let key = conversation_key(conversation);
-    let Some(head) = conversations.get(key)? else { return Ok(None) };
+    let Some(head) = conversations.get(key.as_slice())? else { return Ok(None) };
     let (seq, at) = head.value();
-    let seq = Seq::new(seq).ok_or_else(|| Broken::at("conversations", key, "its last seq is 0"))?;
+    let seq = Seq::new(seq).ok_or_else(|| Broken::at("conversations", &key, "its last seq is 0"))?;
     Ok(Some(ConversationHead { seq, at: Timestamp::from_ms(at) }))
 }
 
@@ -139,7 +143,7 @@ pub(super) fn find(snapshot: &ReadTransaction, ids: &[IdKey]) -> Result<Vec<Opti
     let table = snapshot.open_table(IDS)?;
     let entries = Entries::of(snapshot)?;
     let find = |id: &IdKey| {
-        let key = id_key(id);
+        let key = id_key(&id.conversation, &id.from, &id.id);
         let Some(found) = table.get(key.as_slice())? else { return Ok(None) };
         let entry = entries.get(Position(found.value().0))?;
         if entry.id.as_ref() == Some(&id.id) && entry.from == id.from && entry.conversation == id.conversation {

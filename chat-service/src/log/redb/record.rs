@@ -35,12 +35,11 @@ impl Broken {
     }
 }
 
-/// Writes an entry's record into `record`, whose old content is lost.
+/// Writes an entry's record into `record`, whose old content is lost. The conversation is the one of its two users.
 pub(super) fn encode_entry(position: Position, entry: &NewEntry, record: &mut Vec<u8>) {
     begin(record);
     put_number(record, entry.seq.get());
     put_number(record, entry.at.as_ms());
-    put_text(record, entry.conversation.as_str());
     put_text(record, entry.from.as_str());
     put_text(record, entry.to.as_str());
     // No id has no characters.
@@ -55,18 +54,17 @@ pub(super) fn decode_entry(position: Position, record: &[u8]) -> Result<Entry, B
     let mut entry = || -> Result<Entry, String> {
         let seq = body.number()?;
         let at = body.number()?;
-        let conversation = body.text()?;
-        let from = body.text()?;
-        let to = body.text()?;
+        let from = UserId::parse(body.text()?).map_err(|error| error.to_string())?;
+        let to = UserId::parse(body.text()?).map_err(|error| error.to_string())?;
         let id = body.text()?;
         let text = body.text()?;
         body.finish()?;
         Ok(Entry {
             position,
-            conversation: ConversationId::parse(conversation).map_err(|error| error.to_string())?,
+            conversation: ConversationId::between(&from, &to).map_err(|error| error.to_string())?,
             seq: Seq::new(seq).ok_or("seq 0")?,
-            from: UserId::parse(from).map_err(|error| error.to_string())?,
-            to: UserId::parse(to).map_err(|error| error.to_string())?,
+            from,
+            to,
             id: match id {
                 "" => None,
                 id => Some(MessageId::parse(id).map_err(|error| error.to_string())?),

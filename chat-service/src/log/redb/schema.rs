@@ -5,9 +5,9 @@
 //! table raises [`FORMAT`]; a record has a version of its own (see [`super::record`]).
 
 use ::redb::TableDefinition;
-use chat_protocol::{ConversationId, UserId};
+use chat_protocol::{ConversationId, MessageId, UserId};
 
-use super::super::{Device, IdKey, Position, Side, Stream};
+use super::super::{Device, Position, Side, Stream};
 
 /// The version of the file's layout that this code reads and writes.
 pub(super) const FORMAT: u64 = 1;
@@ -36,12 +36,13 @@ pub(super) const SESSIONS: TableDefinition<'static, Bytes, Bytes> = TableDefinit
 
 const SEPARATOR: u8 = 0;
 
-pub(super) fn conversation_key(conversation: &ConversationId) -> &[u8] {
-    conversation.as_str().as_bytes()
+pub(super) fn conversation_key(conversation: &ConversationId) -> Vec<u8> {
+    key(&names(conversation), &[])
 }
 
 pub(super) fn by_seq_key(conversation: &ConversationId, seq: u64) -> Vec<u8> {
-    numbered(conversation_key(conversation), &[SEPARATOR], seq)
+    let [first, colon, second] = names(conversation);
+    key(&[first, colon, second, &[SEPARATOR]], &seq.to_be_bytes())
 }
 
 pub(super) fn stream_key(stream: &Stream, position: Position) -> Vec<u8> {
@@ -49,7 +50,7 @@ pub(super) fn stream_key(stream: &Stream, position: Position) -> Vec<u8> {
 }
 
 pub(super) fn stream_key_of(user: &UserId, side: Side, position: Position) -> Vec<u8> {
-    numbered(user.as_str().as_bytes(), &[SEPARATOR, side_byte(side)], position.0)
+    key(&[user.as_str().as_bytes(), &[SEPARATOR, side_byte(side)]], &position.0.to_be_bytes())
 }
 
 /// The position at the end of a key of [`STREAMS`], unless the key is too short to have one.
@@ -57,17 +58,19 @@ pub(super) fn stream_position(key: &[u8]) -> Option<Position> {
     key.last_chunk().map(|bytes| Position(u64::from_be_bytes(*bytes)))
 }
 
-pub(super) fn id_key(key: &IdKey) -> Vec<u8> {
-    joined(&[conversation_key(&key.conversation), key.from.as_str().as_bytes(), key.id.as_str().as_bytes()])
+pub(super) fn id_key(conversation: &ConversationId, from: &UserId, id: &MessageId) -> Vec<u8> {
+    let [first, colon, second] = names(conversation);
+    let from = from.as_str().as_bytes();
+    key(&[first, colon, second, &[SEPARATOR], from, &[SEPARATOR]], id.as_str().as_bytes())
 }
 
 pub(super) fn delivered_key(stream: &Stream) -> Vec<u8> {
-    joined(&[stream.user.as_str().as_bytes(), &[side_byte(stream.side)]])
+    key(&[stream.user.as_str().as_bytes()], &[SEPARATOR, side_byte(stream.side)])
 }
 
 /// The client id may contain anything, a NUL too: it comes last.
 pub(super) fn session_key(device: &Device) -> Vec<u8> {
-    joined(&[device.user.as_str().as_bytes(), device.client_id.as_bytes()])
+    key(&[device.user.as_str().as_bytes(), &[SEPARATOR]], device.client_id.as_bytes())
 }
 
 const fn side_byte(side: Side) -> u8 {
@@ -77,16 +80,15 @@ const fn side_byte(side: Side) -> u8 {
     }
 }
 
-fn numbered(name: &[u8], between: &[u8], number: u64) -> Vec<u8> {
-    let mut key = Vec::with_capacity(name.len() + between.len() + size_of::<u64>());
-    key.extend_from_slice(name);
-    key.extend_from_slice(between);
-    key.extend_from_slice(&number.to_be_bytes());
-    key
+fn names(conversation: &ConversationId) -> [&[u8]; 3] {
+    [conversation.first().as_str().as_bytes(), b":", conversation.second().as_str().as_bytes()]
 }
 
-fn joined(parts: &[&[u8]]) -> Vec<u8> {
-    parts.join(&SEPARATOR)
+fn key(begin: &[&[u8]], end: &[u8]) -> Vec<u8> {
+    let mut key = Vec::with_capacity(begin.iter().map(|part| part.len()).sum::<usize>() + end.len());
+    begin.iter().for_each(|part| key.extend_from_slice(part));
+    key.extend_from_slice(end);
+    key
 }
 
 #[cfg(test)]
@@ -95,9 +97,7 @@ mod tests {
 
     #[test]
     fn streams_sort_by_user_side_and_position_and_do_not_mix() {
-        let key = |user: &str, side, position| {
-            stream_key_of(&UserId::parse(user).unwrap(), side, Position(position))
-        };
+        let key = |user: &str, side, position| stream_key_of(&UserId::parse(user).unwrap(), side, Position(position));
         let sorted = [
             key("al", Side::Inbox, 1),
             key("al", Side::Inbox, 255),

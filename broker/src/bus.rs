@@ -1,0 +1,720 @@
+//! The bus: an embedded rumqttd router that carries messages from whoever publishes to one sink, in order.
+//!
+//! Everything of rumqttd lives in this file. A bus is one router with two links, one publishing and one reading; a thread of ours
+//! reads, keeps the heartbeat and replaces the router when it is dead. Invariant: whatever reaches the sink comes in the order in
+//! which it was published, each message at most once, and where one is missing the sink hears `gap()` before the one that follows.
+//!
+//! How that is kept: messages are numbered under the publisher's lock (eight bytes before the payload, taken off by the reader).
+//! Whatever is not let in uses up its number all the same, so the reader sees every loss in the numbers, whoever lost it. A
+//! heartbeat carries the latest number, so that a lost tail is seen too.
+//!
+//! rumqttd 0.20's oddities and what guards against them here:
+//! - It keeps one log per *filter* and reads them one after the other: two filters lose the order between topics, and overlapping
+//!   ones deliver twice. The reading link subscribes to `#` alone; the bus's own filters are applied before a message is let in.
+//! - A topic whose first character is not ASCII panics the router's thread, one that begins with `$` is silently dropped, an
+//!   empty payload erases a retained message. Such topics are refused at the door; the number makes every payload non-empty.
+//! - A reader that falls behind by more than the segments is moved on silently. The publisher counts what is under way
+//!   and drops before that can happen ([`BusOptions::segment_bytes`] times the segments less two).
+//! - It notes every distinct topic for ever, in two maps (measured: 230 bytes with a topic of 20). Replacing the router is the
+//!   only way to forget them. Publish under few topics, or count with it: 100,000 users with two topics each are 46 MB.
+//! - A stale `ready` panics, a stale number disconnects a stranger: only the reading thread calls `ready`, links live as long as
+//!   their router, client identifiers come from a process-wide counter and are never used again.
+//! - The router holds a sender to itself, so its thread never ends but by a panic. A stopped bus leaves it parked with its last
+//!   segments; a bus is meant to live as long as the process.
+//! - `LinkTx::send` blocks when 1,000 events wait. A batch is put into the link's buffer, and the router is told only if the buffer
+//!   was empty: else an earlier event is still unread, and the router takes the whole buffer when it reads that. So at most
+//!   a handful of events ever wait, and `try_publish` never finds the channel full.
+//! - It opens a tracing span of level ERROR for every publish. Set `rumqttd=off` in the log filter, not `warn`: what matters is
+//!   logged here.
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::{Buf, Bytes};
+use parking_lot::Mutex;
+use rumqttd::local::{LinkBuilder, LinkError, LinkRx, LinkTx};
+use rumqttd::protocol::{Disconnect, DisconnectReasonCode, Packet, Publish};
+use rumqttd::{Forward, Notification, Router, RouterConfig, Strategy};
+
+use crate::topics::filter::{self, TopicError};
+
+/// Carries the latest number. Nobody else may publish on it.
+const HEARTBEAT_TOPIC: &str = "bus/heartbeat";
+/// The number before each payload.
+const NUMBER_BYTES: usize = 8;
+/// Messages handed to the sink at once.
+const BATCH_MESSAGES_MAX: usize = 1_024;
+/// Messages that rumqttd puts into the reader's buffer at once; the buffer holds up to 199 more.
+const READ_MESSAGES_MAX: u64 = 1_000;
+/// Two links; rumqttd reserves this many slots.
+const LINKS_MAX: usize = 2;
+/// Levels in a bus topic or filter.
+const LEVELS_MAX: usize = 128;
+
+/// Never used twice in a process: rumqttd mistakes who had an identifier before for who has it now.
+static NEXT_ROUTER: AtomicUsize = AtomicUsize::new(0);
+
+/// A message on the bus.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct BusMessage {
+    /// ASCII only, built by us; not the client's choice.
+    pub topic: Arc<str>,
+    /// Anything, also nothing.
+    pub payload: Bytes,
+}
+
+/// Where a bus ends. Called on the bus's own thread: what it does there, every later message waits for.
+pub trait BusSink: Send + 'static {
+    /// Messages in the order in which they were published, at least one. May take them out of the vector.
+    fn messages(&mut self, batch: &mut Vec<BusMessage>);
+    /// Messages were lost (the reader fell behind, the router died and was replaced): whoever reads from this bus must read the log
+    /// again. What is published after this call comes through.
+    fn gap(&mut self);
+}
+
+/// How to start a bus. [`BusOptions::new`] has the defaults.
+#[derive(Clone, Debug)]
+pub struct BusOptions {
+    /// For logs, the thread and client identifiers: no `+`, `$`, `#` or `/`.
+    pub name: &'static str,
+    /// What the sink wants. Messages on other topics are refused.
+    pub filters: Vec<String>,
+    /// From one heartbeat to the next.
+    pub heartbeat_interval: Duration,
+    /// Without any answer for so long (counted in unanswered heartbeats), the router is taken for dead and replaced.
+    pub heartbeat_timeout: Duration,
+    /// Size of a log segment in rumqttd, at least 1 KiB. The log keeps read messages too, until newer ones push them out.
+    pub segment_bytes: usize,
+    /// Segments that rumqttd keeps, at least 3. Two less of them bound the bytes under way between `publish` and the sink.
+    pub segments: usize,
+    /// Bounds the messages under way between `publish` and the sink. Further ones are dropped, and the sink hears of a gap.
+    pub messages_under_way_max: u64,
+}
+
+impl BusOptions {
+    /// 10 segments of 1 MiB: 8 MiB and 65,536 messages may be under way, a third of a second at full speed. rumqttd's own bookkeeping comes
+    /// on top, about 300 bytes a message kept.
+    pub fn new(name: &'static str) -> Self {
+        Self {
+            name,
+            filters: Vec::new(),
+            heartbeat_interval: Duration::from_secs(1),
+            heartbeat_timeout: Duration::from_secs(5),
+            segment_bytes: 1024 * 1024,
+            segments: 10,
+            messages_under_way_max: 65_536,
+        }
+    }
+
+    fn bytes_under_way_max(&self) -> u64 {
+        // One segment is dropped as soon as a new one begins; another is left to heartbeats and to the last message's excess.
+        u64::try_from(self.segments.saturating_sub(2).saturating_mul(self.segment_bytes)).unwrap_or(u64::MAX)
+    }
+}
+
+/// Why a bus did not start.
+#[derive(Debug, thiserror::Error)]
+pub enum BusError {
+    /// One of [`BusOptions::filters`] is no topic filter.
+    #[error("bus filter {filter:?}: {source}")]
+    Filter {
+        /// The filter as given.
+        filter: String,
+        /// What is wrong with it.
+        source: TopicError,
+    },
+    /// A capacity is too small to work with.
+    #[error("a bus needs at least 3 segments of 1 KiB and room for one message")]
+    Capacity,
+    /// rumqttd could not start its thread, or panicked while it tried.
+    #[error("the router did not start")]
+    Router,
+    /// The router refused a link, or ended.
+    #[error("the router refused a link: {0}")]
+    Link(#[from] LinkError),
+    /// The first heartbeat did not come back in time.
+    #[error("the router did not answer")]
+    NoAnswer,
+    /// The operating system refused a thread.
+    #[error("no thread for the bus: {0}")]
+    Thread(#[from] std::io::Error),
+}
+
+/// Totals since the bus started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BusCounters {
+    /// Messages let in.
+    pub published: u64,
+    /// Messages handed to the sink.
+    pub delivered: u64,
+    /// Messages not let in because too many were under way or the router was dead. The sink hears of a gap.
+    pub dropped: u64,
+    /// Messages with a topic that may not reach the router or that no filter matches: a mistake in our own code.
+    pub refused: u64,
+    /// Calls of [`BusSink::gap`].
+    pub gaps: u64,
+    /// Routers that were replaced.
+    pub restarts: u64,
+}
+
+#[derive(Default)]
+struct Counters {
+    published: AtomicU64,
+    delivered: AtomicU64,
+    dropped: AtomicU64,
+    refused: AtomicU64,
+    gaps: AtomicU64,
+    restarts: AtomicU64,
+}
+
+/// A handle on a bus; clones are the same bus. When the last one is gone, the bus stops.
+#[derive(Clone)]
+pub struct Bus {
+    handle: Arc<Handle>,
+}
+
+struct Handle {
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the handles and the reading thread share.
+struct Shared {
+    options: BusOptions,
+    publisher: Mutex<Publisher>,
+    /// Of those let in to this router, handed to the sink. Written by the reading thread only.
+    read_messages: AtomicU64,
+    read_bytes: AtomicU64,
+    counters: Counters,
+    began: Instant,
+    /// Since `began`.
+    heartbeat_us: AtomicU64,
+    stopping: AtomicBool,
+}
+
+struct Publisher {
+    /// `None` while the router is being replaced, and after the end.
+    link: Option<LinkTx>,
+    last_number: u64,
+    /// Let in to this router.
+    let_in_messages: u64,
+    let_in_bytes: u64,
+    dropping: bool,
+}
+
+/// A numbered payload to be, without its number.
+struct Frame {
+    topic: Bytes,
+    payload: Vec<u8>,
+}
+
+impl Frame {
+    fn new(message: BusMessage) -> Self {
+        let mut payload = Vec::with_capacity(NUMBER_BYTES + message.payload.len());
+        payload.extend_from_slice(&[0; NUMBER_BYTES]);
+        payload.extend_from_slice(&message.payload);
+        Self { topic: Bytes::from_owner(TopicBytes(message.topic)), payload }
+    }
+
+    /// As rumqttd counts a message for its segments.
+    fn bytes(&self) -> u64 {
+        kept_bytes(&self.topic, self.payload.len())
+    }
+
+    fn numbered(mut self, number: u64) -> (Bytes, Bytes) {
+        if let Some(prefix) = self.payload.first_chunk_mut::<NUMBER_BYTES>() {
+            *prefix = number.to_be_bytes();
+        }
+        (self.topic, self.payload.into())
+    }
+}
+
+fn kept_bytes(topic: &[u8], payload_bytes: usize) -> u64 {
+    u64::try_from(topic.len() + payload_bytes + 4).unwrap_or(u64::MAX)
+}
+
+/// Lends an `Arc<str>` to [`Bytes`] without a copy.
+struct TopicBytes(Arc<str>);
+
+impl AsRef<[u8]> for TopicBytes {
+    fn as_ref(&self) -> &[u8] {
+        self.0.as_bytes()
+    }
+}
+
+impl Bus {
+    /// Starts a router and the thread that feeds `sink`. When this returns, the subscription is active: a heartbeat came through.
+    /// Blocks for a few milliseconds.
+    pub fn start(options: BusOptions, sink: impl BusSink) -> Result<Self, BusError> {
+        for filter in &options.filters {
+            filter::validate_topic_filter(filter, LEVELS_MAX)
+                .map_err(|source| BusError::Filter { filter: filter.clone(), source })?;
+        }
+        if options.segments < 3 || options.segment_bytes < 1024 || options.messages_under_way_max == 0 {
+            return Err(BusError::Capacity);
+        }
+        let router = OpenRouter::open(&options)?;
+        let name = format!("bus-{}", options.name);
+        let shared = Arc::new(Shared {
+            options,
+            publisher: Mutex::new(Publisher {
+                link: Some(router.publishing),
+                last_number: 0,
+                let_in_messages: 0,
+                let_in_bytes: 0,
+                dropping: false,
+            }),
+            read_messages: AtomicU64::new(0),
+            read_bytes: AtomicU64::new(0),
+            counters: Counters::default(),
+            began: Instant::now(),
+            heartbeat_us: AtomicU64::new(0),
+            stopping: AtomicBool::new(false),
+        });
+        let reader = Reader {
+            shared: Arc::clone(&shared),
+            sink,
+            link: router.reading,
+            link_tx: router.reading_tx,
+            expected: 1,
+            unanswered: 0,
+            batch: Vec::with_capacity(BATCH_MESSAGES_MAX),
+            batch_bytes: 0,
+            topic: Arc::from(""),
+        };
+        let thread = std::thread::Builder::new().name(name).spawn(move || reader.run())?;
+        Ok(Self { handle: Arc::new(Handle { shared, thread: Mutex::new(Some(thread)) }) })
+    }
+
+    /// Queues a batch and wakes the router once. Never waits on a slow reader: what goes over the bounds of [`BusOptions`] is dropped,
+    /// and the sink hears of a gap. Topics that may not reach the router are refused.
+    pub fn publish(&self, messages: Vec<BusMessage>) {
+        let shared = &self.handle.shared;
+        let mut frames = Vec::with_capacity(messages.len());
+        for message in messages {
+            if shared.admits(&message.topic) {
+                frames.push(Frame::new(message));
+            } else {
+                shared.refuse(&message.topic);
+            }
+        }
+        if !frames.is_empty() {
+            shared.publish(frames);
+        }
+    }
+
+    /// How long ago the last heartbeat came through. Grows while the sink is busy, too.
+    pub fn heartbeat_age(&self) -> Duration {
+        let shared = &self.handle.shared;
+        let heartbeat = Duration::from_micros(shared.heartbeat_us.load(Ordering::Relaxed));
+        shared.began.elapsed().saturating_sub(heartbeat)
+    }
+
+    /// Totals so far.
+    pub fn counters(&self) -> BusCounters {
+        let counters = &self.handle.shared.counters;
+        BusCounters {
+            published: counters.published.load(Ordering::Relaxed),
+            delivered: counters.delivered.load(Ordering::Relaxed),
+            dropped: counters.dropped.load(Ordering::Relaxed),
+            refused: counters.refused.load(Ordering::Relaxed),
+            gaps: counters.gaps.load(Ordering::Relaxed),
+            restarts: counters.restarts.load(Ordering::Relaxed),
+        }
+    }
+
+    /// Ends the bus and waits for its thread, so for the sink. What is still under way is not delivered. A second call does nothing.
+    pub fn stop(&self) {
+        self.handle.begin_stop();
+        let Some(thread) = self.handle.thread.lock().take() else { return };
+        if thread.thread().id() == std::thread::current().id() {
+            return; // The sink itself stops the bus: the thread ends when the sink returns.
+        }
+        if thread.join().is_err() {
+            tracing::error!(bus = self.handle.shared.options.name, "the thread of the bus had panicked");
+        }
+    }
+
+    /// Breaks rumqttd's thread the way that it breaks by itself.
+    #[cfg(test)]
+    fn break_router(&self) {
+        if let Some(link) = &mut self.handle.shared.publisher.lock().link {
+            link.try_publish("é", "x").expect("the router lives");
+        }
+    }
+}
+
+impl std::fmt::Debug for Bus {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Bus").field("name", &self.handle.shared.options.name).finish_non_exhaustive()
+    }
+}
+
+impl Handle {
+    fn begin_stop(&self) {
+        self.shared.stopping.store(true, Ordering::Release);
+        // The reader wakes by a message, or from its pause while it replaces the router.
+        self.shared.send_heartbeat();
+        if let Some(thread) = &*self.thread.lock() {
+            thread.thread().unpark();
+        }
+    }
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        self.begin_stop();
+    }
+}
+
+impl Shared {
+    fn admits(&self, topic: &str) -> bool {
+        topic.is_ascii()
+            && topic != HEARTBEAT_TOPIC
+            && filter::validate_topic_name(topic, LEVELS_MAX).is_ok()
+            && self.options.filters.iter().any(|filter| filter::matches(filter, topic))
+    }
+
+    fn refuse(&self, topic: &str) {
+        let refused = self.counters.refused.fetch_add(1, Ordering::Relaxed) + 1;
+        if refused.is_power_of_two() {
+            tracing::error!(
+                bus = self.options.name,
+                topic,
+                refused,
+                "a topic that may not reach the router was refused"
+            );
+        }
+        debug_assert!(topic.is_ascii() && !topic.is_empty(), "bus topics are ours, and ASCII: {topic:?}");
+    }
+
+    fn publish(&self, frames: Vec<Frame>) {
+        let frames_len = u64::try_from(frames.len()).unwrap_or(u64::MAX);
+        let mut publisher = self.publisher.lock();
+        let mut messages = publisher.let_in_messages.saturating_sub(self.read_messages.load(Ordering::Acquire));
+        let mut bytes = publisher.let_in_bytes.saturating_sub(self.read_bytes.load(Ordering::Acquire));
+        let bytes_max = self.options.bytes_under_way_max();
+        let mut packets = Vec::with_capacity(frames.len());
+        let (messages_before, bytes_before) = (messages, bytes);
+        for frame in frames {
+            publisher.last_number += 1;
+            let frame_bytes = frame.bytes();
+            // A message larger than the bound passes alone: rumqttd keeps the last segment whatever its size.
+            if messages >= self.options.messages_under_way_max || (bytes + frame_bytes > bytes_max && messages != 0) {
+                continue;
+            }
+            messages += 1;
+            bytes += frame_bytes;
+            packets.push(frame.numbered(publisher.last_number));
+        }
+        let mut let_in = messages - messages_before;
+        if publisher.send(packets) {
+            publisher.let_in_messages += let_in;
+            publisher.let_in_bytes += bytes - bytes_before;
+        } else {
+            let_in = 0;
+        }
+        let dropped = frames_len - let_in;
+        if dropped != 0 && !publisher.dropping {
+            tracing::warn!(
+                bus = self.options.name,
+                dropped,
+                "the reader of the bus is behind or dead: messages are dropped"
+            );
+        }
+        publisher.dropping = dropped != 0;
+        drop(publisher);
+        self.counters.published.fetch_add(let_in, Ordering::Relaxed);
+        self.counters.dropped.fetch_add(dropped, Ordering::Relaxed);
+    }
+
+    fn send_heartbeat(&self) {
+        let mut publisher = self.publisher.lock();
+        let packet = heartbeat(publisher.last_number);
+        if publisher.link.is_some() && !publisher.send(vec![packet]) {
+            tracing::debug!(bus = self.options.name, "the router was dead when it should have got a heartbeat");
+        }
+    }
+
+    fn stopping(&self) -> bool {
+        self.stopping.load(Ordering::Acquire)
+    }
+}
+
+fn heartbeat(last_number: u64) -> (Bytes, Bytes) {
+    (Bytes::from_static(HEARTBEAT_TOPIC.as_bytes()), Bytes::copy_from_slice(&last_number.to_be_bytes()))
+}
+
+impl Publisher {
+    /// `false` if the router is dead; then the link is gone too, with all that waited in it.
+    fn send(&mut self, mut packets: Vec<(Bytes, Bytes)>) -> bool {
+        let Some(link) = &mut self.link else { return false };
+        let Some(last) = packets.pop() else { return true };
+        let publish = |(topic, payload): (Bytes, Bytes)| Packet::Publish(Publish::new(topic, payload, false), None);
+        {
+            let mut buffer = link.buffer();
+            let told_already = !buffer.is_empty();
+            buffer.extend(packets.into_iter().map(publish));
+            if told_already {
+                buffer.push_back(publish(last));
+                return true;
+            }
+        }
+        match link.try_publish(last.0, last.1) {
+            Ok(_) => true,
+            Err(error) => {
+                // Only a dead router: the channel cannot be full, see above. Were it full, starting anew would still be right.
+                tracing::debug!(%error, "the router does not take messages");
+                self.link = None;
+                false
+            }
+        }
+    }
+}
+
+/// Ends a link in the only way that frees its slot.
+fn disconnect(link: &mut LinkTx) {
+    let disconnect = Disconnect { reason_code: DisconnectReasonCode::NormalDisconnection };
+    link.buffer().push_back(Packet::Disconnect(disconnect, None));
+    // What follows Disconnect is ignored; it only carries the event. A router that is dead has no slots to free.
+    link.try_publish(HEARTBEAT_TOPIC, "").ok();
+}
+
+/// A router that answers, with its two links.
+struct OpenRouter {
+    publishing: LinkTx,
+    reading: LinkRx,
+    reading_tx: LinkTx,
+}
+
+impl OpenRouter {
+    fn open(options: &BusOptions) -> Result<Self, BusError> {
+        let number = NEXT_ROUTER.fetch_add(1, Ordering::Relaxed);
+        let config = RouterConfig {
+            max_connections: LINKS_MAX,
+            max_outgoing_packet_count: READ_MESSAGES_MAX,
+            max_segment_size: options.segment_bytes,
+            max_segment_count: options.segments,
+            custom_segment: None,
+            initialized_filters: None,
+            shared_subscriptions_strategy: Strategy::default(),
+        };
+        // rumqttd unwraps what the operating system says to a new thread.
+        let events = catch_unwind(|| Router::new(number, config).spawn()).map_err(|_panic| BusError::Router)?;
+        let name = options.name;
+        let (mut reading_tx, mut reading, _) =
+            LinkBuilder::new(&format!("{name}-reader-{number}"), events.clone()).build()?;
+        reading_tx.try_subscribe("#")?;
+        // Nothing is ever sent to the publishing link; its receiving half may go.
+        let (mut publishing, _, _) = LinkBuilder::new(&format!("{name}-publisher-{number}"), events).build()?;
+        let (topic, payload) = heartbeat(0);
+        publishing.try_publish(topic, payload)?;
+        let deadline = Instant::now() + options.heartbeat_timeout;
+        loop {
+            match reading.recv_deadline(deadline) {
+                Ok(Some(Notification::Forward(_))) => return Ok(Self { publishing, reading, reading_tx }),
+                Ok(_) => {}
+                Err(_) => return Err(BusError::NoAnswer),
+            }
+        }
+    }
+}
+
+/// What waiting for the router brought.
+enum Received {
+    /// Messages, or nothing in particular.
+    Something,
+    /// Nothing until the deadline.
+    Silence,
+    /// The router is dead or has thrown us out.
+    Ended,
+}
+
+/// The reading thread.
+struct Reader<S> {
+    shared: Arc<Shared>,
+    sink: S,
+    link: LinkRx,
+    link_tx: LinkTx,
+    /// The number that comes next if nothing is lost.
+    expected: u64,
+    /// Heartbeats since the last sign of life. Time would not do: it also passes while the sink or the whole process stands still.
+    unanswered: u32,
+    batch: Vec<BusMessage>,
+    batch_bytes: u64,
+    /// The last one, to share when the next is the same.
+    topic: Arc<str>,
+}
+
+impl<S: BusSink> Reader<S> {
+    fn run(mut self) {
+        let interval = self.shared.options.heartbeat_interval;
+        let mut next_heartbeat = Instant::now() + interval;
+        while !self.shared.stopping() {
+            let received = self.receive(next_heartbeat);
+            self.flush();
+            let dead = match received {
+                Received::Ended => Some("it ended"),
+                Received::Silence if interval * self.unanswered >= self.shared.options.heartbeat_timeout => {
+                    Some("it does not answer")
+                }
+                Received::Silence | Received::Something => None,
+            };
+            if let Some(reason) = dead {
+                tracing::error!(bus = self.shared.options.name, reason, "the router is dead and is replaced");
+                self.replace_router();
+            }
+            if Instant::now() >= next_heartbeat {
+                self.shared.send_heartbeat();
+                self.unanswered = self.unanswered.saturating_add(1);
+                next_heartbeat = Instant::now() + interval;
+            }
+        }
+        self.leave_router();
+    }
+
+    /// Waits for notifications and takes those that are there.
+    fn receive(&mut self, deadline: Instant) -> Received {
+        let first = match self.link.recv_deadline(deadline) {
+            Ok(first) => first,
+            // flume, whose error says which it was, is rumqttd's dependency and not ours; the clock says it as well.
+            Err(_) if Instant::now() >= deadline => return Received::Silence,
+            Err(_) => return Received::Ended,
+        };
+        let mut next = first;
+        let past = Instant::now();
+        loop {
+            match next {
+                Some(Notification::Forward(forward)) => self.take(forward),
+                Some(Notification::Unschedule) => {
+                    // The router waits for us; it may refill while the sink works.
+                    if self.link.ready().is_err() {
+                        return Received::Ended;
+                    }
+                }
+                Some(Notification::Disconnect(..)) => return Received::Ended,
+                // Acknowledgements, and events whose notifications came with an earlier one.
+                Some(_) | None => {}
+            }
+            if self.batch.len() >= BATCH_MESSAGES_MAX {
+                return Received::Something;
+            }
+            next = match self.link.recv_deadline(past) {
+                Ok(next) => next,
+                // Nothing more now. If the router has died, waiting will tell.
+                Err(_) => return Received::Something,
+            };
+        }
+    }
+
+    fn take(&mut self, forward: Forward) {
+        let Publish { topic, mut payload, .. } = forward.publish;
+        let kept_bytes = kept_bytes(&topic, payload.len());
+        if payload.len() < NUMBER_BYTES {
+            tracing::error!(bus = self.shared.options.name, "a message on the bus has no number");
+            return;
+        }
+        self.unanswered = 0;
+        let number = payload.get_u64();
+        if topic == HEARTBEAT_TOPIC {
+            if number >= self.expected {
+                self.gap();
+                self.expected = number + 1;
+            }
+            let heartbeat_us = u64::try_from(self.shared.began.elapsed().as_micros()).unwrap_or(u64::MAX);
+            self.shared.heartbeat_us.store(heartbeat_us, Ordering::Relaxed);
+            return;
+        }
+        self.batch_bytes += kept_bytes;
+        if number < self.expected {
+            tracing::error!(bus = self.shared.options.name, number, "a message came twice on the bus");
+            return;
+        }
+        if number > self.expected {
+            self.gap();
+        }
+        self.expected = number + 1;
+        if self.topic.as_bytes() != topic {
+            match std::str::from_utf8(&topic) {
+                Ok(topic) => self.topic = Arc::from(topic),
+                Err(error) => {
+                    tracing::error!(bus = self.shared.options.name, %error, "a topic on the bus is not ours");
+                    return;
+                }
+            }
+        }
+        self.batch.push(BusMessage { topic: Arc::clone(&self.topic), payload });
+    }
+
+    /// Hands the batch over. Only then is it no longer under way.
+    fn flush(&mut self) {
+        if self.batch.is_empty() {
+            return;
+        }
+        let messages = u64::try_from(self.batch.len()).unwrap_or(u64::MAX);
+        let delivered = catch_unwind(AssertUnwindSafe(|| self.sink.messages(&mut self.batch))).is_ok();
+        self.batch.clear();
+        self.shared.counters.delivered.fetch_add(messages, Ordering::Relaxed);
+        self.shared.read_messages.fetch_add(messages, Ordering::Release);
+        self.shared.read_bytes.fetch_add(std::mem::take(&mut self.batch_bytes), Ordering::Release);
+        if !delivered {
+            tracing::error!(
+                bus = self.shared.options.name,
+                messages,
+                "the sink of the bus panicked; please report this"
+            );
+            self.gap();
+        }
+    }
+
+    fn gap(&mut self) {
+        self.flush();
+        self.shared.counters.gaps.fetch_add(1, Ordering::Relaxed);
+        tracing::warn!(bus = self.shared.options.name, after = self.expected - 1, "messages were lost on the bus");
+        if catch_unwind(AssertUnwindSafe(|| self.sink.gap())).is_err() {
+            tracing::error!(bus = self.shared.options.name, "the sink of the bus panicked; please report this");
+        }
+    }
+
+    fn leave_router(&mut self) {
+        if let Some(mut publishing) = self.shared.publisher.lock().link.take() {
+            disconnect(&mut publishing);
+        }
+        // From here on nobody may call `ready` on this link.
+        disconnect(&mut self.link_tx);
+    }
+
+    fn replace_router(&mut self) {
+        self.leave_router();
+        let router = loop {
+            if self.shared.stopping() {
+                return;
+            }
+            match OpenRouter::open(&self.shared.options) {
+                Ok(router) => break router,
+                Err(error) => {
+                    tracing::error!(bus = self.shared.options.name, %error, "no new router; trying again");
+                    std::thread::park_timeout(self.shared.options.heartbeat_interval);
+                }
+            }
+        };
+        self.link = router.reading;
+        self.link_tx = router.reading_tx;
+        self.unanswered = 0;
+        {
+            let mut publisher = self.shared.publisher.lock();
+            self.shared.read_messages.store(0, Ordering::Release);
+            self.shared.read_bytes.store(0, Ordering::Release);
+            publisher.let_in_messages = 0;
+            publisher.let_in_bytes = 0;
+            publisher.link = Some(router.publishing);
+            self.expected = publisher.last_number + 1;
+        }
+        self.shared.counters.restarts.fetch_add(1, Ordering::Relaxed);
+        tracing::info!(bus = self.shared.options.name, "the router was replaced");
+        self.gap();
+    }
+}

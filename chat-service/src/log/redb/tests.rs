@@ -1,0 +1,638 @@
+//! What files and disks can do to the log, and the log beside its model in memory.
+
+use std::collections::HashSet;
+use std::fs::{self, OpenOptions};
+use std::io;
+use std::ops::Bound;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use ::redb::backends::FileBackend;
+use ::redb::{BackendError, Database, ReadableDatabase, ReadableTable, StorageBackend};
+use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
+use parking_lot::Mutex;
+use proptest::prelude::*;
+use tempfile::TempDir;
+
+use super::super::conformance::Store;
+use super::super::{Log, MemoryLog, Side, SubscriptionRecord};
+use super::*;
+
+struct OnDisk(TempDir);
+
+impl OnDisk {
+    fn new() -> Self {
+        Self(tempfile::tempdir().unwrap())
+    }
+}
+
+impl Store for OnDisk {
+    type Log = RedbLog;
+
+    async fn open(&self) -> RedbLog {
+        open(self.0.path())
+    }
+}
+
+crate::log_conformance_tests!(OnDisk::new());
+
+const EVERYTHING: ReadLimit = ReadLimit { entries: usize::MAX, bytes: usize::MAX };
+
+fn open(folder: &Path) -> RedbLog {
+    RedbLog::open(folder, RedbOptions::default()).unwrap()
+}
+
+fn user(name: &str) -> UserId {
+    UserId::parse(name).unwrap()
+}
+
+fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
+    let (from, to) = (user(from), user(to));
+    NewEntry {
+        conversation: ConversationId::between(&from, &to).unwrap(),
+        seq: Seq::new(seq).unwrap(),
+        from,
+        to,
+        id: Some(MessageId::parse(&format!("m-{seq}")).unwrap()),
+        at: Timestamp::from_ms(seq),
+        text: text.into(),
+    }
+}
+
+fn inbox(name: &str) -> Stream {
+    Stream { user: user(name), side: Side::Inbox }
+}
+
+fn phone() -> Device {
+    Device { user: user("bob"), client_id: "phone".into() }
+}
+
+fn at(position: u64) -> SessionRecord {
+    SessionRecord { inbox: Some(Position(position)), ..SessionRecord::default() }
+}
+
+fn advance(position: u64) -> Vec<Advance> {
+    vec![Advance { stream: inbox("bob"), device: Some(phone()), position: Position(position) }]
+}
+
+/// Changes the file behind the log's back.
+fn change(folder: &Path, change: impl FnOnce(&::redb::WriteTransaction)) {
+    let database = Database::open(folder.join("chat.redb")).unwrap();
+    let writing = database.begin_write().unwrap();
+    change(&writing);
+    writing.commit().unwrap();
+}
+
+#[test]
+fn a_newer_format_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(open(folder.path()));
+    change(folder.path(), |writing| {
+        writing.open_table(schema::META).unwrap().insert(schema::FORMAT_KEY, schema::FORMAT + 1).unwrap();
+    });
+    let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::NewerFormat { .. }), "{error:?}");
+    let sentence = error.to_string();
+    assert!(sentence.contains("chat.redb has format version 2, this program knows up to 1"), "{sentence}");
+}
+
+#[test]
+fn a_second_open_is_refused_and_told_who_was_first() {
+    let folder = tempfile::tempdir().unwrap();
+    let first = open(folder.path());
+    let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::Locked { .. }), "{error:?}");
+    let expected = format!("chat.redb is in use by this very process ({})", std::process::id());
+    assert!(error.to_string().contains(&expected), "{error}");
+    fs::write(folder.path().join("chat.pid"), "1").unwrap();
+    let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
+    assert!(error.to_string().contains("is in use by process 1:"), "{error}");
+    drop(first);
+    drop(open(folder.path()));
+}
+
+#[test]
+fn a_folder_that_cannot_be_made_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("file"), "").unwrap();
+    let error = RedbLog::open(folder.path().join("file/log"), RedbOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::Folder { .. }), "{error:?}");
+    assert!(error.to_string().contains("file/log cannot be created: "), "{error}");
+}
+
+#[test]
+fn what_is_no_log_is_refused_and_left_as_it_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("chat.redb");
+    for content in [b"not a log".to_vec(), vec![7; 100_000]] {
+        fs::write(&file, &content).unwrap();
+        let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
+        assert!(matches!(error, OpenError::Corrupt { .. }), "{error:?}");
+        assert_eq!(fs::read(&file).unwrap(), content);
+    }
+}
+
+#[test]
+fn a_log_that_is_cut_short_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    drop(open(folder.path()));
+    let file = OpenOptions::new().write(true).open(folder.path().join("chat.redb")).unwrap();
+    file.set_len(5_000).unwrap();
+    let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::Corrupt { .. }), "{error:?}");
+}
+
+#[test]
+fn a_database_of_somebody_elses_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    {
+        let database = Database::create(folder.path().join("chat.redb")).unwrap();
+        let writing = database.begin_write().unwrap();
+        let table = ::redb::TableDefinition::<u64, u64>::new("theirs");
+        drop(writing.open_table(table).unwrap());
+        writing.commit().unwrap();
+    }
+    let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::Corrupt { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_flipped_byte_in_an_entry_is_found_and_named() {
+    let folder = tempfile::tempdir().unwrap();
+    {
+        let log = open(folder.path());
+        log.append(vec![message("alice", "bob", 1, "good"), message("alice", "bob", 2, "bad")]).await.unwrap();
+    }
+    change(folder.path(), |writing| {
+        let mut entries = writing.open_table(schema::ENTRIES).unwrap();
+        let mut record = entries.get(2).unwrap().unwrap().value().to_vec();
+        *record.last_mut().unwrap() ^= 1;
+        entries.insert(2, record.as_slice()).unwrap();
+    });
+    let log = open(folder.path());
+    let error = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap_err();
+    assert_eq!(error.to_string(), "reading bob/inbox: table entries, key 2: the checksum does not match");
+    // What is not damaged is still read, and written.
+    let limit = ReadLimit { entries: 1, bytes: 1 };
+    log.read(&inbox("bob"), Position(0), limit).await.unwrap_err();
+    let key = |id: &str| IdKey {
+        conversation: ConversationId::parse("alice:bob").unwrap(),
+        from: user("alice"),
+        id: MessageId::parse(id).unwrap(),
+    };
+    assert_eq!(&*log.find(vec![key("m-1")]).await.unwrap()[0].as_ref().unwrap().text, "good");
+    log.find(vec![key("m-2")]).await.unwrap_err();
+    log.append(vec![message("alice", "bob", 3, "after")]).await.unwrap();
+    assert_eq!(log.read(&inbox("bob"), Position(2), EVERYTHING).await.unwrap().entries.len(), 1);
+}
+
+#[tokio::test]
+async fn a_damaged_session_is_named_and_stops_nobody_else() {
+    let folder = tempfile::tempdir().unwrap();
+    let laptop = Device { user: user("bob"), client_id: "laptop".into() };
+    {
+        let log = open(folder.path());
+        log.put_session(&phone(), at(1)).await.unwrap();
+        log.put_session(&laptop, at(1)).await.unwrap();
+    }
+    change(folder.path(), |writing| {
+        let mut sessions = writing.open_table(schema::SESSIONS).unwrap();
+        sessions.insert(schema::session_key(&phone()).as_slice(), b"\x01broken".as_slice()).unwrap();
+    });
+    let log = open(folder.path());
+    let error = log.session(&phone()).await.unwrap_err();
+    let expected = r"reading the session of bob/phone: table sessions, key bob\x00phone: the checksum does not match";
+    assert_eq!(error.to_string(), expected);
+    log.advance(advance(5));
+    log.advance(vec![Advance { stream: inbox("bob"), device: Some(laptop.clone()), position: Position(6) }]);
+    log.flush().await.unwrap();
+    assert_eq!(log.session(&laptop).await.unwrap(), Some(at(6)));
+    log.put_session(&phone(), at(2)).await.unwrap();
+    assert_eq!(log.session(&phone()).await.unwrap(), Some(at(2)));
+}
+
+#[tokio::test]
+async fn a_damaged_index_never_shows_somebody_elses_message() {
+    let folder = tempfile::tempdir().unwrap();
+    {
+        let log = open(folder.path());
+        log.append(vec![message("alice", "eve", 1, "secret"), message("alice", "bob", 1, "to bob")]).await.unwrap();
+    }
+    let conversation = ConversationId::parse("alice:bob").unwrap();
+    change(folder.path(), |writing| {
+        let wrong = schema::stream_key(&inbox("bob"), Position(1));
+        writing.open_table(schema::STREAMS).unwrap().insert(wrong.as_slice(), ()).unwrap();
+        let key = schema::by_seq_key(&conversation, 1);
+        writing.open_table(schema::BY_SEQ).unwrap().insert(key.as_slice(), 1).unwrap();
+        let key = schema::id_key(&conversation, &user("alice"), &MessageId::parse("m-1").unwrap());
+        writing.open_table(schema::IDS).unwrap().insert(key.as_slice(), (9, 1)).unwrap();
+    });
+    let log = open(folder.path());
+    let error = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap_err();
+    assert!(error.cause.starts_with(r"table streams, key bob\x00\x00"), "{error}");
+    let error = log.read_conversation(&conversation, None, EVERYTHING).await.unwrap_err();
+    assert!(error.cause.starts_with(r"table by_seq, key alice:bob\x00"), "{error}");
+    let id = MessageId::parse("m-1").unwrap();
+    let error = log.find(vec![IdKey { conversation, from: user("alice"), id }]).await.unwrap_err();
+    assert_eq!(error.cause, "table entries, key 9: there is none");
+}
+
+#[tokio::test]
+async fn a_head_behind_its_entries_fails_the_log() {
+    let folder = tempfile::tempdir().unwrap();
+    {
+        let log = open(folder.path());
+        log.append(vec![message("alice", "bob", 1, "a"), message("alice", "bob", 2, "b")]).await.unwrap();
+    }
+    let conversation = ConversationId::parse("alice:bob").unwrap();
+    change(folder.path(), |writing| {
+        let key = schema::conversation_key(&conversation);
+        writing.open_table(schema::CONVERSATIONS).unwrap().insert(key.as_slice(), (1, 1)).unwrap();
+    });
+    let log = open(folder.path());
+    let error = log.append(vec![message("alice", "bob", 2, "another second")]).await.unwrap_err();
+    assert!(matches!(error, AppendError::Failed(_)), "{error:?}");
+    assert!(log.health().unwrap_err().contains("table conversations, key alice:bob"));
+    drop(log);
+    let page = open(folder.path()).read_conversation(&conversation, None, EVERYTHING).await.unwrap();
+    assert_eq!(page.entries.iter().map(|entry| &*entry.text).collect::<Vec<_>>(), ["a", "b"]);
+}
+
+#[tokio::test]
+async fn cursors_reach_the_disk_without_being_asked_to() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = open(folder.path());
+    log.advance(advance(7));
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    let on_disk = || {
+        let stored = |snapshot: &::redb::ReadTransaction| {
+            let stored =
+                snapshot.open_table(schema::DELIVERED).unwrap().get(schema::delivered_key(&inbox("bob")).as_slice());
+            stored.unwrap().map(|position| position.value())
+        };
+        stored(&log.shared.database.read().as_ref().unwrap().begin_read().unwrap())
+    };
+    assert_eq!(on_disk(), None);
+    while on_disk() != Some(7) {
+        assert!(tokio::time::Instant::now() < deadline, "the cursor is not on disk");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+    log.advance(advance(9));
+    // Dropping the log writes the rest.
+    drop(log);
+    assert_eq!(open(folder.path()).delivered(&inbox("bob")).await.unwrap(), Position(9));
+}
+
+#[tokio::test]
+async fn what_was_not_waited_for_is_written_all_the_same() {
+    let folder = tempfile::tempdir().unwrap();
+    {
+        let log = open(folder.path());
+        for seq in 1..=20 {
+            let append = log.append(vec![message("alice", "bob", seq, "x")]);
+            // Polled once, then dropped: the batch is in the queue.
+            let left = tokio::time::timeout(Duration::ZERO, append).await;
+            assert!(!matches!(left, Ok(Err(_))), "{left:?}");
+        }
+    }
+    let log = open(folder.path());
+    assert_eq!(log.head(), Position(20));
+}
+
+/// What a disk does besides its work. As on a real one, what was written once can be written over when the disk is full.
+#[derive(Debug, Default)]
+pub(in crate::log) struct FaultyDisk {
+    blocks: Mutex<Blocks>,
+    sync_fails: AtomicBool,
+    broken: AtomicBool,
+}
+
+#[derive(Debug, Default)]
+struct Blocks {
+    used: HashSet<u64>,
+    /// `None` is no limit.
+    free: Option<usize>,
+}
+
+const BLOCK_BYTES: u64 = 4_096;
+
+impl FaultyDisk {
+    fn writing(&self, offset: u64, bytes: usize) -> io::Result<()> {
+        if self.broken.load(Ordering::SeqCst) {
+            return Err(io::Error::other("the disk is gone"));
+        }
+        let mut blocks = self.blocks.lock();
+        for block in offset / BLOCK_BYTES..(offset + bytes as u64).div_ceil(BLOCK_BYTES) {
+            if blocks.used.contains(&block) {
+                continue;
+            }
+            blocks.free = match blocks.free {
+                Some(0) => return Err(io::ErrorKind::StorageFull.into()),
+                free => free.map(|free| free - 1),
+            };
+            blocks.used.insert(block);
+        }
+        Ok(())
+    }
+
+    fn leave_free(&self, blocks: Option<usize>) {
+        self.blocks.lock().free = blocks;
+    }
+}
+
+/// A file on a [`FaultyDisk`].
+#[derive(Debug)]
+pub(in crate::log) struct FaultyFile {
+    file: FileBackend,
+    disk: Arc<FaultyDisk>,
+}
+
+impl FaultyFile {
+    pub(in crate::log) fn open(path: &Path, disk: &Arc<FaultyDisk>) -> Self {
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
+        Self { file: FileBackend::new(file).unwrap(), disk: Arc::clone(disk) }
+    }
+}
+
+impl StorageBackend for FaultyFile {
+    fn len(&self) -> io::Result<u64> {
+        self.file.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+        self.file.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> io::Result<()> {
+        self.file.set_len(len)
+    }
+
+    fn sync_data(&self) -> io::Result<()> {
+        if self.disk.sync_fails.load(Ordering::SeqCst) {
+            return Err(io::Error::other("the disk does not sync"));
+        }
+        self.file.sync_data()
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
+        self.disk.writing(offset, data.len())?;
+        self.file.write(offset, data)
+    }
+
+    fn close(&self) -> io::Result<()> {
+        self.file.close()
+    }
+
+    fn try_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
+        self.file.try_lock_range(start, end)
+    }
+
+    fn unlock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
+        self.file.unlock_range(start, end)
+    }
+}
+
+fn open_on(folder: &Path, disk: &Arc<FaultyDisk>) -> RedbLog {
+    let mut opener = Opener::new(folder, RedbOptions::default());
+    opener.disk = Some(Arc::clone(disk));
+    RedbLog::start(opener).unwrap()
+}
+
+/// The disk fills up at every point of a commit in turn: each time nothing of it is there, and the log goes on.
+#[tokio::test]
+async fn a_full_disk_refuses_and_recovers() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::default());
+    let log = open_on(folder.path(), &disk);
+    log.append(vec![message("alice", "bob", 1, "before")]).await.unwrap();
+    log.put_session(&phone(), at(0)).await.unwrap();
+    let text = "x".repeat(30_000);
+    let mut seq = 1;
+    let mut refused = 0;
+    for free in 0..40 {
+        let head = log.head();
+        let cursor = Position(seq);
+        log.advance(advance(seq));
+        disk.leave_free(Some(free));
+        let outcome = log.append(vec![message("alice", "bob", seq + 1, &text)]).await;
+        disk.leave_free(None);
+        match outcome {
+            Ok(_) => seq += 1,
+            Err(AppendError::Full(_)) => {
+                refused += 1;
+                assert_eq!(log.head(), head);
+            }
+            Err(error) => panic!("with {free} blocks free: {error}"),
+        }
+        assert_eq!(log.health(), Ok(()));
+        assert_eq!(log.session(&phone()).await.unwrap().unwrap().inbox, Some(cursor));
+        let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+        assert_eq!(page.entries.len() as u64, seq, "with {free} blocks free");
+    }
+    assert!(refused > 3, "the disk was never full");
+    assert!(seq > 1, "the disk was never large enough");
+    log.append(vec![message("alice", "bob", seq + 1, "after")]).await.unwrap();
+    drop(log);
+    let log = open(folder.path());
+    assert_eq!(log.head(), Position(seq + 1));
+    assert!(log.delivered(&inbox("bob")).await.unwrap() >= Position(1));
+}
+
+#[tokio::test]
+async fn a_full_disk_keeps_cursors_until_there_is_room() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::default());
+    let log = open_on(folder.path(), &disk);
+    log.put_session(&phone(), at(0)).await.unwrap();
+    log.advance(advance(5));
+    disk.leave_free(Some(0));
+    let filter =
+        SubscriptionRecord { filter: "x".repeat(100_000), qos: 0, no_local: false, retain_as_published: false };
+    let large = SessionRecord { subscriptions: vec![filter], ..at(0) };
+    let laptop = Device { user: user("bob"), client_id: "laptop".into() };
+    log.put_session(&laptop, large).await.unwrap_err();
+    let error = log.flush().await.unwrap_err();
+    assert!(error.to_string().starts_with("writing cursors: "), "{error}");
+    log.advance(advance(6));
+    assert_eq!(log.session(&phone()).await.unwrap(), Some(at(6)));
+    disk.leave_free(None);
+    log.flush().await.unwrap();
+    drop(log);
+    assert_eq!(open(folder.path()).session(&phone()).await.unwrap(), Some(at(6)));
+}
+
+#[tokio::test]
+async fn a_failed_sync_ends_the_log() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::default());
+    let log = open_on(folder.path(), &disk);
+    log.append(vec![message("alice", "bob", 1, "before")]).await.unwrap();
+    disk.sync_fails.store(true, Ordering::SeqCst);
+    let outcome = log.append(vec![message("alice", "bob", 2, "unknown")]).await;
+    assert!(matches!(outcome, Err(AppendError::Unknown(_))), "{outcome:?}");
+    assert_eq!(log.head(), Position(1));
+    assert!(log.health().unwrap_err().contains("does not sync"));
+    disk.sync_fails.store(false, Ordering::SeqCst);
+    let outcome = log.append(vec![message("alice", "bob", 3, "after")]).await;
+    assert!(matches!(outcome, Err(AppendError::Failed(_))), "{outcome:?}");
+    log.put_session(&phone(), at(0)).await.unwrap_err();
+    drop(log);
+    // Before or with the second message, but whole.
+    let log = open(folder.path());
+    let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+    let texts: Vec<&str> = page.entries.iter().map(|entry| &*entry.text).collect();
+    assert!(texts == ["before"] || texts == ["before", "unknown"], "{texts:?}");
+}
+
+#[tokio::test]
+async fn a_disk_that_is_gone_ends_the_log_and_dropping_it_does_not_hang() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::default());
+    let log = open_on(folder.path(), &disk);
+    log.advance(advance(5));
+    disk.broken.store(true, Ordering::SeqCst);
+    let outcome = log.append(vec![message("alice", "bob", 1, "lost")]).await;
+    assert!(matches!(outcome, Err(AppendError::Unknown(_) | AppendError::Failed(_))), "{outcome:?}");
+    assert!(log.health().is_err());
+    log.advance(advance(6));
+    drop(log);
+}
+
+/// What may be done to a log.
+#[derive(Clone, Debug)]
+enum Step {
+    /// Between two users, with a seq that is off by so much.
+    Append(Vec<(u8, u8, u64)>),
+    Advance(u8, bool, u64),
+    Put(u8, Option<u64>),
+    End(u8, u64),
+    Delete(u8),
+    Flush,
+    Reopen,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    let off = prop_oneof![9 => Just(0_u64), 1 => Just(1_u64)];
+    let entry = (0..4_u8, 1..4_u8, off).prop_map(|(from, by, off)| (from, (from + by) % 4, off));
+    let step = prop_oneof![
+        6 => prop::collection::vec(entry, 1..6).prop_map(Step::Append),
+        4 => (0..4_u8, any::<bool>(), 0..40_u64).prop_map(|(user, inbox, to)| Step::Advance(user, inbox, to)),
+        2 => (0..4_u8, prop::option::of(0..40_u64)).prop_map(|(user, inbox)| Step::Put(user, inbox)),
+        1 => (0..4_u8, 0..40_u64).prop_map(|(user, at_ms)| Step::End(user, at_ms)),
+        1 => (0..4_u8).prop_map(Step::Delete),
+        1 => Just(Step::Flush),
+        1 => Just(Step::Reopen),
+    ];
+    prop::collection::vec(step, 1..40)
+}
+
+fn nth_user(nth: u8) -> UserId {
+    user(["a", "a-", "ab", "b"][usize::from(nth)])
+}
+
+fn nth_device(nth: u8) -> Device {
+    Device { user: nth_user(nth), client_id: "\0".into() }
+}
+
+async fn step<L: Log>(log: &L, step: &Step) -> String {
+    match step {
+        Step::Append(entries) => {
+            let mut heads: std::collections::BTreeMap<ConversationId, u64> = std::collections::BTreeMap::new();
+            let mut batch = Vec::new();
+            for (from, to, off) in entries {
+                let (from, to) = (nth_user(*from), nth_user(*to));
+                let conversation = ConversationId::between(&from, &to).unwrap();
+                let before = match heads.get(&conversation) {
+                    Some(seq) => *seq,
+                    None => log.heads(vec![conversation.clone()]).await.unwrap()[0].map_or(0, |head| head.seq.get()),
+                };
+                heads.insert(conversation, before + 1);
+                batch.push(message(from.as_str(), to.as_str(), before + 1 + off, "text"));
+            }
+            // The sentence tells kind and place of a conflict.
+            log.append(batch).await.map_err(|error| error.to_string()).err().unwrap_or_default()
+        }
+        Step::Advance(nth, inbox, to) => {
+            let side = if *inbox { Side::Inbox } else { Side::Sent };
+            let stream = Stream { user: nth_user(*nth), side };
+            log.advance(vec![Advance { stream, device: Some(nth_device(*nth)), position: Position(*to) }]);
+            String::new()
+        }
+        Step::Put(nth, inbox) => {
+            let filter = SubscriptionRecord {
+                filter: format!("chat/{}/inbox", nth_user(*nth)),
+                qos: 1,
+                no_local: true,
+                retain_as_published: false,
+            };
+            let inbox = inbox.map(Position);
+            let record = SessionRecord { subscriptions: vec![filter], inbox, ..SessionRecord::default() };
+            log.put_session(&nth_device(*nth), record).await.unwrap();
+            String::new()
+        }
+        Step::End(nth, at_ms) => {
+            log.end_session(&nth_device(*nth), *at_ms, 3);
+            String::new()
+        }
+        Step::Delete(nth) => {
+            log.delete_session(&nth_device(*nth)).await.unwrap();
+            String::new()
+        }
+        Step::Flush | Step::Reopen => {
+            log.flush().await.unwrap();
+            String::new()
+        }
+    }
+}
+
+/// All that can be read.
+async fn everything<L: Log>(log: &L) -> Vec<String> {
+    let mut read = vec![format!("{:?}", log.head())];
+    for nth in 0..4 {
+        read.push(format!("{:?}", log.session(&nth_device(nth)).await.unwrap()));
+        for side in [Side::Inbox, Side::Sent] {
+            let stream = Stream { user: nth_user(nth), side };
+            read.push(format!("{:?}", log.delivered(&stream).await.unwrap()));
+            for after in [0, 3] {
+                let limit = ReadLimit { entries: 4, bytes: 1_000 };
+                read.push(format!("{:?}", log.read(&stream, Position(after), limit).await.unwrap()));
+            }
+        }
+        for other in nth + 1..4 {
+            let conversation = ConversationId::between(&nth_user(nth), &nth_user(other)).unwrap();
+            read.push(format!("{:?}", log.heads(vec![conversation.clone()]).await.unwrap()));
+            read.push(format!("{:?}", log.read_conversation(&conversation, Seq::new(2), EVERYTHING).await.unwrap()));
+            for from in [nth_user(nth), nth_user(other)] {
+                let id = MessageId::parse("m-2").unwrap();
+                let key = IdKey { conversation: conversation.clone(), from, id };
+                read.push(format!("{:?}", log.find(vec![key]).await.unwrap()));
+            }
+        }
+    }
+    read
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+
+    #[test]
+    fn it_does_what_the_log_in_memory_does(steps in steps()) {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(async {
+            let folder = tempfile::tempdir().unwrap();
+            let model = MemoryLog::new();
+            let mut log = Some(open(folder.path()));
+            for one in &steps {
+                if matches!(one, Step::Reopen) {
+                    drop(log.take());
+                    log = Some(open(folder.path()));
+                }
+                let log = log.as_ref().expect("opened again");
+                assert_eq!(step(log, one).await, step(&model, one).await, "{one:?}");
+                assert_eq!(everything(log).await, everything(&model).await, "{one:?}");
+            }
+        });
+    }
+}

@@ -1,0 +1,564 @@
+//! The writer: the one thread that changes the file, and the queue to it.
+//!
+//! Whatever waits when a commit begins shares it: batches, and the notes that lie in memory. A batch is checked against the
+//! committed heads and the batches before it, before anything is inserted, so a refused batch leaves nothing behind. Invariants:
+//! answers are sent after the commit, and the position of the last entry moves before them.
+
+use std::collections::VecDeque;
+use std::io;
+use std::ops::Range;
+use std::sync::Arc;
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use ::redb::{Database, Durability, ReadableTable, WriteTransaction};
+use chat_protocol::ConversationId;
+use parking_lot::{Condvar, Mutex};
+use rustc_hash::FxHashMap;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use super::super::{AppendError, ConversationHead, Device, LogError, NewEntry, Position, Side, Stream};
+use super::Shared;
+use super::notes::{Notes, SessionNote};
+use super::open::{OpenError, Opener, last_position};
+use super::reader::{ReadError, stored_head, stored_session};
+use super::record::{Broken, encode_entry, encode_session};
+use super::schema::{
+    BY_SEQ, CONVERSATIONS, DELIVERED, ENTRIES, IDS, SESSIONS, STREAMS, by_seq_key, conversation_key, delivered_key,
+    id_key, session_key, stream_key_of,
+};
+
+/// Text, and a little per entry, that may wait for the writer; past that callers wait for room.
+const QUEUED_BYTES_MAX: u32 = 64 << 20;
+/// What an entry takes of the queue's room besides its text; a command without entries takes as much.
+const QUEUED_ENTRY_BYTES: usize = 256;
+/// A commit takes no further batch once it has so many entries.
+const COMMIT_ENTRIES_MAX: usize = 16_384;
+/// Notes are on disk so long after they were made, at most; sooner if something else is written.
+const NOTES_DELAY_MAX: Duration = Duration::from_millis(500);
+/// Between attempts to write notes to a full disk, when nothing else is to be written.
+const NOTES_RETRY_DELAY: Duration = Duration::from_secs(5);
+
+/// The way to the writer.
+#[derive(Debug)]
+pub(super) struct Queue {
+    waiting: Mutex<Waiting>,
+    wake: Condvar,
+    room: Arc<Semaphore>,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    commands: VecDeque<Command>,
+    /// Made since the commit now being written began.
+    notes: Notes,
+    /// Being written by that commit.
+    writing: Arc<Notes>,
+    notes_due: Option<Instant>,
+    closed: bool,
+}
+
+#[derive(Debug)]
+enum Command {
+    Append {
+        batch: Vec<NewEntry>,
+        answer: oneshot::Sender<Result<Vec<Position>, AppendError>>,
+        room: OwnedSemaphorePermit,
+    },
+    Sync {
+        answer: oneshot::Sender<Result<(), String>>,
+        room: OwnedSemaphorePermit,
+    },
+}
+
+/// What one commit writes.
+struct Work {
+    commands: Vec<Command>,
+    notes: Arc<Notes>,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        let room = usize::try_from(QUEUED_BYTES_MAX).expect("a usize has 32 bits");
+        Self { waiting: Mutex::default(), wake: Condvar::new(), room: Arc::new(Semaphore::new(room)) }
+    }
+}
+
+impl Queue {
+    /// Notes something for the next commit.
+    pub(super) fn note(&self, add: impl FnOnce(&mut Notes)) {
+        let mut waiting = self.waiting.lock();
+        add(&mut waiting.notes);
+        if waiting.notes_due.is_none() && !waiting.notes.is_empty() {
+            waiting.notes_due = Some(Instant::now() + NOTES_DELAY_MAX);
+            self.wake.notify_one();
+        }
+    }
+
+    /// The highest position that is noted and perhaps not committed.
+    pub(super) fn noted_delivered(&self, stream: &Stream) -> Position {
+        let waiting = self.waiting.lock();
+        let noted = [&waiting.writing, &waiting.notes].map(|notes| notes.delivered.get(stream).copied());
+        noted.into_iter().flatten().max().unwrap_or_default()
+    }
+
+    /// What is noted about a session, the earlier first, and what `at_once` returns at the same moment.
+    pub(super) fn noted_session<T>(
+        &self,
+        device: &Device,
+        at_once: impl FnOnce() -> T,
+    ) -> ([Option<SessionNote>; 2], T) {
+        let waiting = self.waiting.lock();
+        let noted = [&waiting.writing, &waiting.notes].map(|notes| notes.sessions.get(device).cloned());
+        (noted, at_once())
+    }
+
+    /// The writer writes what is there, and ends.
+    pub(super) fn close(&self) {
+        self.waiting.lock().closed = true;
+        self.room.close();
+        self.wake.notify_one();
+    }
+
+    fn is_closed(&self) -> bool {
+        self.waiting.lock().closed
+    }
+
+    /// `None` once closed.
+    async fn room(&self, bytes: usize) -> Option<OwnedSemaphorePermit> {
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(QUEUED_BYTES_MAX);
+        Arc::clone(&self.room).acquire_many_owned(bytes).await.ok()
+    }
+
+    /// Once closed, the command is dropped and with it the hope for an answer.
+    fn push(&self, command: Command) {
+        let mut waiting = self.waiting.lock();
+        if !waiting.closed {
+            waiting.commands.push_back(command);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Waits for work. `None` once closed and there is none left.
+    fn next(&self, with_notes: bool) -> Option<Work> {
+        let mut waiting = self.waiting.lock();
+        loop {
+            let due = waiting.notes_due.filter(|_| with_notes);
+            if waiting.closed || !waiting.commands.is_empty() || due.is_some_and(|due| due <= Instant::now()) {
+                break;
+            }
+            match due {
+                Some(due) => {
+                    // Whether it was the deadline is asked above.
+                    self.wake.wait_until(&mut waiting, due);
+                }
+                None => self.wake.wait(&mut waiting),
+            }
+        }
+        if with_notes {
+            waiting.notes_due = None;
+            waiting.writing = Arc::new(std::mem::take(&mut waiting.notes));
+        }
+        let mut entries = 0;
+        let mut commands = Vec::new();
+        while entries < COMMIT_ENTRIES_MAX
+            && let Some(command) = waiting.commands.pop_front()
+        {
+            if let Command::Append { batch, .. } = &command {
+                entries += batch.len();
+            }
+            commands.push(command);
+        }
+        let work = Work { commands, notes: Arc::clone(&waiting.writing) };
+        let done = waiting.closed && work.commands.is_empty() && work.notes.is_empty();
+        (!done).then_some(work)
+    }
+
+    /// The notes of the last [`Work`] are on disk.
+    fn written(&self) {
+        let written = std::mem::take(&mut self.waiting.lock().writing);
+        drop(written);
+    }
+
+    /// The notes of the last [`Work`] are to be written again, some time.
+    fn not_written(&self) {
+        let mut waiting = self.waiting.lock();
+        let mut notes = Arc::unwrap_or_clone(std::mem::take(&mut waiting.writing));
+        notes.fold(std::mem::take(&mut waiting.notes));
+        waiting.notes = notes;
+        waiting.notes_due = (!waiting.notes.is_empty()).then(|| Instant::now() + NOTES_RETRY_DELAY);
+    }
+}
+
+impl Shared {
+    /// A caller that no longer waits for the answer changes nothing: what is queued is written.
+    pub(super) async fn append(&self, batch: Vec<NewEntry>) -> Result<Vec<Position>, AppendError> {
+        if let Some(reason) = self.failure() {
+            return Err(AppendError::Failed(reason.to_owned()));
+        }
+        if batch.is_empty() {
+            return Ok(Vec::new());
+        }
+        let fits =
+            |new: &NewEntry| new.conversation.has(&new.from) && new.conversation.has(&new.to) && new.from != new.to;
+        assert!(batch.iter().all(fits), "an entry goes from one of its conversation's users to the other");
+        let bytes = batch.iter().map(|new| new.text.len() + QUEUED_ENTRY_BYTES).sum();
+        let Some(room) = self.queue.room(bytes).await else {
+            return Err(AppendError::Failed(self.failure().unwrap_or("the log is closed").to_owned()));
+        };
+        let (answer, answered) = oneshot::channel();
+        self.queue.push(Command::Append { batch, answer, room });
+        answered.await.unwrap_or_else(|_| Err(AppendError::Unknown("the log's writer has ended".to_owned())))
+    }
+
+    /// Returns when everything noted before is on disk.
+    pub(super) async fn sync(&self, what: String) -> Result<(), LogError> {
+        let cause = match self.queue.room(QUEUED_ENTRY_BYTES).await {
+            Some(room) => {
+                let (answer, answered) = oneshot::channel();
+                self.queue.push(Command::Sync { answer, room });
+                match answered.await {
+                    Ok(Ok(())) => return Ok(()),
+                    Ok(Err(cause)) => cause,
+                    Err(_) => "the log's writer has ended".to_owned(),
+                }
+            }
+            None => self.failure().unwrap_or("the log is closed").to_owned(),
+        };
+        Err(LogError { what, cause })
+    }
+}
+
+/// Why a commit did not happen, or may not have.
+struct Fault {
+    reason: String,
+    full: bool,
+    stored: Stored,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stored {
+    Nothing,
+    Unknown,
+}
+
+impl Fault {
+    fn before_commit(error: &ReadError) -> Self {
+        let full = matches!(error, ReadError::Storage(error) if is_full(error));
+        Self { reason: error.to_string(), full, stored: Stored::Nothing }
+    }
+
+    fn in_commit(error: ::redb::CommitError) -> Self {
+        // A poisoned transaction is rolled back; of anything else redb says that it may have become durable.
+        let stored = match error {
+            ::redb::CommitError::TransactionPoisoned => Stored::Nothing,
+            _ => Stored::Unknown,
+        };
+        let error = ::redb::Error::from(error);
+        Self { reason: error.to_string(), full: is_full(&error), stored }
+    }
+
+    fn append_error(&self) -> AppendError {
+        let reason = self.reason.clone();
+        match (self.stored, self.full) {
+            (Stored::Unknown, _) => AppendError::Unknown(reason),
+            (Stored::Nothing, true) => AppendError::Full(reason),
+            (Stored::Nothing, false) => AppendError::Failed(reason),
+        }
+    }
+}
+
+fn is_full(error: &::redb::Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error, ::redb::Error::Io(error) if matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge))
+}
+
+pub(super) fn start(shared: Arc<Shared>, opener: Opener) -> Result<JoinHandle<()>, OpenError> {
+    let ending = Ending(Arc::clone(&shared));
+    let folder = opener.folder().to_owned();
+    let run = move || {
+        // Owned by the thread, so that it is dropped when the thread ends, by a panic too.
+        let _ending = ending;
+        Writer { shared, opener, record: Vec::new() }.run();
+    };
+    let started = thread::Builder::new().name("log-writer".to_owned()).spawn(run);
+    started.map_err(|error| OpenError::Io { file: folder, reason: format!("no thread to write it: {error}") })
+}
+
+/// Nobody waits for a writer that is gone.
+struct Ending(Arc<Shared>);
+
+impl Drop for Ending {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.fail("the log's writer panicked".to_owned());
+        }
+        self.0.queue.close();
+        self.0.queue.waiting.lock().commands.clear();
+    }
+}
+
+struct Writer {
+    shared: Arc<Shared>,
+    opener: Opener,
+    /// Where entries are encoded, kept for its memory.
+    record: Vec<u8>,
+}
+
+impl Writer {
+    fn run(mut self) {
+        while let Some(work) = self.shared.queue.next(self.shared.failure().is_none()) {
+            if let Some(reason) = self.shared.failure() {
+                refuse(work.commands, &Fault { reason: reason.to_owned(), full: false, stored: Stored::Nothing });
+                continue;
+            }
+            match self.write(&work) {
+                Ok(outcomes) => {
+                    self.shared.queue.written();
+                    answer(work.commands, outcomes);
+                }
+                Err(fault) => {
+                    let Work { commands, notes } = work;
+                    // The queue's own notes are then the only ones.
+                    drop(notes);
+                    self.shared.queue.not_written();
+                    refuse(commands, &self.settle(fault));
+                    if self.shared.queue.is_closed() {
+                        return;
+                    }
+                }
+            }
+        }
+    }
+
+    /// One commit. The outcomes of the batches, in their order.
+    fn write(&mut self, work: &Work) -> Result<Vec<Result<Range<u64>, AppendError>>, Fault> {
+        let before_commit = |error: ReadError| Fault::before_commit(&error);
+        let transaction = self.begin().map_err(before_commit)?;
+        let batches = work.commands.iter().filter_map(|command| match command {
+            Command::Append { batch, .. } => Some(batch.as_slice()),
+            Command::Sync { .. } => None,
+        });
+        let staged = Staged::check(&transaction, self.shared.head(), batches).map_err(before_commit)?;
+        if staged.rows.is_empty() && work.notes.is_empty() {
+            return Ok(staged.outcomes);
+        }
+        staged.insert(&transaction, &mut self.record).map_err(before_commit)?;
+        write_notes(&transaction, &work.notes).map_err(before_commit)?;
+        transaction.commit().map_err(Fault::in_commit)?;
+        self.shared.committed_up_to(staged.last);
+        Ok(staged.outcomes)
+    }
+
+    fn begin(&self) -> Result<WriteTransaction, ReadError> {
+        let database = self.shared.database.read();
+        let mut transaction = database.as_ref().ok_or_else(|| self.shared.closed())?.begin_write()?;
+        transaction.set_durability(Durability::Immediate)?;
+        transaction.set_quick_repair(true);
+        Ok(transaction)
+    }
+
+    /// After a fault: goes on if the disk was full and it is certain that nothing was stored, else the log has failed.
+    fn settle(&self, fault: Fault) -> Fault {
+        if !fault.full {
+            self.shared.fail(fault.reason.clone());
+            return fault;
+        }
+        // redb refuses everything after a failed write until the file is opened again. Then the file says whether the commit was made.
+        match self.reopen() {
+            Ok(last) if last == self.shared.head() => {
+                tracing::warn!(reason = %fault.reason, "no space left for the log: nothing was stored");
+                Fault { stored: Stored::Nothing, ..fault }
+            }
+            Ok(last) => {
+                let reason = format!("{}; the log now ends at {}", fault.reason, last.0);
+                self.shared.fail(reason.clone());
+                Fault { reason, stored: Stored::Unknown, ..fault }
+            }
+            Err(error) => {
+                let reason = format!("{}; then {error}", fault.reason);
+                self.shared.fail(reason.clone());
+                Fault { reason, ..fault }
+            }
+        }
+    }
+
+    /// Waits for the reads in progress; reads that come meanwhile wait.
+    fn reopen(&self) -> Result<Position, String> {
+        let mut database = self.shared.database.write();
+        if let Some(Err(error)) = database.take().map(Database::close) {
+            tracing::debug!(%error, "the log was closed to be repaired");
+        }
+        let opened = self.opener.open().map_err(|error| error.to_string())?;
+        let last = last_position(&opened).map_err(|error| error.to_string())?;
+        *database = Some(opened);
+        Ok(last)
+    }
+}
+
+fn answer(commands: Vec<Command>, outcomes: Vec<Result<Range<u64>, AppendError>>) {
+    let mut outcomes = outcomes.into_iter();
+    for command in commands {
+        // A caller that went away needs no answer.
+        match command {
+            Command::Append { answer, room, .. } => {
+                drop(room);
+                let outcome = outcomes.next().expect("every batch has an outcome");
+                answer.send(outcome.map(|positions| positions.map(Position).collect())).unwrap_or(());
+            }
+            Command::Sync { answer, room } => {
+                drop(room);
+                answer.send(Ok(())).unwrap_or(());
+            }
+        }
+    }
+}
+
+fn refuse(commands: Vec<Command>, fault: &Fault) {
+    for command in commands {
+        match command {
+            Command::Append { answer, .. } => drop(answer.send(Err(fault.append_error()))),
+            Command::Sync { answer, .. } => drop(answer.send(Err(fault.reason.clone()))),
+        }
+    }
+}
+
+/// Batches that a commit can take.
+struct Staged<'a> {
+    rows: Vec<(Position, &'a NewEntry)>,
+    /// The conversations' heads after them.
+    heads: FxHashMap<&'a ConversationId, ConversationHead>,
+    outcomes: Vec<Result<Range<u64>, AppendError>>,
+    last: Position,
+}
+
+impl<'a> Staged<'a> {
+    /// Checks that every entry is next in its conversation. A batch with one that is not is left out whole.
+    fn check(
+        transaction: &WriteTransaction,
+        last: Position,
+        batches: impl Iterator<Item = &'a [NewEntry]>,
+    ) -> Result<Self, ReadError> {
+        let conversations = transaction.open_table(CONVERSATIONS)?;
+        let mut stored: FxHashMap<&ConversationId, Option<ConversationHead>> = FxHashMap::default();
+        let mut staged = Self { rows: Vec::new(), heads: FxHashMap::default(), outcomes: Vec::new(), last };
+        for batch in batches {
+            let mut moved: FxHashMap<&ConversationId, ConversationHead> = FxHashMap::default();
+            let mut refused = None;
+            for new in batch {
+                let conversation = &new.conversation;
+                let head = match moved.get(conversation).or_else(|| staged.heads.get(conversation)) {
+                    Some(head) => Some(*head),
+                    None => match stored.get(conversation) {
+                        Some(head) => *head,
+                        None => *stored.entry(conversation).or_insert(stored_head(&conversations, conversation)?),
+                    },
+                };
+                if head.map_or(0, |head| head.seq.get()).checked_add(1) != Some(new.seq.get()) {
+                    refused = Some(AppendError::Conflict { conversation: conversation.clone(), expected: new.seq });
+                    break;
+                }
+                moved.insert(conversation, ConversationHead { seq: new.seq, at: new.at });
+            }
+            staged.outcomes.push(match refused {
+                Some(error) => Err(error),
+                None => {
+                    let first = staged.last.0 + 1;
+                    staged.rows.extend((first..).map(Position).zip(batch));
+                    staged.last = Position(staged.last.0 + batch.len() as u64);
+                    staged.heads.extend(moved);
+                    Ok(first..staged.last.0 + 1)
+                }
+            });
+        }
+        Ok(staged)
+    }
+
+    /// Every table is written in the order of its keys, which touches each page once.
+    fn insert(&self, transaction: &WriteTransaction, record: &mut Vec<u8>) -> Result<(), ReadError> {
+        if self.rows.is_empty() {
+            return Ok(());
+        }
+        let mut entries = transaction.open_table(ENTRIES)?;
+        for (position, new) in &self.rows {
+            encode_entry(*position, new, record);
+            if entries.insert(position.0, record.as_slice())?.is_some() {
+                return Err(Broken::entry(*position, "there is an entry already").into());
+            }
+        }
+
+        let key = |&(position, new): &(Position, &NewEntry)| (by_seq_key(&new.conversation, new.seq.get()), position);
+        let mut by_seq = transaction.open_table(BY_SEQ)?;
+        for (key, position) in sorted(self.rows.iter().map(key)) {
+            if by_seq.insert(key.as_slice(), position.0)?.is_some() {
+                return Err(Broken::at("conversations", &key, "its head is behind its entries").into());
+            }
+        }
+
+        let mut conversations = transaction.open_table(CONVERSATIONS)?;
+        let heads = self.heads.iter().map(|(conversation, head)| (conversation_key(conversation), *head));
+        for (key, head) in sorted(heads) {
+            conversations.insert(key.as_slice(), (head.seq.get(), head.at.as_ms()))?;
+        }
+
+        let keys = |&(position, new): &(Position, &NewEntry)| {
+            [stream_key_of(&new.to, Side::Inbox, position), stream_key_of(&new.from, Side::Sent, position)]
+        };
+        let mut streams = transaction.open_table(STREAMS)?;
+        for (key, ()) in sorted(self.rows.iter().flat_map(keys).map(|key| (key, ()))) {
+            streams.insert(key.as_slice(), ())?;
+        }
+
+        let key = |&(position, new): &(Position, &NewEntry)| {
+            let key = id_key(&new.conversation, &new.from, new.id.as_ref()?);
+            Some((key, (position.0, new.at.as_ms())))
+        };
+        let mut ids = transaction.open_table(IDS)?;
+        for (key, place) in sorted(self.rows.iter().filter_map(key)) {
+            // An id names the first entry that had it.
+            let first = ids.insert(key.as_slice(), place)?.map(|first| first.value());
+            if let Some(first) = first {
+                ids.insert(key.as_slice(), first)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+/// In the order of the keys; what has the same key stays in its order.
+fn sorted<K: Ord, V>(rows: impl Iterator<Item = (K, V)>) -> Vec<(K, V)> {
+    let mut rows: Vec<(K, V)> = rows.collect();
+    rows.sort_by(|(a, _), (b, _)| a.cmp(b));
+    rows
+}
+
+fn write_notes(transaction: &WriteTransaction, notes: &Notes) -> Result<(), ReadError> {
+    if notes.is_empty() {
+        return Ok(());
+    }
+    let mut delivered = transaction.open_table(DELIVERED)?;
+    for (key, position) in sorted(notes.delivered.iter().map(|(stream, position)| (delivered_key(stream), *position))) {
+        let stored = delivered.get(key.as_slice())?.map(|stored| stored.value());
+        if stored.is_none_or(|stored| stored < position.0) {
+            delivered.insert(key.as_slice(), position.0)?;
+        }
+    }
+    let mut sessions = transaction.open_table(SESSIONS)?;
+    for (key, (device, note)) in sorted(notes.sessions.iter().map(|of| (session_key(of.0), of))) {
+        let stored = if note.needs_stored() { stored_session(&sessions, device) } else { Ok(None) };
+        let stored = match stored {
+            Ok(stored) => stored,
+            Err(ReadError::Broken(broken)) => {
+                // Whoever reads the session is told; the other sessions and the messages go on.
+                tracing::error!(%broken, "a session's cursors were not written");
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
+        match note.apply(stored) {
+            Some(session) => drop(sessions.insert(key.as_slice(), encode_session(&key, &session).as_slice())?),
+            None => drop(sessions.remove(key.as_slice())?),
+        }
+    }
+    Ok(())
+}

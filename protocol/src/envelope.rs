@@ -1,0 +1,189 @@
+//! The message envelope: one JSON object per entry of a conversation.
+//!
+//! Writers write exactly the members below, in this order. Readers ignore members they do not know and take kinds they do not know as
+//! [`Kind::Other`]: later versions add both.
+
+use serde::{Deserialize, Serialize};
+
+use crate::{ConversationId, MessageId, Seq, Timestamp, UserId};
+
+/// A text, borrowed, to be encoded.
+#[derive(Clone, Copy, Debug)]
+pub struct TextEntry<'a> {
+    pub conversation: &'a ConversationId,
+    pub seq: Seq,
+    pub from: &'a UserId,
+    pub to: &'a UserId,
+    /// Absent where the sender chose none.
+    pub id: Option<&'a MessageId>,
+    pub at: Timestamp,
+    pub text: &'a str,
+}
+
+#[derive(Serialize)]
+struct TextEnvelope<'a> {
+    v: u8,
+    kind: &'static str,
+    conversation: &'a ConversationId,
+    seq: Seq,
+    from: &'a UserId,
+    to: &'a UserId,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a MessageId>,
+    at: Timestamp,
+    text: &'a str,
+}
+
+/// The bytes of a text's envelope.
+pub fn encode_text(entry: &TextEntry<'_>) -> Vec<u8> {
+    // The members without the text take at most about 480 bytes; most texts need no escapes.
+    let mut bytes = Vec::with_capacity(192 + entry.text.len());
+    let envelope = TextEnvelope {
+        v: 1,
+        kind: "text",
+        conversation: entry.conversation,
+        seq: entry.seq,
+        from: entry.from,
+        to: entry.to,
+        id: entry.id,
+        at: entry.at,
+        text: entry.text,
+    };
+    serde_json::to_writer(&mut bytes, &envelope)
+        .expect("strings and numbers always encode, and a vector takes all bytes");
+    bytes
+}
+
+/// What kind of entry it is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// A text.
+    Text(String),
+    /// The text of entry `target` is now another.
+    Edit { target: Seq, text: String },
+    /// The text of entry `target` is gone.
+    Unsend { target: Seq },
+    /// A kind that this version does not know.
+    Other(String),
+}
+
+/// An entry as readers see it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Envelope {
+    pub conversation: ConversationId,
+    pub seq: Seq,
+    pub from: UserId,
+    pub to: UserId,
+    pub id: Option<MessageId>,
+    pub at: Timestamp,
+    pub kind: Kind,
+}
+
+/// The bytes are no envelope of version 1; the sentence says why.
+#[derive(Debug, thiserror::Error)]
+#[error("not a message envelope: {0}")]
+pub struct InvalidEnvelope(String);
+
+#[derive(Deserialize)]
+struct AnyEnvelope {
+    v: u64,
+    kind: String,
+    conversation: ConversationId,
+    seq: Seq,
+    from: UserId,
+    to: UserId,
+    id: Option<MessageId>,
+    at: Timestamp,
+    text: Option<String>,
+    target: Option<Seq>,
+}
+
+impl Envelope {
+    /// Reads an envelope.
+    pub fn decode(bytes: &[u8]) -> Result<Self, InvalidEnvelope> {
+        let any: AnyEnvelope = serde_json::from_slice(bytes).map_err(|error| InvalidEnvelope(error.to_string()))?;
+        if any.v != 1 {
+            return Err(InvalidEnvelope(format!("version {} is not 1", any.v)));
+        }
+        let without = |member: &str| InvalidEnvelope(format!("a {} has a member `{member}`", any.kind));
+        let text = || any.text.clone().ok_or_else(|| without("text"));
+        let target = || any.target.ok_or_else(|| without("target"));
+        let kind = match any.kind.as_str() {
+            "text" => Kind::Text(text()?),
+            "edit" => Kind::Edit { target: target()?, text: text()? },
+            "unsend" => Kind::Unsend { target: target()? },
+            other => Kind::Other(other.to_owned()),
+        };
+        Ok(Self {
+            conversation: any.conversation,
+            seq: any.seq,
+            from: any.from,
+            to: any.to,
+            id: any.id,
+            at: any.at,
+            kind,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn decode_fixture(name: &str) -> Envelope {
+        let path = format!("{}/fixtures/{name}.json", env!("CARGO_MANIFEST_DIR"));
+        let bytes = std::fs::read(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
+        Envelope::decode(&bytes).unwrap_or_else(|error| panic!("{path}: {error}"))
+    }
+
+    #[test]
+    fn the_wire_samples_decode() {
+        assert_eq!(decode_fixture("text").kind, Kind::Text("hello".to_owned()));
+        assert_eq!(decode_fixture("text").id.expect("has an id").as_str(), "m-001");
+        assert_eq!(decode_fixture("text-without-id").id, None);
+        let seventeen = Seq::new(17).expect("not 0");
+        assert_eq!(decode_fixture("edit").kind, Kind::Edit { target: seventeen, text: "hello!".to_owned() });
+        assert_eq!(decode_fixture("unsend").kind, Kind::Unsend { target: seventeen });
+        assert_eq!(decode_fixture("unknown-kind").kind, Kind::Other("reaction".to_owned()));
+        assert_eq!(decode_fixture("unknown-member").kind, Kind::Text("hello".to_owned()));
+    }
+
+    #[test]
+    fn the_encoder_writes_the_sample_to_the_byte() {
+        let (alice, bob) = (UserId::parse("alice").expect("valid"), UserId::parse("bob").expect("valid"));
+        let entry = TextEntry {
+            conversation: &ConversationId::between(&alice, &bob).expect("two users"),
+            seq: Seq::new(17).expect("not 0"),
+            from: &alice,
+            to: &bob,
+            id: Some(&MessageId::parse("m-001").expect("valid")),
+            at: Timestamp::from_ms(1_795_456_800_123),
+            text: "hello",
+        };
+        let sample = include_str!("../fixtures/text.json");
+        assert_eq!(String::from_utf8(encode_text(&entry)).expect("JSON is UTF-8"), sample.trim_end());
+        let sample = include_str!("../fixtures/text-without-id.json");
+        let entry = TextEntry { id: None, ..entry };
+        assert_eq!(String::from_utf8(encode_text(&entry)).expect("JSON is UTF-8"), sample.trim_end());
+    }
+
+    proptest! {
+        #[test]
+        fn every_text_survives(text in any::<String>(), seq in 1u64.., at in any::<u64>()) {
+            let (alice, bob) = (UserId::parse("alice").expect("valid"), UserId::parse("bob").expect("valid"));
+            let conversation = ConversationId::between(&alice, &bob).expect("two users");
+            let seq = Seq::new(seq).expect("not 0");
+            let entry = TextEntry { conversation: &conversation, seq, from: &bob, to: &alice, id: None, at: Timestamp::from_ms(at), text: &text };
+            let decoded = Envelope::decode(&encode_text(&entry)).expect("own encoding");
+            prop_assert_eq!(decoded.kind, Kind::Text(text));
+            prop_assert_eq!((decoded.seq, decoded.at.as_ms()), (seq, at));
+        }
+
+        #[test]
+        fn no_bytes_panic(bytes in any::<Vec<u8>>()) {
+            prop_assert!(Envelope::decode(&bytes).is_err());
+        }
+    }
+}

@@ -1,0 +1,249 @@
+//! Topics: what a client publishes to, what it subscribes to, and who may.
+
+use std::fmt;
+
+use crate::{ErrorCode, InvalidName, MessageId, UserId};
+
+/// The first level of every chat topic.
+pub const ROOT: &str = "chat";
+
+/// A topic that a client publishes to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Up {
+    /// `chat/{me}/out/{peer}` or `chat/{me}/out/{peer}/{id}`: send a text.
+    Out { me: UserId, peer: UserId, id: Option<MessageId> },
+    /// `chat/{me}/read/{peer}`: I have read up to here.
+    Read { me: UserId, peer: UserId },
+    /// `chat/{me}/typing/{peer}`.
+    Typing { me: UserId, peer: UserId },
+    /// `chat/{me}/req/{method}`: a request.
+    Req { me: UserId, method: String },
+}
+
+impl Up {
+    /// The patterns, as the documentation writes them.
+    pub const PATTERNS: [&str; 5] = [
+        "chat/{me}/out/{peer}",
+        "chat/{me}/out/{peer}/{id}",
+        "chat/{me}/read/{peer}",
+        "chat/{me}/typing/{peer}",
+        "chat/{me}/req/{method}",
+    ];
+}
+
+/// A topic that no client can publish to.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TopicError {
+    /// No such shape.
+    #[error("no such topic; publish to chat/{{me}}/out/{{peer}} or chat/{{me}}/out/{{peer}}/{{id}}")]
+    Unknown,
+    /// `{me}`.
+    #[error("{{me}}: {0}")]
+    Me(InvalidName),
+    /// `{peer}`.
+    #[error("{{peer}}: {0}")]
+    Peer(InvalidName),
+    /// `{id}`.
+    #[error("{{id}}: {0}")]
+    Id(InvalidName),
+}
+
+impl TopicError {
+    /// The code for the client.
+    pub fn code(&self) -> ErrorCode {
+        match self {
+            Self::Unknown => ErrorCode::InvalidTopic,
+            Self::Me(_) => ErrorCode::InvalidUser,
+            Self::Peer(_) => ErrorCode::InvalidPeer,
+            Self::Id(_) => ErrorCode::InvalidId,
+        }
+    }
+}
+
+/// Reads a topic that a client publishes to.
+pub fn parse_up(topic: &str) -> Result<Up, TopicError> {
+    let mut levels = topic.split('/');
+    // At most five levels are looked at, however many there are.
+    let found: [Option<&str>; 6] = std::array::from_fn(|_| levels.next());
+    let me = |me| UserId::parse(me).map_err(TopicError::Me);
+    let peer = |peer| UserId::parse(peer).map_err(TopicError::Peer);
+    match found {
+        [Some(ROOT), Some(m), Some("out"), Some(p), None, None] => Ok(Up::Out { me: me(m)?, peer: peer(p)?, id: None }),
+        [Some(ROOT), Some(m), Some("out"), Some(p), Some(i), None] => {
+            let (me, peer) = (me(m)?, peer(p)?);
+            Ok(Up::Out { me, peer, id: Some(MessageId::parse(i).map_err(TopicError::Id)?) })
+        }
+        [Some(ROOT), Some(m), Some("read"), Some(p), None, None] => Ok(Up::Read { me: me(m)?, peer: peer(p)? }),
+        [Some(ROOT), Some(m), Some("typing"), Some(p), None, None] => Ok(Up::Typing { me: me(m)?, peer: peer(p)? }),
+        [Some(ROOT), Some(m), Some("req"), Some(method), None, None] if !method.is_empty() => {
+            Ok(Up::Req { me: me(m)?, method: method.to_owned() })
+        }
+        _ => Err(TopicError::Unknown),
+    }
+}
+
+/// A topic that the service publishes to, below `chat/{me}/`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Down {
+    /// What others sent me.
+    Inbox,
+    /// My own messages as stored.
+    Sent,
+    /// The peer's cursors.
+    Receipt,
+    /// The peer is typing.
+    Typing,
+    /// Who is there.
+    Presence,
+    /// Why a publish was refused.
+    Error,
+    /// Answers to requests.
+    Res,
+}
+
+impl Down {
+    /// All of them.
+    pub const ALL: [Self; 7] =
+        [Self::Inbox, Self::Sent, Self::Receipt, Self::Typing, Self::Presence, Self::Error, Self::Res];
+
+    /// What follows `chat/{me}/`.
+    pub fn suffix(self) -> &'static str {
+        match self {
+            Self::Inbox => "inbox",
+            Self::Sent => "sent",
+            Self::Receipt => "event/receipt",
+            Self::Typing => "event/typing",
+            Self::Presence => "event/presence",
+            Self::Error => "event/error",
+            Self::Res => "res",
+        }
+    }
+
+    /// This topic of a user.
+    pub fn topic(self, user: &UserId) -> String {
+        let (user, suffix) = (user.as_str(), self.suffix());
+        let mut topic = String::with_capacity(ROOT.len() + user.len() + suffix.len() + 2);
+        for part in [ROOT, "/", user, "/", suffix] {
+            topic.push_str(part);
+        }
+        topic
+    }
+
+    fn is_event(self) -> bool {
+        self.suffix().starts_with("event/")
+    }
+}
+
+/// Why a filter below `chat/` was refused.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct FilterRefusal {
+    me: UserId,
+}
+
+impl fmt::Display for FilterRefusal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "you may subscribe to chat/{me}/inbox, chat/{me}/sent, chat/{me}/res, chat/{me}/event/+ and chat/{me}/#",
+            me = self.me
+        )
+    }
+}
+
+impl std::error::Error for FilterRefusal {}
+
+/// What a filter below `chat/` means for a user: exactly these topics.
+pub fn parse_filter(me: &UserId, filter: &str) -> Result<Vec<Down>, FilterRefusal> {
+    let rest = filter
+        .strip_prefix(ROOT)
+        .and_then(|rest| rest.strip_prefix('/'))
+        .and_then(|rest| rest.strip_prefix(me.as_str()))
+        .and_then(|rest| rest.strip_prefix('/'));
+    let topics: Vec<Down> = match rest {
+        Some("#") => Down::ALL.to_vec(),
+        Some("+") => Down::ALL.into_iter().filter(|down| !down.is_event()).collect(),
+        Some("event/+" | "event/#") => Down::ALL.into_iter().filter(|down| down.is_event()).collect(),
+        Some(exact) => Down::ALL.into_iter().filter(|down| down.suffix() == exact).collect(),
+        None => Vec::new(),
+    };
+    if topics.is_empty() { Err(FilterRefusal { me: me.clone() }) } else { Ok(topics) }
+}
+
+/// Whether a topic name or filter lies below `chat/`: its first level is exactly `chat`.
+pub fn is_chat(topic: &str) -> bool {
+    topic.split('/').next() == Some(ROOT)
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn user(name: &str) -> UserId {
+        UserId::parse(name).expect("valid")
+    }
+
+    #[test]
+    fn up_topics() {
+        let id = Some(MessageId::parse("m-1").expect("valid"));
+        assert_eq!(parse_up("chat/alice/out/bob/m-1"), Ok(Up::Out { me: user("alice"), peer: user("bob"), id }));
+        assert_eq!(parse_up("chat/alice/read/bob"), Ok(Up::Read { me: user("alice"), peer: user("bob") }));
+        for (topic, code) in [
+            ("chat/alice/out", ErrorCode::InvalidTopic),
+            ("chat/alice/out/bob/m-1/x", ErrorCode::InvalidTopic),
+            ("chat/alice/in/bob", ErrorCode::InvalidTopic),
+            ("chat", ErrorCode::InvalidTopic),
+            ("chat/alice/req/", ErrorCode::InvalidTopic),
+            ("chat//out/bob", ErrorCode::InvalidUser),
+            ("chat/alice/out/", ErrorCode::InvalidPeer),
+            ("chat/alice/out/Bob", ErrorCode::InvalidPeer),
+            ("chat/alice/out/bob/", ErrorCode::InvalidId),
+            ("chat/alice/out/bob/ä", ErrorCode::InvalidId),
+        ] {
+            assert_eq!(parse_up(topic).map_err(|error| error.code()), Err(code), "{topic}");
+        }
+    }
+
+    #[test]
+    fn filters_mean_exactly_ones_own_topics() {
+        let bob = user("bob");
+        assert_eq!(parse_filter(&bob, "chat/bob/#").map(|topics| topics.len()), Ok(7));
+        assert_eq!(parse_filter(&bob, "chat/bob/+"), Ok(vec![Down::Inbox, Down::Sent, Down::Res]));
+        assert_eq!(parse_filter(&bob, "chat/bob/event/+").map(|topics| topics.len()), Ok(4));
+        assert_eq!(parse_filter(&bob, "chat/bob/inbox"), Ok(vec![Down::Inbox]));
+        for refused in
+            ["chat/#", "chat/+/inbox", "chat/bobby/inbox", "chat/bo/inbox", "chat/bob", "chat/bob/out/alice", "chat"]
+        {
+            assert!(parse_filter(&bob, refused).is_err(), "{refused}");
+        }
+    }
+
+    #[test]
+    fn the_documentation_names_every_topic_and_code() {
+        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/protocol.md");
+        let docs = std::fs::read_to_string(path).expect("docs/protocol.md is there");
+        for pattern in Up::PATTERNS {
+            assert!(docs.contains(&format!("`{pattern}`")), "{pattern} is not in docs/protocol.md");
+        }
+        for down in Down::ALL {
+            let topic = format!("`chat/{{me}}/{}`", down.suffix());
+            assert!(docs.contains(&topic), "{topic} is not in docs/protocol.md");
+        }
+        for code in ErrorCode::ALL {
+            let row = format!("| `{}` | 0x{:02X} |", code.as_str(), code.reason_code());
+            assert!(docs.contains(&row), "{row} is not in docs/protocol.md");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_string_panics(text in any::<String>(), prefix in prop_oneof![Just(""), Just("chat/"), Just("chat/bob/")]) {
+            let topic = format!("{prefix}{text}");
+            let parsed = parse_up(&topic);
+            prop_assert!(parsed.is_err() || is_chat(&topic));
+            let filter = parse_filter(&user("bob"), &topic);
+            prop_assert!(filter.is_err() || topic.starts_with("chat/bob/"));
+        }
+    }
+}

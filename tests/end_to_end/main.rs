@@ -1,0 +1,22 @@
+//! The end-to-end tests: real `chatd` processes on free ports, driven by raw packets and by real programs. A module per topic.
+//!
+//! `CHATD_BIN` names another chatd, `CHATD_TEST_SEED` repeats a random test, `CHATD_TEST_LONG=1` takes the long way where there is one.
+
+#[cfg(test)]
+mod chat;
+#[cfg(test)]
+mod crash;
+#[cfg(test)]
+mod first_message;
+#[cfg(test)]
+mod hostile;
+#[cfg(test)]
+mod lifecycle;
+#[cfg(test)]
+mod offline;
+#[cfg(test)]
+mod ordinary;
+#[cfg(test)]
+mod refusals;
+#[cfg(test)]
+mod slow;

@@ -1,0 +1,324 @@
+//! A real `chatd` process with a store of its own, on free ports of loopback.
+//!
+//! It signals no process that it did not start. Its log is kept, and its place printed, when the test that uses it fails.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::{ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
+use tokio::net::TcpStream;
+use tokio::process::{Child, Command};
+use tokio::sync::OnceCell;
+use tokio::time::timeout;
+
+use crate::wait::PATIENCE;
+
+/// What a chatd is started with, besides ports and folders.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    pub arguments: Vec<String>,
+    pub environment: Vec<(String, String)>,
+}
+
+impl Options {
+    /// The key as in `config/chatd.toml`, e.g. `limits.window`.
+    #[must_use]
+    pub fn set(mut self, key: &str, value: impl ToString) -> Self {
+        let variable = format!("CHATD__{}", key.to_uppercase().replace('.', "__"));
+        self.environment.push((variable, value.to_string()));
+        self
+    }
+}
+
+/// A running chatd. Killed when dropped.
+pub struct Chatd {
+    options: Options,
+    /// Folder for data and logs.
+    folder: Option<TempDir>,
+    child: Child,
+    mqtt: SocketAddr,
+    http: SocketAddr,
+    greeting: Arc<Mutex<String>>,
+}
+
+impl Chatd {
+    /// With default settings.
+    pub async fn start() -> Result<Self> {
+        Self::start_with(Options::default()).await
+    }
+
+    /// With these.
+    pub async fn start_with(options: Options) -> Result<Self> {
+        let folder = tempfile::Builder::new().prefix("chatd-test-").tempdir()?;
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        let started = spawn(&options, folder.path(), any, any).await;
+        let (child, mqtt, http, greeting) = match started {
+            Ok(started) => started,
+            Err(error) => {
+                let folder = folder.keep();
+                return Err(error.context(format!("chatd did not start; its log: {}", log_path(&folder).display())));
+            }
+        };
+        Ok(Self { options, folder: Some(folder), child, mqtt, http, greeting })
+    }
+
+    /// Where it takes MQTT over TCP.
+    pub fn mqtt_addr(&self) -> SocketAddr {
+        self.mqtt
+    }
+
+    /// Where it takes HTTP and WebSocket.
+    pub fn http_addr(&self) -> SocketAddr {
+        self.http
+    }
+
+    /// What it has printed on stdout.
+    pub fn greeting(&self) -> String {
+        self.greeting.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// The folder of its messages.
+    pub fn data(&self) -> PathBuf {
+        self.folder().join("data")
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(log_path(self.folder()))?)
+    }
+
+    fn folder(&self) -> &Path {
+        self.folder.as_ref().expect("only a dropped chatd has no folder").path()
+    }
+
+    fn pid(&self) -> Result<Pid> {
+        let number = self.child.id().context("chatd has ended")?;
+        Pid::from_raw(number.try_into()?).context("its process id is 0")
+    }
+
+    /// SIGKILL. Returns when it is gone.
+    pub async fn kill9(&mut self) -> Result<()> {
+        ensure!(self.child.try_wait()?.is_none(), "chatd had ended by itself");
+        self.child.start_kill()?;
+        timeout(PATIENCE, self.child.wait()).await.context("waiting for the end of a killed chatd")??;
+        Ok(())
+    }
+
+    /// SIGTERM, without waiting.
+    pub fn signal_terminate(&self) -> Result<()> {
+        Ok(kill_process(self.pid()?, Signal::TERM)?)
+    }
+
+    /// Waits for its end.
+    pub async fn ended(&mut self) -> Result<ExitStatus> {
+        Ok(timeout(PATIENCE, self.child.wait()).await.context("waiting for the end of chatd")??)
+    }
+
+    /// SIGTERM; returns how it ended.
+    pub async fn terminate(&mut self) -> Result<ExitStatus> {
+        self.signal_terminate()?;
+        self.ended().await
+    }
+
+    /// Whether it still runs.
+    pub fn is_running(&mut self) -> Result<bool> {
+        Ok(self.child.try_wait()?.is_none())
+    }
+
+    /// Starts it again on the same data and other ports, after [`Chatd::kill9`] or [`Chatd::terminate`].
+    pub async fn restart(&mut self) -> Result<()> {
+        let any = SocketAddr::from(([127, 0, 0, 1], 0));
+        self.restart_on(any, any).await
+    }
+
+    /// Starts it again on the same data and the same ports, for programs that connect again by themselves.
+    pub async fn restart_on_same_ports(&mut self) -> Result<()> {
+        self.restart_on(self.mqtt, self.http).await
+    }
+
+    async fn restart_on(&mut self, mqtt: SocketAddr, http: SocketAddr) -> Result<()> {
+        ensure!(self.child.try_wait()?.is_some(), "chatd still runs");
+        let (child, mqtt, http, greeting) = spawn(&self.options, self.folder(), mqtt, http).await?;
+        self.child = child;
+        self.mqtt = mqtt;
+        self.http = http;
+        self.greeting = greeting;
+        Ok(())
+    }
+
+    /// Memory of its own that is in RAM: what it allocated, without the files it maps.
+    pub fn memory_kb(&self) -> Result<u64> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?.as_raw_nonzero()))?;
+        let field = |name: &str| {
+            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
+            line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse().ok()
+        };
+        field("RssAnon").or_else(|| field("VmRSS")).context("no RssAnon and no VmRSS in /proc/…/status")
+    }
+
+    /// Every series of `/metrics` under its full name, labels included.
+    pub async fn metrics(&self) -> Result<BTreeMap<String, f64>> {
+        let (status, body) = self.get("/metrics").await?;
+        ensure!(status == 200, "/metrics answered {status}");
+        let series = body.lines().filter(|line| !line.starts_with('#')).filter_map(|line| {
+            let (name, value) = line.rsplit_once(' ')?;
+            Some((name.to_owned(), value.parse().ok()?))
+        });
+        Ok(series.collect())
+    }
+
+    /// The sum of the series of that name, whatever their labels.
+    pub async fn metric(&self, name: &str) -> Result<f64> {
+        let metrics = self.metrics().await?;
+        let is_it =
+            |series: &str| series.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('{'));
+        Ok(metrics.iter().filter(|(series, _)| is_it(series)).map(|(_, value)| value).sum())
+    }
+
+    /// Status and body of `/healthz`.
+    pub async fn healthz(&self) -> Result<(u16, String)> {
+        self.get("/healthz").await
+    }
+
+    /// GET of any path.
+    pub async fn get(&self, path: &str) -> Result<(u16, String)> {
+        let asking = async {
+            let mut stream = TcpStream::connect(self.http).await?;
+            let request = format!("GET {path} HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\r\n", self.http);
+            stream.write_all(request.as_bytes()).await?;
+            let mut answer = String::new();
+            stream.read_to_string(&mut answer).await?;
+            let (head, body) = answer.split_once("\r\n\r\n").context("an HTTP answer without an end of its head")?;
+            let status = head.split(' ').nth(1).context("an HTTP answer without status")?.parse()?;
+            ensure!(!head.to_ascii_lowercase().contains("transfer-encoding"), "a chunked answer: read it properly");
+            anyhow::Ok((status, body.to_owned()))
+        };
+        timeout(PATIENCE, asking).await.with_context(|| format!("GET {path}"))?
+    }
+}
+
+impl Drop for Chatd {
+    fn drop(&mut self) {
+        if std::thread::panicking()
+            && let Some(folder) = self.folder.take()
+        {
+            println!("chatd's log and data are kept: {}", log_path(&folder.keep()).display());
+        }
+    }
+}
+
+fn log_path(folder: &Path) -> PathBuf {
+    folder.join("chatd.log")
+}
+
+async fn spawn(
+    options: &Options,
+    folder: &Path,
+    mqtt: SocketAddr,
+    http: SocketAddr,
+) -> Result<(Child, SocketAddr, SocketAddr, Arc<Mutex<String>>)> {
+    let log = std::fs::File::options().create(true).append(true).open(log_path(folder))?;
+    let mut child = command()
+        .await?
+        .args(["--mqtt-listen", &mqtt.to_string(), "--http-listen", &http.to_string()])
+        .args(["--log-format", "json", "--data"])
+        .arg(folder.join("data"))
+        .args(&options.arguments)
+        .envs(options.environment.iter().cloned())
+        // No config/chatd.toml of the checkout.
+        .current_dir(folder)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .spawn()?;
+    let stdout = child.stdout.take().context("stdout is piped")?;
+    let mut lines = BufReader::new(stdout).lines();
+    let greeting = Arc::new(Mutex::new(String::new()));
+    let keep = |greeting: &Mutex<String>, line: &str| {
+        let mut text = greeting.lock().unwrap_or_else(PoisonError::into_inner);
+        text.push_str(line);
+        text.push('\n');
+    };
+    let learning = async {
+        let (mut mqtt, mut http) = (None, None);
+        loop {
+            if let (Some(mqtt), Some(http)) = (mqtt, http) {
+                return Ok((mqtt, http));
+            }
+            let Some(line) = lines.next_line().await? else {
+                let written = std::fs::read_to_string(log_path(folder))?;
+                let last: Vec<&str> = written.lines().rev().take(5).collect();
+                bail!("chatd ended before it listened: {last:#?}");
+            };
+            keep(&greeting, &line);
+            if let Some(address) = line.strip_prefix("mqtt listening on ") {
+                mqtt = Some(address.trim().parse().context(line.clone())?);
+            }
+            if let Some(address) = line.strip_prefix("http listening on ") {
+                http = Some(address.trim().parse().context(line.clone())?);
+            }
+        }
+    };
+    let (mqtt, http) = timeout(PATIENCE, learning).await.context("waiting for chatd to say where it listens")??;
+    let rest = Arc::clone(&greeting);
+    // Ends with the process, which owns the other end of the pipe.
+    tokio::spawn(async move {
+        while let Ok(Some(line)) = lines.next_line().await {
+            keep(&rest, &line);
+        }
+    });
+    Ok((child, mqtt, http, greeting))
+}
+
+/// `chatd` with no arguments yet and none of our environment's settings; killed when dropped.
+pub async fn command() -> Result<Command> {
+    let mut command = Command::new(binary().await?);
+    for (variable, _) in std::env::vars().filter(|(variable, _)| variable.starts_with("CHATD__")) {
+        command.env_remove(variable);
+    }
+    command.kill_on_drop(true);
+    Ok(command)
+}
+
+/// `CHATD_BIN`, or `chatd` beside the folder of the test executable; built once if it is not there.
+async fn binary() -> Result<PathBuf> {
+    static BINARY: OnceCell<PathBuf> = OnceCell::const_new();
+    let find = || async {
+        if let Some(path) = std::env::var_os("CHATD_BIN") {
+            let path = PathBuf::from(path);
+            ensure!(path.is_file(), "CHATD_BIN={} is no file", path.display());
+            return Ok(std::path::absolute(path)?);
+        }
+        // target/debug/deps/end_to_end-0123
+        let executable = std::env::current_exe()?;
+        let profile =
+            executable.parent().and_then(Path::parent).context("the test executable lies in target/*/deps")?;
+        let path = profile.join("chatd");
+        if !path.is_file() {
+            build(profile.ends_with("release")).await?;
+            ensure!(path.is_file(), "cargo build made no {}", path.display());
+        }
+        Ok(path)
+    };
+    BINARY.get_or_try_init(find).await.cloned()
+}
+
+async fn build(release: bool) -> Result<()> {
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let building = Command::new(cargo)
+        .args(["build", "--package", "chat-service", "--bin", "chatd"])
+        .args(release.then_some("--release"))
+        .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
+        .kill_on_drop(true)
+        .status();
+    let status = timeout(Duration::from_secs(1_200), building).await.context("building chatd")??;
+    ensure!(status.success(), "building chatd failed");
+    Ok(())
+}

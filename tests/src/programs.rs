@@ -1,0 +1,164 @@
+//! The programs that people use: mosquitto_sub, mosquitto_pub, Node. A program that is missing fails the test and says what to install.
+
+use std::collections::VecDeque;
+use std::path::{Path, PathBuf};
+use std::process::{Output, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail, ensure};
+use tokio::io::{AsyncBufReadExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdout, Command};
+use tokio::sync::OnceCell;
+use tokio::time::timeout;
+
+use crate::chatd::Chatd;
+use crate::wait::PATIENCE;
+
+/// How long `npm ci` may take.
+const INSTALL_PATIENCE: Duration = Duration::from_secs(300);
+
+fn program(name: &str, install: &str) -> Result<Command> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|path| path.is_file());
+    let mut command = Command::new(found.with_context(|| format!("{name} is missing; install it: {install}"))?);
+    command.kill_on_drop(true).stdin(Stdio::null());
+    Ok(command)
+}
+
+fn mosquitto(name: &str, chatd: &Chatd, arguments: &[&str]) -> Result<Command> {
+    let mut command = program(name, "apt-get install mosquitto-clients")?;
+    command.args(["-p", &chatd.mqtt_addr().port().to_string()]).args(arguments);
+    Ok(command)
+}
+
+/// Runs `mosquitto_pub`; fails unless it succeeds.
+pub async fn mosquitto_pub(chatd: &Chatd, arguments: &[&str]) -> Result<()> {
+    let mut command = mosquitto("mosquitto_pub", chatd, arguments)?;
+    let output = timeout(PATIENCE, command.output()).await.context("mosquitto_pub")??;
+    ensure!(output.status.success(), "mosquitto_pub {arguments:?}: {output:?}");
+    Ok(())
+}
+
+/// Runs a line as the server prints it, `'…'` understood as a shell does; returns what it wrote.
+pub async fn shell(line: &str) -> Result<Output> {
+    let mut command = program("sh", "a POSIX shell")?;
+    Ok(timeout(PATIENCE, command.args(["-c", line]).output()).await.context(line.to_owned())??)
+}
+
+/// A running `mosquitto_sub`, or anything else that prints lines. Killed when dropped.
+pub struct Subscriber {
+    child: Child,
+    lines: Lines<BufReader<ChildStdout>>,
+    kept: VecDeque<String>,
+}
+
+impl Subscriber {
+    /// Starts `mosquitto_sub`.
+    pub fn mosquitto(chatd: &Chatd, arguments: &[&str]) -> Result<Self> {
+        Self::spawn(mosquitto("mosquitto_sub", chatd, arguments)?)
+    }
+
+    /// Starts a line as the server prints it.
+    pub fn shell(line: &str) -> Result<Self> {
+        let mut command = program("sh", "a POSIX shell")?;
+        // `exec`: the child is the program and not a shell around it, which would leave the program behind when it is killed.
+        command.args(["-c", &format!("exec {line}")]);
+        Self::spawn(command)
+    }
+
+    fn spawn(mut command: Command) -> Result<Self> {
+        let mut child = command.stdout(Stdio::piped()).spawn()?;
+        let stdout = child.stdout.take().context("stdout is piped")?;
+        Ok(Self { child, lines: BufReader::new(stdout).lines(), kept: VecDeque::new() })
+    }
+
+    /// With `-d`: waits until the server has granted the subscription. Messages that came before are kept.
+    pub async fn subscribed(&mut self) -> Result<()> {
+        loop {
+            let line = self.read().await?.context("mosquitto_sub ended before it was subscribed")?;
+            if line.starts_with("Subscribed ") {
+                return Ok(());
+            }
+            if !is_debug(&line) {
+                self.kept.push_back(line);
+            }
+        }
+    }
+
+    /// The next line that is no debug line.
+    pub async fn line(&mut self) -> Result<String> {
+        if let Some(line) = self.kept.pop_front() {
+            return Ok(line);
+        }
+        loop {
+            let line = self.read().await?.context("mosquitto_sub ended")?;
+            if !is_debug(&line) {
+                return Ok(line);
+            }
+        }
+    }
+
+    async fn read(&mut self) -> Result<Option<String>> {
+        match timeout(PATIENCE, self.lines.next_line()).await {
+            Ok(line) => Ok(line?),
+            Err(_) => bail!("nothing was printed within {PATIENCE:?}"),
+        }
+    }
+
+    /// Kills it and returns when it is gone.
+    pub async fn kill(mut self) -> Result<()> {
+        self.child.start_kill()?;
+        timeout(PATIENCE, self.child.wait()).await.context("waiting for the end of a killed program")??;
+        Ok(())
+    }
+}
+
+/// What `mosquitto_sub -d` prints about itself.
+fn is_debug(line: &str) -> bool {
+    line.starts_with("Client ") || line.starts_with("Subscribed ")
+}
+
+/// Runs a script of `tests/web` in Node, its packages installed; fails with its output unless it succeeds.
+pub async fn node(script: &str, arguments: &[&str]) -> Result<String> {
+    let folder = web().await?;
+    let mut command = program("node", "apt-get install nodejs")?;
+    let running = command.arg(folder.join(script)).args(arguments).current_dir(&folder).output();
+    let output = timeout(PATIENCE * 2, running).await.with_context(|| format!("node {script} {arguments:?}"))??;
+    let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    ensure!(output.status.success(), "node {script} {arguments:?}: {}\n{stdout}\n{stderr}", output.status);
+    Ok(stdout)
+}
+
+/// A Chromium to be run by playwright-core.
+pub fn chromium() -> Result<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let names = ["chromium", "chromium-browser", "google-chrome"];
+    std::env::split_paths(&path)
+        .flat_map(|folder| names.map(|name| folder.join(name)))
+        .find(|path| path.is_file())
+        .context("chromium is missing; install it: apt-get install chromium")
+}
+
+/// `tests/web` with the packages of its lock file.
+async fn web() -> Result<PathBuf> {
+    static INSTALLED: OnceCell<()> = OnceCell::const_new();
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("web");
+    let install = || async {
+        let modified = |path: &str| std::fs::metadata(folder.join(path)).and_then(|found| found.modified());
+        // npm leaves its own copy of the lock file behind: as long as that is the newer one, there is nothing to install.
+        if let (Ok(wanted), Ok(installed)) =
+            (modified("package-lock.json"), modified("node_modules/.package-lock.json"))
+            && installed > wanted
+        {
+            return Ok(());
+        }
+        let mut command = program("npm", "apt-get install npm")?;
+        command.args(["ci", "--no-audit", "--no-fund"]).env("PLAYWRIGHT_SKIP_BROWSER_DOWNLOAD", "1");
+        let output = timeout(INSTALL_PATIENCE, command.current_dir(&folder).output()).await.context("npm ci")??;
+        ensure!(output.status.success(), "npm ci in tests/web: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    };
+    INSTALLED.get_or_try_init(install).await?;
+    Ok(folder)
+}
