@@ -134,13 +134,20 @@ pub enum BusError {
     Router,
     /// The router refused a link, or ended.
     #[error("the router refused a link: {0}")]
-    Link(#[from] LinkError),
+    Link(Box<LinkError>),
     /// The first heartbeat did not come back in time.
     #[error("the router did not answer")]
     NoAnswer,
     /// The operating system refused a thread.
     #[error("no thread for the bus: {0}")]
     Thread(#[from] std::io::Error),
+}
+
+impl From<LinkError> for BusError {
+    fn from(error: LinkError) -> Self {
+        // 800 bytes: it may hold a whole event.
+        Self::Link(Box::new(error))
+    }
 }
 
 /// Totals since the bus started.

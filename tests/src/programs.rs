@@ -14,26 +14,26 @@ use tokio::time::timeout;
 use crate::chatd::Chatd;
 use crate::wait::PATIENCE;
 
+const MOSQUITTO: &str = "apt-get install mosquitto-clients";
 /// How long `npm ci` may take.
 const INSTALL_PATIENCE: Duration = Duration::from_secs(300);
 
-fn program(name: &str, install: &str) -> Result<Command> {
+fn find(name: &str, install: &str) -> Result<PathBuf> {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).map(|folder| folder.join(name)).find(|path| path.is_file());
-    let mut command = Command::new(found.with_context(|| format!("{name} is missing; install it: {install}"))?);
-    command.kill_on_drop(true).stdin(Stdio::null());
-    Ok(command)
+    found.with_context(|| format!("{name} is missing; install it: {install}"))
 }
 
-fn mosquitto(name: &str, chatd: &Chatd, arguments: &[&str]) -> Result<Command> {
-    let mut command = program(name, "apt-get install mosquitto-clients")?;
-    command.args(["-p", &chatd.mqtt_addr().port().to_string()]).args(arguments);
+fn program(name: &str, install: &str) -> Result<Command> {
+    let mut command = Command::new(find(name, install)?);
+    command.kill_on_drop(true).stdin(Stdio::null());
     Ok(command)
 }
 
 /// Runs `mosquitto_pub`; fails unless it succeeds.
 pub async fn mosquitto_pub(chatd: &Chatd, arguments: &[&str]) -> Result<()> {
-    let mut command = mosquitto("mosquitto_pub", chatd, arguments)?;
+    let mut command = program("mosquitto_pub", MOSQUITTO)?;
+    command.args(["-p", &chatd.mqtt_addr().port().to_string()]).args(arguments);
     let output = timeout(PATIENCE, command.output()).await.context("mosquitto_pub")??;
     ensure!(output.status.success(), "mosquitto_pub {arguments:?}: {output:?}");
     Ok(())
@@ -55,7 +55,11 @@ pub struct Subscriber {
 impl Subscriber {
     /// Starts `mosquitto_sub`.
     pub fn mosquitto(chatd: &Chatd, arguments: &[&str]) -> Result<Self> {
-        Self::spawn(mosquitto("mosquitto_sub", chatd, arguments)?)
+        // It writes a message at once, but keeps what it says about itself (-d) until its buffer is full: that is not waited for.
+        let mut command = program("stdbuf", "apt-get install coreutils")?;
+        command.arg("-oL").arg(find("mosquitto_sub", MOSQUITTO)?);
+        command.args(["-p", &chatd.mqtt_addr().port().to_string()]).args(arguments);
+        Self::spawn(command)
     }
 
     /// Starts a line as the server prints it.

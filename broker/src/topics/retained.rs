@@ -1,20 +1,36 @@
-//! Retained messages: the last one of each topic that asked for it.
+//! Retained messages: the last one of each topic, handed out in topic order.
 //!
-//! Kept in memory, bounded in number and bytes; when full, a new topic is refused to its publisher rather than an old one dropped.
+//! Bounded in number and bytes; what does not fit is refused and what stands there stays. Nothing expires here by itself.
 
 use std::collections::BTreeMap;
+use std::ops::Bound;
 use std::sync::Arc;
 
-use crate::topics::filter;
-use crate::topics::message::Message;
+use super::filter;
+use super::message::Message;
 
-/// The store is full.
+/// What one retained message costs beside its content, for the bound on bytes.
+const OVERHEAD_BYTES: usize = 256;
+
+/// There is no room for another retained message: quota exceeded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the server retains as many messages as it may; clear one with an empty retained message")]
-pub struct RetainedFull;
+pub enum RetainedFull {
+    /// Too many of them.
+    #[error("the server keeps at most {max} retained messages")]
+    Messages {
+        /// The limit.
+        max: usize,
+    },
+    /// Too large, all together.
+    #[error("the server keeps at most {max} bytes of retained messages")]
+    Bytes {
+        /// The limit.
+        max: usize,
+    },
+}
 
-/// All retained messages, by topic.
-#[derive(Debug)]
+/// The retained messages by topic.
+#[derive(Clone, Debug)]
 pub struct Retained {
     messages: BTreeMap<Arc<str>, Arc<Message>>,
     bytes: usize,
@@ -23,58 +39,87 @@ pub struct Retained {
 }
 
 impl Retained {
-    /// At most so many messages and bytes (payloads and topics).
+    /// None yet. `bytes_max` counts topics, payloads, properties and 256 bytes for each message.
     pub fn new(messages_max: usize, bytes_max: usize) -> Self {
         Self { messages: BTreeMap::new(), bytes: 0, messages_max, bytes_max }
     }
 
-    /// Retains a message in place of its topic's last one; an empty one clears.
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.messages.len()
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.messages.is_empty()
+    }
+
+    /// What they take of the bound on bytes.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Retains a message in place of its topic's last one, or clears the topic if the payload is empty [MQTT-3.3.1-6]. An error changes
+    /// nothing.
     pub fn set(&mut self, message: Arc<Message>) -> Result<(), RetainedFull> {
-        let before = self.messages.get(&message.topic).map_or(0, |old| size(old));
         if message.payload.is_empty() {
-            self.messages.remove(&message.topic);
-            self.bytes -= before;
+            if let Some(cleared) = self.messages.remove(&message.topic) {
+                self.bytes -= bytes(&cleared);
+            }
             return Ok(());
         }
-        let bytes = self.bytes - before + size(&message);
-        if bytes > self.bytes_max || (before == 0 && self.messages.len() >= self.messages_max) {
-            return Err(RetainedFull);
+        let replaced = self.messages.get(&message.topic).map(|replaced| bytes(replaced));
+        if replaced.is_none() && self.messages.len() >= self.messages_max {
+            return Err(RetainedFull::Messages { max: self.messages_max });
+        }
+        let bytes = self.bytes - replaced.unwrap_or(0) + bytes(&message);
+        if bytes > self.bytes_max {
+            return Err(RetainedFull::Bytes { max: self.bytes_max });
         }
         self.bytes = bytes;
         self.messages.insert(Arc::clone(&message.topic), message);
         Ok(())
     }
 
-    /// What a new subscription to a valid filter gets, in the order of topics.
+    /// Those that a valid, unshared filter matches, in the byte order of their topics. Looks at the topics that begin like the filter does
+    /// before its first wildcard.
     pub fn matching(&self, filter: &str) -> Vec<Arc<Message>> {
-        // Only topics that begin like the filter does before its first wildcard can match.
-        let fixed = filter.split(['+', '#']).next().unwrap_or_default();
-        let first = fixed.strip_suffix('/').unwrap_or(fixed);
-        self.messages
-            .range::<str, _>((std::ops::Bound::Included(first), std::ops::Bound::Unbounded))
-            .take_while(|(topic, _)| topic.starts_with(first))
+        let Some(wildcard) = filter.find(['+', '#']) else {
+            return self.messages.get(filter).map(Arc::clone).into_iter().collect();
+        };
+        // `a/#` matches `a` too, the one match that does not begin with `a/`.
+        let parent = filter[wildcard..].starts_with('#').then(|| filter[..wildcard].strip_suffix('/')).flatten();
+        let prefix = &filter[..wildcard];
+        let below = self
+            .messages
+            .range::<str, _>((Bound::Included(prefix), Bound::Unbounded))
+            .take_while(|(topic, _)| topic.starts_with(prefix))
             .filter(|(topic, _)| filter::matches(filter, topic))
-            .map(|(_, message)| Arc::clone(message))
-            .collect()
+            .map(|(_, message)| message);
+        parent.and_then(|parent| self.messages.get(parent)).into_iter().chain(below).map(Arc::clone).collect()
     }
 }
 
-fn size(message: &Message) -> usize {
-    message.payload.len() + message.topic.len()
+fn bytes(message: &Message) -> usize {
+    OVERHEAD_BYTES + message.topic.len() + message.payload.len() + message.properties.bytes()
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    use super::super::message::MessageProperties;
     use super::*;
 
     fn message(topic: &str, payload: &str) -> Arc<Message> {
         Arc::new(Message {
             topic: topic.into(),
-            payload: payload.to_owned().into(),
+            payload: Bytes::copy_from_slice(payload.as_bytes()),
             qos: 0,
             retain: true,
-            publisher: 0,
-            properties: Default::default(),
+            publisher: 1,
+            properties: MessageProperties::default(),
         })
     }
 
@@ -83,29 +128,59 @@ mod tests {
     }
 
     #[test]
-    fn filters_find_and_empty_messages_clear() {
-        let mut retained = Retained::new(10, 1_000);
-        for topic in ["b", "a", "a/b", "ab", "a/c/d", "$x/a"] {
-            retained.set(message(topic, "1")).expect("room");
-        }
-        assert_eq!(topics(&retained, "a/#"), ["a", "a/b", "a/c/d"]);
-        assert_eq!(topics(&retained, "#"), ["a", "a/b", "a/c/d", "ab", "b"]);
-        assert_eq!(topics(&retained, "+"), ["a", "ab", "b"]);
-        assert_eq!(topics(&retained, "a/+"), ["a/b"]);
-        assert_eq!(topics(&retained, "$x/+"), ["$x/a"]);
-        retained.set(message("a/b", "")).expect("clearing needs no room");
-        assert_eq!(topics(&retained, "a/+"), [""; 0]);
+    fn the_last_one_stands_until_it_is_cleared() {
+        let mut retained = Retained::new(10, 10_000);
+        assert_eq!(retained.set(message("a", "1")), Ok(()));
+        assert_eq!(retained.set(message("a", "22")), Ok(()));
+        assert_eq!(retained.matching("a"), [message("a", "22")]);
+        assert_eq!(retained.bytes(), OVERHEAD_BYTES + 3);
+        assert_eq!(retained.set(message("a", "")), Ok(()));
+        assert_eq!(retained.set(message("a", "")), Ok(()));
+        assert_eq!((retained.len(), retained.bytes()), (0, 0));
+        assert!(retained.is_empty());
     }
 
     #[test]
-    fn a_full_store_refuses_and_keeps() {
-        let mut retained = Retained::new(2, 20);
-        retained.set(message("a", "12345")).expect("room");
-        retained.set(message("b", "12345")).expect("room");
-        assert_eq!(retained.set(message("c", "1")), Err(RetainedFull));
-        assert_eq!(retained.set(message("a", "123456789012345")), Err(RetainedFull));
-        assert_eq!(&retained.matching("a")[0].payload[..], b"12345");
-        retained.set(message("a", "")).expect("clearing needs no room");
-        retained.set(message("c", "123456789")).expect("room again");
+    fn they_come_in_the_order_of_their_topics() {
+        let mut retained = Retained::new(100, 100_000);
+        for topic in ["b", "a/b/c", "a", "a!", "a/", "a/b", "ab", "$a/b", "ä/b", "/"] {
+            assert_eq!(retained.set(message(topic, "x")), Ok(()));
+        }
+        assert_eq!(topics(&retained, "#"), ["/", "a", "a!", "a/", "a/b", "a/b/c", "ab", "b", "ä/b"]);
+        assert_eq!(topics(&retained, "a/#"), ["a", "a/", "a/b", "a/b/c"]);
+        assert_eq!(topics(&retained, "+/b"), ["a/b", "ä/b"]);
+        assert_eq!(topics(&retained, "ä/+"), ["ä/b"]);
+        assert_eq!(topics(&retained, "+/+/#"), ["/", "a/", "a/b", "a/b/c", "ä/b"]);
+        assert_eq!(topics(&retained, "$a/#"), ["$a/b"]);
+        assert_eq!(topics(&retained, "/#"), ["/"]);
+        assert_eq!(topics(&retained, "missing"), [""; 0]);
+    }
+
+    #[test]
+    fn a_full_store_refuses_what_is_new_and_keeps_what_it_has() {
+        let mut retained = Retained::new(2, 2 * OVERHEAD_BYTES + 10);
+        assert_eq!(retained.set(message("a", "1")), Ok(()));
+        assert_eq!(retained.set(message("b", "1")), Ok(()));
+        assert_eq!(retained.set(message("c", "1")), Err(RetainedFull::Messages { max: 2 }));
+        assert_eq!(retained.set(message("b", "1234567890")), Err(RetainedFull::Bytes { max: 2 * OVERHEAD_BYTES + 10 }));
+        assert_eq!(retained.matching("b"), [message("b", "1")]);
+        assert_eq!(retained.set(message("b", "1234567")), Ok(()));
+        assert_eq!(retained.set(message("a", "")), Ok(()));
+        assert_eq!(retained.set(message("c", "1")), Ok(()));
+    }
+
+    proptest! {
+        #[test]
+        fn a_filter_finds_what_it_matches(
+            names in prop::collection::btree_set("[ab$ü/!]{1,5}", 0..30),
+            filter in "(([ab$ü]|[+])/){0,3}([ab]|[+]|#)",
+        ) {
+            let mut retained = Retained::new(100, 100_000);
+            for name in &names {
+                prop_assert_eq!(retained.set(message(name, "x")), Ok(()));
+            }
+            let expected: Vec<String> = names.into_iter().filter(|name| filter::matches(&filter, name)).collect();
+            prop_assert_eq!(topics(&retained, &filter), expected);
+        }
     }
 }
