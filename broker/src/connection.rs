@@ -50,6 +50,8 @@ const PAGE_BYTES: usize = 128 * 1024;
 const WINDOW_MAX: u16 = 1_024;
 /// How long a connection that ends may take to send its last bytes.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long a session's new connection waits for the old one to give back what is under way.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a failed read of the log waits before the next.
 const READ_RETRY: Duration = Duration::from_millis(500);
 
@@ -154,6 +156,7 @@ where
     let mut departure = Departure {
         shared: Arc::clone(&connection.shared),
         number,
+        mailbox: Arc::clone(&connection.mailbox),
         key: None,
         ordinary: Vec::new(),
         bound: Vec::new(),
@@ -166,6 +169,7 @@ where
 struct Departure<S: Service> {
     shared: Arc<Shared<S>>,
     number: ConnectionNumber,
+    mailbox: Arc<Mailbox>,
     key: Option<SessionKey>,
     ordinary: Vec<String>,
     bound: Vec<Arc<str>>,
@@ -173,6 +177,7 @@ struct Departure<S: Service> {
 
 impl<S: Service> Drop for Departure<S> {
     fn drop(&mut self) {
+        self.mailbox.settle();
         for topic in &self.bound {
             self.shared.registry.unsubscribe(topic, self.number);
         }
@@ -198,6 +203,7 @@ where
         loop {
             std::future::poll_fn(|cx| self.poll_step(cx)).await;
             if self.end == Some(End::Socket) {
+                self.settle();
                 return End::Socket;
             }
             self.take_page();
@@ -218,6 +224,7 @@ where
                 self.end = Some(End::Closed);
             }
             if let Some(end) = self.end {
+                self.settle();
                 self.write_last_bytes().await;
                 return end;
             }
@@ -541,10 +548,17 @@ where
             ));
         }
         let key = SessionKey { user, client_id };
-        if !self.shared.registry.attach(&key, self.number, &self.mailbox) {
-            return Err(refuse(ConnectRefusalCode::ServerUnavailable, "the server is shutting down"));
-        }
+        let previous = self
+            .shared
+            .registry
+            .attach(&key, self.number, &self.mailbox)
+            .map_err(|_| refuse(ConnectRefusalCode::ServerUnavailable, "the server is shutting down"))?;
         departure.key = Some(key.clone());
+        if let Some(previous) = previous
+            && tokio::time::timeout(SETTLE_TIMEOUT, previous.settled()).await.is_err()
+        {
+            tracing::warn!(user = %key.user, "the session's last connection has not let go of it in time");
+        }
         self.shared.service.observe(Observation::Connected);
 
         let expiry_s = connect.session_expiry_s.min(self.shared.limits.session_expiry_max_s);
@@ -1107,17 +1121,24 @@ where
 
     // ---- the end -------------------------------------------------------------------------------------------------------
 
-    async fn depart(mut self, end: End) {
-        tracing::debug!(peer = %self.peer, ?end, "connection ended");
+    /// Gives back what the session's next connection has to know. Nothing that takes time comes before it.
+    fn settle(&mut self) {
         self.reading = None;
-        let Some(mut session) = self.session.take() else { return };
-        if session.is_persistent() {
+        if let Some(session) = &mut self.session
+            && session.is_persistent()
+        {
             let under_way = UnderWay { received: self.engine.qos2_received(), resend: session.unacknowledged() };
             self.shared.keep_under_way(&session.key, under_way);
             if self.shared.registry.holds(&session.key, self.number) {
                 self.shared.service.session_ended(&session.key, session.expiry_s);
             }
         }
+        self.mailbox.settle();
+    }
+
+    async fn depart(mut self, end: End) {
+        tracing::debug!(peer = %self.peer, ?end, "connection ended");
+        let Some(mut session) = self.session.take() else { return };
         let wants_will = matches!(end, End::ClientWithWill | End::Socket | End::Closed);
         if let Some(will) = session.will.take()
             && wants_will

@@ -6,11 +6,13 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
+use tokio::sync::Notify;
 
 use crate::live::LiveMessage;
 use crate::service::PublishOutcome;
@@ -67,11 +69,20 @@ pub(crate) struct Mailbox {
     waker: AtomicWaker,
     ordinary_messages_max: usize,
     ordinary_bytes_max: usize,
+    settled: AtomicBool,
+    on_settled: Notify,
 }
 
 impl Mailbox {
     pub(crate) fn new(ordinary_messages_max: usize, ordinary_bytes_max: usize) -> Self {
-        Self { mail: Mutex::new(Mail::default()), waker: AtomicWaker::new(), ordinary_messages_max, ordinary_bytes_max }
+        Self {
+            mail: Mutex::new(Mail::default()),
+            waker: AtomicWaker::new(),
+            ordinary_messages_max,
+            ordinary_bytes_max,
+            settled: AtomicBool::new(false),
+            on_settled: Notify::new(),
+        }
     }
 
     pub(crate) fn push_outcomes(&self, outcomes: impl Iterator<Item = (u64, PublishOutcome)>) {
@@ -121,6 +132,22 @@ impl Mailbox {
     pub(crate) fn end(&self, ending: Ending) {
         self.mail.lock().ending.get_or_insert(ending);
         self.waker.wake();
+    }
+
+    /// The connection has given back what it knew of its session.
+    pub(crate) fn settle(&self) {
+        self.settled.store(true, Ordering::Release);
+        self.on_settled.notify_waiters();
+    }
+
+    /// Returns once [`Mailbox::settle`] was called.
+    pub(crate) async fn settled(&self) {
+        let mut told = std::pin::pin!(self.on_settled.notified());
+        // Listening first: a call between the look and the wait is not missed.
+        told.as_mut().enable();
+        if !self.settled.load(Ordering::Acquire) {
+            told.await;
+        }
     }
 
     /// Takes what waits. Ordinary messages stay while the connection has no room for them (`take_ordinary` false): the queue is theirs.

@@ -19,6 +19,10 @@ const SHARDS: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ConnectionNumber(pub(crate) u64);
 
+/// The server admits no new connections.
+#[derive(Debug)]
+pub(crate) struct Stopping;
+
 #[derive(Debug)]
 struct Holder {
     number: ConnectionNumber,
@@ -48,19 +52,24 @@ impl Registry {
         }
     }
 
-    /// Makes this connection the holder of its session. `false` if the server is stopping.
-    pub(crate) fn attach(&self, key: &SessionKey, number: ConnectionNumber, mailbox: &Arc<Mailbox>) -> bool {
+    /// Makes this connection the holder of its session; gives the mailbox of the one that held it and is ended now.
+    pub(crate) fn attach(
+        &self,
+        key: &SessionKey,
+        number: ConnectionNumber,
+        mailbox: &Arc<Mailbox>,
+    ) -> Result<Option<Arc<Mailbox>>, Stopping> {
         let mut sessions = self.sessions.lock();
         if sessions.closed {
-            return false;
+            return Err(Stopping);
         }
         *sessions.connections_by_user.entry(Arc::clone(&key.user)).or_default() += 1;
         let previous = sessions.holders.insert(key.clone(), Holder { number, mailbox: Arc::clone(mailbox) });
         drop(sessions);
-        if let Some(previous) = previous {
+        Ok(previous.map(|previous| {
             previous.mailbox.end(Ending::TakenOver);
-        }
-        true
+            previous.mailbox
+        }))
     }
 
     /// The connection has ended. `true` if the session was still its own.
@@ -159,9 +168,9 @@ mod tests {
     fn takeover_happens_within_one_user_only() {
         let registry = Registry::new();
         let (bob, other_bob, alice) = (mailbox(), mailbox(), mailbox());
-        assert!(registry.attach(&key("bob"), ConnectionNumber(1), &bob));
-        assert!(registry.attach(&key("alice"), ConnectionNumber(2), &alice));
-        assert!(registry.attach(&key("bob"), ConnectionNumber(3), &other_bob));
+        registry.attach(&key("bob"), ConnectionNumber(1), &bob).expect("not stopping");
+        registry.attach(&key("alice"), ConnectionNumber(2), &alice).expect("not stopping");
+        registry.attach(&key("bob"), ConnectionNumber(3), &other_bob).expect("not stopping");
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
         assert!(
             matches!(bob.poll(&mut cx, true), std::task::Poll::Ready(mail) if mail.ending == Some(Ending::TakenOver))

@@ -207,7 +207,10 @@ async fn the_last_puback_before_a_crash_was_true() {
         chatd.restart().await.unwrap();
         let mut alice = Connect::v5("alice", "alice-phone").to(&chatd).await.unwrap();
         last = alice.say("alice", "bob", "after").await.unwrap().seq.unwrap();
-        assert!([acknowledged + 1, acknowledged + 2].contains(&last), "{acknowledged} was acknowledged, {last} followed");
+        assert!(
+            [acknowledged + 1, acknowledged + 2].contains(&last),
+            "{acknowledged} was acknowledged, {last} followed"
+        );
     }
     let mut bob = listener(&chatd, Connect::v4("bob", "bob-phone")).await.unwrap();
     let got = bob.acked_messages(usize::try_from(last).unwrap()).await.unwrap();
@@ -280,7 +283,10 @@ async fn simultaneous_resends_are_one_message() {
         for device in &mut devices {
             let publish = Publish::new(format!("chat/alice/out/bob/m-{round}"), "the same", 1);
             // Twice from each, without waiting.
-            packet_ids.push([device.start_publish(publish.clone()).await.unwrap(), device.start_publish(publish).await.unwrap()]);
+            packet_ids.push([
+                device.start_publish(publish.clone()).await.unwrap(),
+                device.start_publish(publish).await.unwrap(),
+            ]);
         }
         for (device, packet_ids) in devices.iter_mut().zip(packet_ids) {
             for packet_id in packet_ids {

@@ -157,10 +157,7 @@ mod tests {
 
     #[test]
     fn shared_filters() {
-        assert_eq!(
-            validate_topic_filter("$share/g/a/+/#", LEVELS),
-            Ok(Some(Shared { group: "g", filter: "a/+/#" }))
-        );
+        assert_eq!(validate_topic_filter("$share/g/a/+/#", LEVELS), Ok(Some(Shared { group: "g", filter: "a/+/#" })));
         assert_eq!(validate_topic_filter("$share/g//", LEVELS), Ok(Some(Shared { group: "g", filter: "/" })));
         for bad in ["$share", "$share/", "$share/g", "$share/g/", "$share//a", "$share/+/a", "$share/g#/a"] {
             assert_eq!(validate_topic_filter(bad, LEVELS), Err(TopicError::MalformedShare), "{bad:?}");

@@ -122,7 +122,8 @@ impl<K: Copy + Eq + Hash, O: Clone> SubscriptionTrie<K, O> {
 
     /// Visits every subscription whose filter matches the name, in no order; a subscriber as often as filters of its match.
     pub fn matching(&self, topic: &str, visit: &mut impl FnMut(&K, &O)) {
-        let mut visit_all = |subscribers: &HashMap<K, O>| subscribers.iter().for_each(|(key, options)| visit(key, options));
+        let mut visit_all =
+            |subscribers: &HashMap<K, O>| subscribers.iter().for_each(|(key, options)| visit(key, options));
         // Wildcards in the first level do not match names that begin with `$` [MQTT-4.7.2-1].
         let mut wildcards = !topic.starts_with('$');
         let mut reached = vec![ROOT];
