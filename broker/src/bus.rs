@@ -24,8 +24,8 @@
 //! - `LinkTx::send` blocks when 1,000 events wait. A batch is put into the link's buffer, and the router is told only if the buffer
 //!   was empty: else an earlier event is still unread, and the router takes the whole buffer when it reads that. So at most
 //!   a handful of events ever wait, and `try_publish` never finds the channel full.
-//! - It opens a tracing span of level ERROR for every publish. Set `rumqttd=off` in the log filter, not `warn`: what matters is
-//!   logged here.
+//! - It opens tracing spans of level ERROR for every publish: with `rumqttd=warn` or `error` in the log filter a message costs 3 µs of
+//!   CPU, with `rumqttd=off` 1.3. Set it to off: what matters is logged here.
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -95,8 +95,8 @@ pub struct BusOptions {
 }
 
 impl BusOptions {
-    /// 10 segments of 1 MiB: 8 MiB and 65,536 messages may be under way, a third of a second at full speed. rumqttd's own bookkeeping comes
-    /// on top, about 300 bytes a message kept.
+    /// 10 segments of 1 MiB: 8 MiB and 65,536 messages may be under way, some 30 ms at the fastest measured. Full, such a router
+    /// takes 25 MB of memory with messages of 1,000 bytes, 30 MB with 250, 48 MB with 60: about 300 bytes are rumqttd's own for each.
     pub fn new(name: &'static str) -> Self {
         Self {
             name,

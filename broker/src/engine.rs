@@ -19,6 +19,7 @@ use mqtt_protocol_core::mqtt::result_code::{
 };
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
+use crate::framing::Framing;
 use crate::live::LiveMessage;
 use crate::service::{ConnectRefusalCode, RefusalCode};
 use crate::topics::message::MessageProperties;
@@ -143,6 +144,7 @@ pub(crate) enum Granted {
 
 pub(crate) struct Engine {
     inner: mqtt::Connection<role::Server>,
+    framing: Framing,
     /// Bytes for the client.
     pub(crate) out: Vec<u8>,
     /// What the client did wrong; nothing more is read from it.
@@ -163,6 +165,7 @@ impl Engine {
             ConnectionOptions::new().maximum_packet_size_recv(packet_bytes_max).receive_maximum(receive_maximum);
         Self {
             inner: mqtt::Connection::with_options(Version::Undetermined, options),
+            framing: Framing::new(),
             out: Vec::new(),
             fault: None,
             closing: false,
@@ -181,15 +184,23 @@ impl Engine {
     /// Takes bytes from the socket; gives the packets in them. Stops after a CONNECT, which has to be answered first: the number of
     /// bytes taken is returned.
     pub(crate) fn feed(&mut self, bytes: &[u8], packets: &mut VecDeque<Incoming>) -> usize {
-        let mut cursor = Cursor::new(bytes);
-        let len = bytes.len() as u64;
-        while cursor.position() < len && self.fault.is_none() && !self.closing {
-            let events = self.inner.recv(&mut cursor);
+        let mut taken = 0;
+        while taken < bytes.len() && self.fault.is_none() && !self.closing {
+            let Ok(len) = self.framing.advance(&bytes[taken..]) else {
+                self.fault = Some(MqttError::MalformedPacket);
+                break;
+            };
+            let mut cursor = Cursor::new(&bytes[taken..taken + len]);
+            taken += len;
             let mut connect = false;
-            for event in events {
+            for event in self.inner.recv(&mut cursor) {
                 match event {
                     Event::NotifyPacketReceived(packet) => {
-                        if let Some(packet) = self.incoming(packet) {
+                        let packet = self.incoming(packet);
+                        if packet.as_ref().is_some_and(has_packet_id_0) {
+                            // [MQTT-2.2.1-3]: identifiers are not 0.
+                            self.fault.get_or_insert(MqttError::ProtocolError);
+                        } else if let Some(packet) = packet {
                             connect |= matches!(packet, Incoming::Connect(_));
                             packets.push_back(packet);
                         }
@@ -201,7 +212,7 @@ impl Engine {
                 break;
             }
         }
-        usize::try_from(cursor.position()).unwrap_or(bytes.len()).min(bytes.len())
+        taken
     }
 
     fn on_event(&mut self, event: Event) {
@@ -775,6 +786,14 @@ impl Engine {
             }
             self.closing = true;
         }
+    }
+}
+
+fn has_packet_id_0(packet: &Incoming) -> bool {
+    match packet {
+        Incoming::Publish(publish) => publish.packet_id == Some(0),
+        Incoming::Subscribe { packet_id, .. } | Incoming::Unsubscribe { packet_id, .. } => *packet_id == 0,
+        _ => false,
     }
 }
 

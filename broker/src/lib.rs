@@ -10,6 +10,7 @@ pub mod bus;
 pub mod completion;
 mod connection;
 mod engine;
+mod framing;
 mod limits;
 pub mod listener;
 pub mod live;

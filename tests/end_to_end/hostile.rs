@@ -155,23 +155,53 @@ fn packets(version: Version) -> Vec<(&'static str, Vec<u8>, Fate)> {
             ("topic alias 65535", aliased(u16::MAX), Fate::Closed),
             ("an alias that stands for nothing", frame(0x30, &[0, 0, 3, id::TOPIC_ALIAS, 0, 1, b'x']), Fate::Closed),
             ("a property that does not exist", frame(0x30, b"\0\x01a\x02\x7f\0x"), Fate::Closed),
-            ("a property of another packet", publish(Properties::none().with(id::SESSION_EXPIRY, Value::U32(1))), Fate::Closed),
+            (
+                "a property of another packet",
+                publish(Properties::none().with(id::SESSION_EXPIRY, Value::U32(1))),
+                Fate::Closed,
+            ),
             (
                 "a property twice",
-                publish(Properties::none().with(id::MESSAGE_EXPIRY, Value::U32(1)).with(id::MESSAGE_EXPIRY, Value::U32(2))),
+                publish(
+                    Properties::none().with(id::MESSAGE_EXPIRY, Value::U32(1)).with(id::MESSAGE_EXPIRY, Value::U32(2)),
+                ),
                 Fate::Closed,
             ),
             ("payload format 2", publish(Properties::none().with(id::PAYLOAD_FORMAT, Value::Byte(2))), Fate::Closed),
-            ("subscription identifier in a PUBLISH", publish(Properties::none().with(id::SUBSCRIPTION_IDENTIFIER, Value::Variable(1))), Fate::Closed),
-            ("a wildcard as response topic", publish(Properties::none().with(id::RESPONSE_TOPIC, Value::Text("a/#".into()))), Fate::Either),
+            (
+                "subscription identifier in a PUBLISH",
+                publish(Properties::none().with(id::SUBSCRIPTION_IDENTIFIER, Value::Variable(1))),
+                Fate::Closed,
+            ),
+            (
+                "a wildcard as response topic",
+                publish(Properties::none().with(id::RESPONSE_TOPIC, Value::Text("a/#".into()))),
+                Fate::Either,
+            ),
             ("properties longer than the packet", frame(0x30, b"\0\x01a\x7fx"), Fate::Closed),
             ("a property length of five bytes", frame(0x30, b"\0\x01a\xff\xff\xff\xff\x01x"), Fate::Closed),
             ("subscription identifier 0", subscribe_with_identifier(0), Fate::Closed),
-            ("NoLocal on a shared subscription", packet::subscribe(version, 3, &Properties::none(), &[("$share/g/a", 0x05)]), Fate::Either),
+            (
+                "NoLocal on a shared subscription",
+                packet::subscribe(version, 3, &Properties::none(), &[("$share/g/a", 0x05)]),
+                Fate::Either,
+            ),
             ("retain handling 3", packet::subscribe(version, 3, &Properties::none(), &[("a", 0x30)]), Fate::Closed),
-            ("a thousand user properties", publish((0..1_000).fold(Properties::none(), |p, n| p.with_user(&format!("key {n}"), "value"))), Fate::Kept),
-            ("a user property of 65,535 bytes", publish(Properties::none().with_user("k", &"v".repeat(65_535))), Fate::Kept),
-            ("DISCONNECT that adds an expiry", packet::disconnect(version, 0, &Properties::none().with(id::SESSION_EXPIRY, Value::U32(9))), Fate::Closed),
+            (
+                "a thousand user properties",
+                publish((0..1_000).fold(Properties::none(), |p, n| p.with_user(&format!("key {n}"), "value"))),
+                Fate::Kept,
+            ),
+            (
+                "a user property of 65,535 bytes",
+                publish(Properties::none().with_user("k", &"v".repeat(65_535))),
+                Fate::Kept,
+            ),
+            (
+                "DISCONNECT that adds an expiry",
+                packet::disconnect(version, 0, &Properties::none().with(id::SESSION_EXPIRY, Value::U32(9))),
+                Fate::Closed,
+            ),
         ]);
     }
     packets
@@ -229,12 +259,16 @@ async fn names_that_no_decent_client_uses() {
                 let shown = String::from_utf8_lossy(&name[..name.len().min(20)]).into_owned();
                 for qos in 0..=2 {
                     let what = format!("PUBLISH to {shown:?} ({} bytes) at QoS {qos}", name.len());
-                    failures.extend(suffer(&chatd, &connect, &what, &publish_to(version, &name, qos), as_topic).await.err());
+                    failures.extend(
+                        suffer(&chatd, &connect, &what, &publish_to(version, &name, qos), as_topic).await.err(),
+                    );
                 }
                 for (first, verb) in [(0x82, "SUBSCRIBE"), (0xa2, "UNSUBSCRIBE")] {
                     let what = format!("{verb} {shown:?} ({} bytes)", name.len());
                     let fate = if first == 0xa2 && as_filter != Fate::Closed { Fate::Either } else { as_filter };
-                    failures.extend(suffer(&chatd, &connect, &what, &subscribe_to(version, first, &name), fate).await.err());
+                    failures.extend(
+                        suffer(&chatd, &connect, &what, &subscribe_to(version, first, &name), fate).await.err(),
+                    );
                 }
                 // As a will, which is published when the connection breaks.
                 if let Ok(topic) = String::from_utf8(name) {
@@ -294,8 +328,11 @@ async fn first_packets_that_are_no_connect() {
         ("receive maximum 0".into(), Connect::v5("alice", "hostile").receive_maximum(0).bytes()),
         (
             "a maximum packet size of 0".into(),
-            Connect { properties: Properties::none().with(id::MAXIMUM_PACKET_SIZE, Value::U32(0)), ..Connect::v5("alice", "h") }
-                .bytes(),
+            Connect {
+                properties: Properties::none().with(id::MAXIMUM_PACKET_SIZE, Value::U32(0)),
+                ..Connect::v5("alice", "h")
+            }
+            .bytes(),
         ),
         (
             "an unknown authentication method".into(),
@@ -317,7 +354,8 @@ async fn first_packets_that_are_no_connect() {
         ("zeros".into(), vec![0; 100]),
         ("ones".into(), vec![0xff; 100]),
     ];
-    openings.extend(wills.map(|will| (format!("will to {:?}", will.topic), Connect::v5("alice", "h").will(will).bytes())));
+    openings
+        .extend(wills.map(|will| (format!("will to {:?}", will.topic), Connect::v5("alice", "h").will(will).bytes())));
     for (what, bytes) in openings {
         for web_socket in [false, true] {
             let address = if web_socket { chatd.http_addr() } else { chatd.mqtt_addr() };
@@ -435,7 +473,8 @@ async fn twenty_thousand_mutated_packets() {
                 if stream.shutdown().await.is_ok() {
                     let mut answers = Vec::new();
                     let reading = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut answers)).await;
-                    let _ended = reading.unwrap_or_else(|_| panic!("connection {connection} was not closed: {bytes:02x?}"));
+                    let _ended =
+                        reading.unwrap_or_else(|_| panic!("connection {connection} was not closed: {bytes:02x?}"));
                 }
             }
         }
@@ -479,7 +518,8 @@ async fn shared_subscriptions_left_with_messages_in_flight() {
     let mut publisher = Connect::v5("alice", "publisher").to(&chatd).await.unwrap();
     for round in 0..50 {
         let version = if round % 2 == 0 { Version::V4 } else { Version::V5 };
-        let mut worker = Connect::new(version, "worker", &format!("worker-{}", round % 5)).persistent().to(&chatd).await.unwrap();
+        let mut worker =
+            Connect::new(version, "worker", &format!("worker-{}", round % 5)).persistent().to(&chatd).await.unwrap();
         // Refused or granted, both will do; so will both kinds of leaving.
         worker.subscribe_codes(&[("$share/workers/jobs/#", 1), ("jobs/+", 2)]).await.unwrap();
         publisher.publish_all((0..20).map(|job| Publish::new(format!("jobs/{job}"), "do it", 1))).await.unwrap();
@@ -637,7 +677,8 @@ async fn a_client_that_vanishes_in_the_middle_of_sending_leaves_no_gap() {
         let mut stream = TcpStream::connect(chatd.mqtt_addr()).await.unwrap();
         let mut bytes = Connect::v4("alice", "alice-phone").bytes();
         for packet_id in 1..=20 {
-            let publish = Publish { packet_id, ..Publish::new("chat/alice/out/bob", format!("{round}/{packet_id}"), 1) };
+            let publish =
+                Publish { packet_id, ..Publish::new("chat/alice/out/bob", format!("{round}/{packet_id}"), 1) };
             bytes.extend(packet::publish(Version::V4, &publish));
         }
         bytes.truncate(bytes.len() - 3);

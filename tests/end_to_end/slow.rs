@@ -94,7 +94,12 @@ async fn best_latency(carol: &mut Client, dave: &mut Client) -> Latency {
 async fn two_slow_receivers_with_50_000_waiting_cost_nobody_else_anything() {
     let chatd = Chatd::start().await.unwrap();
     for user in ["mute", "lazy", "warm"] {
-        listener(&chatd, Connect::v4(user, &format!("{user}-phone")).persistent()).await.unwrap().leave().await.unwrap();
+        listener(&chatd, Connect::v4(user, &format!("{user}-phone")).persistent())
+            .await
+            .unwrap()
+            .leave()
+            .await
+            .unwrap();
     }
     fill(&chatd, "warm", 20_000).await;
     fill(&chatd, "mute", WAITING).await;
@@ -131,7 +136,12 @@ async fn two_slow_receivers_with_50_000_waiting_cost_nobody_else_anything() {
     assert!(growth < MEMORY_GROWTH_MAX_KB, "memory grew by {growth} KB for two slow receivers");
     // Generous: other tests run beside this one. A receiver that holds up others holds them up for as long as it is slow.
     for slow in [with, with_live] {
-        assert!(slow.median < without.median * 4 + Duration::from_millis(10), "{:?} > {:?}", slow.median, without.median);
+        assert!(
+            slow.median < without.median * 4 + Duration::from_millis(10),
+            "{:?} > {:?}",
+            slow.median,
+            without.median
+        );
         assert!(slow.p99 < without.p99 * 5 + Duration::from_millis(150), "{:?} > {:?}", slow.p99, without.p99);
     }
     assert!(!lazy.is_finished(), "the lazy one is still served");
@@ -206,8 +216,7 @@ async fn the_servers_window_holds_for_mqtt_3_1_1() {
 async fn a_message_too_large_for_its_receiver_holds_nothing_up() {
     let chatd = Chatd::start().await.unwrap();
     let mut connect = Connect::v5("bob", "bob-phone").persistent();
-    connect.properties =
-        connect.properties.with(packet::id::MAXIMUM_PACKET_SIZE, packet::Value::U32(500)).clone();
+    connect.properties = connect.properties.with(packet::id::MAXIMUM_PACKET_SIZE, packet::Value::U32(500)).clone();
     let mut bob = listener(&chatd, connect).await.unwrap();
     let mut alice = Connect::v5("alice", "alice-phone").to(&chatd).await.unwrap();
     for text in ["first", &"x".repeat(1_000), "last"] {
