@@ -7,7 +7,7 @@ use std::time::Duration;
 pub struct Limits {
     /// Connections at once; further ones are closed on arrival.
     pub connections: usize,
-    /// From the first byte to an accepted CONNECT; then the connection is closed.
+    /// From accepting the connection to accepting its CONNECT; then the connection is closed.
     pub connect_timeout: Duration,
     /// Largest packet taken, in bytes (MQTT 5 is told; DISCONNECT 0x95 or close).
     pub packet_bytes: u32,

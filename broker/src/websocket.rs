@@ -4,12 +4,13 @@
 //! HTTP connection's task; sizes are bounded before a byte is kept.
 
 use std::io;
+use std::net::IpAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
 use axum::Router;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use bytes::Bytes;
@@ -56,6 +57,12 @@ fn accept<S: Service>(
     if !offered {
         return (StatusCode::BAD_REQUEST, "MQTT over WebSocket needs the subprotocol mqtt\n").into_response();
     }
+    if let Some(origin) = headers.get(header::ORIGIN)
+        && !may_connect(origin, headers.get(header::HOST))
+    {
+        let sentence = "this page's origin may not connect: serve it from this host, or from localhost\n";
+        return (StatusCode::FORBIDDEN, sentence).into_response();
+    }
     let broker = broker.clone();
     upgrade
         .protocols([SUBPROTOCOL])
@@ -67,6 +74,21 @@ fn accept<S: Service>(
         .on_upgrade(move |socket| async move {
             broker.serve(WebSocketIo { socket, unread: Bytes::new() }, "websocket".to_owned());
         })
+}
+
+/// Whether a page of this origin may connect: a page from this very host, or from the same machine. Browsers send an origin with every WebSocket;
+/// without this check any site that a user visits could chat in their name with a server on their machine.
+fn may_connect(origin: &HeaderValue, host: Option<&HeaderValue>) -> bool {
+    let Ok(origin) = origin.to_str() else { return false };
+    let Some((_, authority)) = origin.split_once("://") else { return false };
+    if host.is_some_and(|host| host.as_bytes().eq_ignore_ascii_case(authority.as_bytes())) {
+        return true;
+    }
+    let name = match authority.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
+        Some((address, _)) => address,
+        None => authority.split(':').next().unwrap_or_default(),
+    };
+    name.eq_ignore_ascii_case("localhost") || name.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
 /// A WebSocket as a byte stream.
@@ -115,5 +137,38 @@ impl AsyncWrite for WebSocketIo {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.socket).poll_close(cx).map_err(io::Error::other)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn may(origin: &str, host: &str) -> bool {
+        let value = |text: &str| HeaderValue::from_str(text).expect("a header value");
+        may_connect(&value(origin), Some(&value(host)))
+    }
+
+    #[test]
+    fn only_pages_of_this_host_or_machine_connect() {
+        for origin in [
+            "http://localhost:5173",
+            "https://localhost",
+            "http://127.0.0.1:3000",
+            "http://[::1]:3000",
+            "https://chat.example.org",
+        ] {
+            assert!(may(origin, "chat.example.org"), "{origin}");
+        }
+        for origin in [
+            "https://evil.example.org",
+            "null",
+            "http://localhost.evil.example.org",
+            "http://127.0.0.1.evil.example.org",
+            "file://",
+            "https://chat.example.org.evil",
+        ] {
+            assert!(!may(origin, "chat.example.org"), "{origin}");
+        }
     }
 }

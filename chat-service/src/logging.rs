@@ -6,8 +6,9 @@ use tracing_subscriber::EnvFilter;
 
 use crate::settings::{LogFormat, LogLevel, LogSettings};
 
-/// What third parties may say, unless the settings name them too: rumqttd reports each link's ordinary end as if it were news.
-const QUIET: &str = "rumqttd=warn,hyper=warn,mqtt_protocol_core=warn";
+/// What third parties may say, unless the settings name them too. rumqttd opens an ERROR span for every publish, which costs more than the publish
+/// itself (measured: 3 µs instead of 1.3); what matters of it, `broker::bus` logs.
+const QUIET: &str = "rumqttd=off,hyper=warn,mqtt_protocol_core=warn";
 
 /// Logging could not begin.
 #[derive(Debug, thiserror::Error)]
@@ -45,8 +46,8 @@ mod tests {
 
     #[test]
     fn third_parties_are_quiet_unless_named() {
-        assert!(directives("debug").contains("rumqttd=warn"));
+        assert!(directives("debug").contains("rumqttd=off"));
         let named = directives("info,rumqttd=debug");
-        assert!(named.contains("rumqttd=debug") && !named.contains("rumqttd=warn"), "{named}");
+        assert!(named.contains("rumqttd=debug") && !named.contains("rumqttd=off"), "{named}");
     }
 }

@@ -20,6 +20,7 @@ fn main() -> ExitCode {
     if let Err(error) = logging::init(&settings.log) {
         return fail(EXIT_USAGE, &error);
     }
+    raise_file_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chatd").build() {
         Ok(runtime) => runtime,
         Err(error) => return fail(EXIT_FAILURE, &error),
@@ -38,6 +39,18 @@ async fn serve(settings: &Settings) -> anyhow::Result<()> {
         tracing::debug!(%error, "nobody reads the greeting");
     }
     server.run(server::stop_signal()?).await
+}
+
+/// A connection is a file descriptor: take as many as the operating system allows this process.
+fn raise_file_limit() {
+    use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+    let limit = getrlimit(Resource::Nofile);
+    if limit.current == limit.maximum {
+        return;
+    }
+    if let Err(error) = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, maximum: limit.maximum }) {
+        tracing::warn!(%error, "the limit of open files could not be raised");
+    }
 }
 
 fn fail(code: u8, error: &dyn std::fmt::Display) -> ExitCode {

@@ -224,3 +224,40 @@ async fn a_message_too_large_for_its_receiver_holds_nothing_up() {
     }
     assert_eq!(seqs(&bob.acked_messages(2).await.unwrap()), [1, 3]);
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn zz_control() {
+    let chatd = Chatd::start().await.unwrap();
+    for user in ["mute", "lazy", "warm"] {
+        listener(&chatd, Connect::v4(user, &format!("{user}-phone")).persistent()).await.unwrap().leave().await.unwrap();
+    }
+    fill(&chatd, "warm", 20_000).await;
+    fill(&chatd, "mute", WAITING).await;
+    fill(&chatd, "lazy", WAITING).await;
+    let mut warm = Connect::v5("warm", "warm-phone").persistent().to(&chatd).await.unwrap();
+    warm.acked_messages(20_000).await.unwrap();
+    let mut carol = Connect::v5("carol", "carol-phone").to(&chatd).await.unwrap();
+    let mut dave = listener(&chatd, Connect::v5("dave", "dave-phone")).await.unwrap();
+    best_latency(&mut carol, &mut dave).await;
+    println!("before {}", chatd.memory_kb().unwrap());
+    best_latency(&mut carol, &mut dave).await;
+    println!("latency again {}", chatd.memory_kb().unwrap());
+    let mut mute = never_acknowledges(&chatd).await.unwrap();
+    for _ in 0..20 { mute.message().await.unwrap(); }
+    best_latency(&mut carol, &mut dave).await;
+    println!("mute {}", chatd.memory_kb().unwrap());
+    let lazy = reads_a_byte_a_second(&chatd).await.unwrap();
+    best_latency(&mut carol, &mut dave).await;
+    println!("lazy {}", chatd.memory_kb().unwrap());
+    fill(&chatd, "other", 8_000).await;
+    println!("fill other {}", chatd.memory_kb().unwrap());
+    fill(&chatd, "mute", 4_000).await;
+    println!("fill mute {}", chatd.memory_kb().unwrap());
+    fill(&chatd, "lazy", 4_000).await;
+    println!("fill lazy {}", chatd.memory_kb().unwrap());
+    fill(&chatd, "mute", 40_000).await;
+    println!("fill mute 40k {}", chatd.memory_kb().unwrap());
+    fill(&chatd, "lazy", 40_000).await;
+    println!("fill lazy 40k {}", chatd.memory_kb().unwrap());
+    lazy.abort();
+}

@@ -116,6 +116,11 @@ impl Chatd {
         Ok(kill_process(self.pid()?, Signal::TERM)?)
     }
 
+    /// SIGINT, without waiting.
+    pub fn signal_interrupt(&self) -> Result<()> {
+        Ok(kill_process(self.pid()?, Signal::INT)?)
+    }
+
     /// Waits for its end.
     pub async fn ended(&mut self) -> Result<ExitStatus> {
         Ok(timeout(PATIENCE, self.child.wait()).await.context("waiting for the end of chatd")??)
