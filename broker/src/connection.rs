@@ -923,6 +923,8 @@ where
         cursors: &[(Arc<str>, Position)],
         departure: &mut Departure<S>,
     ) -> Result<(), ServiceError> {
+        // Streams may go now; what they were told last must not go with them.
+        self.report_acknowledged();
         let Some(session) = &mut self.session else { return Ok(()) };
         let wanted = session.wanted();
         session.slots.retain(|slot| wanted.iter().any(|(topic, _)| topic.name == slot.topic));

@@ -620,14 +620,143 @@ async fn a_client_that_only_writes() {
     assert_well(&chatd).await;
 }
 
+/// The head of an upgrade request to `path` with these headers more.
+fn upgrade(chatd: &Chatd, path: &str, headers: &str) -> String {
+    format!(
+        "GET {path} HTTP/1.1\r\nhost: {}\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
+         sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n{headers}\r\n",
+        chatd.http_addr()
+    )
+}
+
+/// Sends bytes to the HTTP port and returns the status of the answer.
+async fn status_of(chatd: &Chatd, request: &[u8]) -> Option<u16> {
+    let mut stream = TcpStream::connect(chatd.http_addr()).await.unwrap();
+    stream.write_all(request).await.unwrap();
+    let mut answer = vec![0; 12];
+    let reading = tokio::time::timeout(PATIENCE, stream.read_exact(&mut answer)).await.expect("an answer or an end");
+    reading.ok()?;
+    String::from_utf8_lossy(&answer).strip_prefix("HTTP/1.1 ")?.parse().ok()
+}
+
+#[tokio::test]
+async fn upgrades_that_are_none() {
+    let chatd = Chatd::start().await.unwrap();
+    let bystanders = Bystanders::of(&chatd).await.unwrap();
+    let mqtt = "sec-websocket-protocol: mqtt\r\n";
+    assert_eq!(status_of(&chatd, upgrade(&chatd, "/mqtt", mqtt).as_bytes()).await, Some(101));
+    let several = "sec-websocket-protocol: chat, mqtt\r\n";
+    assert_eq!(status_of(&chatd, upgrade(&chatd, "/mqtt", several).as_bytes()).await, Some(101));
+    for (path, headers, status) in [
+        ("/mqtt", "", 400),
+        ("/mqtt", "sec-websocket-protocol: chat\r\n", 400),
+        ("/other", mqtt, 404),
+        ("/healthz/../mqtt/%00", mqtt, 404),
+        // A page of a stranger's, which would chat in the name of whoever looks at it.
+        ("/mqtt", "sec-websocket-protocol: mqtt\r\norigin: https://evil.example\r\n", 403),
+        ("/mqtt", "sec-websocket-protocol: mqtt\r\norigin: null\r\n", 403),
+    ] {
+        let found = status_of(&chatd, upgrade(&chatd, path, headers).as_bytes()).await;
+        assert_eq!(found, Some(status), "{path} {headers:?}");
+    }
+    let no_upgrade = format!("GET /mqtt HTTP/1.1\r\nhost: {}\r\n\r\n", chatd.http_addr());
+    assert!(status_of(&chatd, no_upgrade.as_bytes()).await.is_some_and(|status| (400..500).contains(&status)));
+    for rubbish in [&b"\0\0\0\0\r\n\r\n"[..], b"GET / HTTP/9.9\r\n\r\n", b"GET \xff HTTP/1.1\r\n\r\n", &[b'x'; 100_000]]
+    {
+        let mut stream = TcpStream::connect(chatd.http_addr()).await.unwrap();
+        let mut answer = Vec::new();
+        // Whether it is written in full or not, the server ends it.
+        let ending = async {
+            if stream.write_all(rubbish).await.is_ok() {
+                stream.read_to_end(&mut answer).await.ok();
+            }
+        };
+        tokio::time::timeout(PATIENCE, ending).await.expect("the connection ends");
+    }
+    bystanders.were_not_disturbed().await.unwrap();
+    assert_well(&chatd).await;
+}
+
+/// A frame of a WebSocket client, masked as it has to be.
+fn web_socket_frame(first: u8, payload: &[u8]) -> Vec<u8> {
+    let mut bytes = vec![first];
+    match payload.len() {
+        length @ 0..126 => bytes.push(0x80 | u8::try_from(length).unwrap()),
+        length => {
+            bytes.push(0x80 | 126);
+            bytes.extend(u16::try_from(length).unwrap().to_be_bytes());
+        }
+    }
+    let mask = [7, 13, 99, 200];
+    bytes.extend(mask);
+    bytes.extend(payload.iter().zip(mask.iter().cycle()).map(|(byte, mask)| byte ^ mask));
+    bytes
+}
+
+#[tokio::test]
+async fn web_socket_frames_that_no_decent_client_sends() {
+    let chatd = Chatd::start().await.unwrap();
+    let bystanders = Bystanders::of(&chatd).await.unwrap();
+    let connect = Connect::v4("alice", "hostile").bytes();
+    let ping = packet::pingreq();
+    const BINARY: u8 = 0x82;
+    let cases: Vec<(&str, Vec<u8>, bool)> = vec![
+        ("a text frame", web_socket_frame(0x81, b"hello"), false),
+        ("a text frame that holds a packet", web_socket_frame(0x81, &ping), false),
+        ("a reserved opcode", web_socket_frame(0x83, &ping), false),
+        ("reserved bits", web_socket_frame(0xc2, &ping), false),
+        ("a continuation of nothing", web_socket_frame(0x80, &ping), false),
+        ("no mask", [&[BINARY, 2][..], &ping].concat(), false),
+        ("a frame of 2^63 bytes", [&[BINARY, 0xff][..], &[0x80, 0, 0, 0, 0, 0, 0, 0], &[0; 4]].concat(), false),
+        ("a frame of 1 GB", [&[BINARY, 0xff][..], &(1_u64 << 30).to_be_bytes(), &[0; 4]].concat(), false),
+        ("a ping of 126 bytes", web_socket_frame(0x89, &[0; 126]), false),
+        ("a fragmented ping", web_socket_frame(0x09, b"x"), false),
+        ("a close with one byte", web_socket_frame(0x88, b"x"), false),
+        ("a close", web_socket_frame(0x88, &1000_u16.to_be_bytes()), false),
+        ("an empty frame", web_socket_frame(BINARY, b""), true),
+        ("a ping", web_socket_frame(0x89, b"are you there?"), true),
+        ("an unasked pong", web_socket_frame(0x8a, b"here"), true),
+        (
+            "a packet in three fragments with a ping between",
+            [
+                web_socket_frame(0x02, &ping[..1]),
+                web_socket_frame(0x89, b"?"),
+                web_socket_frame(0x00, b""),
+                web_socket_frame(0x80, &ping[1..]),
+            ]
+            .concat(),
+            true,
+        ),
+    ];
+    for (what, frames, lives) in cases {
+        let mut stream = TcpStream::connect(chatd.http_addr()).await.unwrap();
+        let head = upgrade(&chatd, "/mqtt", "sec-websocket-protocol: mqtt\r\n");
+        stream.write_all(head.as_bytes()).await.unwrap();
+        stream.write_all(&web_socket_frame(BINARY, &connect)).await.unwrap();
+        stream.write_all(&frames).await.unwrap();
+        // A publish of 3 KB afterwards tells whether it lives: its PUBACK comes back.
+        let after = Publish { packet_id: 0x4567, ..Publish::new("ordinary", vec![b'x'; 3_000], 1) };
+        stream.write_all(&web_socket_frame(BINARY, &packet::publish(Version::V4, &after))).await.ok();
+        let mut answer = Vec::new();
+        let living = loop {
+            if answer.ends_with(&packet::puback(0x4567)) {
+                break true;
+            }
+            match tokio::time::timeout(PATIENCE, stream.read_buf(&mut answer)).await.expect(what) {
+                Ok(n) if n > 0 => {}
+                _ => break false,
+            }
+        };
+        assert_eq!(living, lives, "{what}");
+    }
+    bystanders.were_not_disturbed().await.unwrap();
+    assert_well(&chatd).await;
+}
+
 /// Connections that never finish their handshake: nothing sent, half a CONNECT, half a request, an upgrade and then nothing.
 async fn idlers(chatd: &Chatd, of_each: usize) -> Vec<TcpStream> {
     let connect = Connect::v5("idler", "idler").bytes();
-    let request = format!(
-        "GET /mqtt HTTP/1.1\r\nhost: {}\r\nconnection: Upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
-         sec-websocket-protocol: mqtt\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
-        chatd.http_addr()
-    );
+    let request = upgrade(chatd, "/mqtt", "sec-websocket-protocol: mqtt\r\n");
     let openings = [
         (chatd.mqtt_addr(), &[][..]),
         (chatd.mqtt_addr(), &connect[..connect.len() / 2]),

@@ -261,6 +261,74 @@ async fn qos_0_counts_as_delivered_when_written() {
     assert_eq!(bob.ping().await.unwrap(), []);
 }
 
+/// What was acknowledged before the last thing that was stored does not come again, whatever happens to the server.
+#[tokio::test]
+async fn a_crash_brings_nothing_back_that_was_acknowledged_before() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let connect = Connect::v5("bob", "bob-phone").persistent();
+    let mut bob = listener(&chatd, connect.clone()).await.unwrap();
+    let mut seq = 0;
+    for _ in 0..5 {
+        alice_sends(&chatd, seq + 1..=seq + 20).await;
+        bob.acked_messages(20).await.unwrap();
+        bob.ping().await.unwrap();
+        drop(bob);
+        alice_sends(&chatd, seq + 21..=seq + 21).await;
+        chatd.kill9().await.unwrap();
+        chatd.restart().await.unwrap();
+        bob = connect.to(&chatd).await.unwrap();
+        assert_eq!(number(&bob.acked_message().await.unwrap().json(), "seq"), seq + 21);
+        seq += 21;
+    }
+}
+
+/// A device that watches what its user sends from others catches up on it, too.
+#[tokio::test]
+async fn sent_messages_wait_for_an_absent_device() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let connect = Connect::v4("alice", "alice-laptop").persistent();
+    let mut laptop = connect.to(&chatd).await.unwrap();
+    laptop.subscribe("chat/alice/#", 1).await.unwrap();
+    laptop.leave().await.unwrap();
+    alice_sends(&chatd, 1..=20).await;
+    let mut bob = Connect::v5("bob", "bob-phone").to(&chatd).await.unwrap();
+    bob.say("bob", "alice", "an answer").await.unwrap();
+    chatd.kill9().await.unwrap();
+    chatd.restart().await.unwrap();
+    let mut laptop = connect.to(&chatd).await.unwrap();
+    let mut sent = Vec::new();
+    for _ in 0..20 {
+        let got = laptop.acked_message_on("chat/alice/sent").await.unwrap();
+        assert!(got.retain);
+        sent.push(got);
+    }
+    assert_eq!(seqs(&sent), (1..=20).collect::<Vec<_>>());
+    assert_eq!(seqs(&[laptop.acked_message_on("chat/alice/inbox").await.unwrap()]), [21]);
+    assert_eq!(laptop.ping().await.unwrap(), []);
+}
+
+/// Texts of full length, of which few fit into a page.
+#[tokio::test]
+async fn a_backlog_of_long_texts() {
+    let chatd = Chatd::start().await.unwrap();
+    let mut alice = Connect::v4("alice", "alice-phone").to(&chatd).await.unwrap();
+    let long = "ü".repeat(8 * 1024);
+    alice.publish_all((0..300).map(|_| Publish::new("chat/alice/out/bob", long.as_str(), 1))).await.unwrap();
+    for qos in [1, 0] {
+        let mut bob = Connect::v5("bob", "bob-phone").to(&chatd).await.unwrap();
+        bob.subscribe("chat/bob/inbox", qos).await.unwrap();
+        for seq in 1..=300 {
+            let got = bob.message().await.unwrap().json();
+            assert_eq!((number(&got, "seq"), got["text"].as_str()), (seq, Some(long.as_str())));
+            // The first time he leaves in the middle of it without having acknowledged anything.
+            if qos == 1 && seq == 16 {
+                break;
+            }
+        }
+        bob.leave().await.unwrap();
+    }
+}
+
 #[tokio::test]
 async fn session_present_says_what_is_kept() {
     let mut chatd = Chatd::start().await.unwrap();

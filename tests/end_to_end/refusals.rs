@@ -152,6 +152,43 @@ async fn acknowledgements_keep_the_order_of_the_publishes() {
     }
 }
 
+/// MQTT 3.1.1 has no Receive Maximum: a client may send as much as it likes before it reads an answer.
+#[tokio::test]
+async fn a_thousand_sends_in_one_write() {
+    let chatd = Chatd::start().await.unwrap();
+    let mut alice = Connect::v4("alice", "alice-phone").to(&chatd).await.unwrap();
+    let mut bytes = Vec::new();
+    for packet_id in 1..=1_000 {
+        let publish = Publish { packet_id, ..Publish::new("chat/alice/out/bob", format!("text {packet_id}"), 1) };
+        bytes.extend(end_to_end::packet::publish(Version::V4, &publish));
+    }
+    alice.send_bytes(&bytes).await.unwrap();
+    for expected in 1..=1_000 {
+        let found = alice.take("PUBACK", |packet| match packet {
+            Packet::Puback { packet_id, .. } => Some(*packet_id),
+            _ => None,
+        });
+        assert_eq!(found.await.unwrap(), expected);
+    }
+    let mut bob = listener(&chatd, Connect::v4("bob", "bob-phone")).await.unwrap();
+    let got = bob.acked_messages(1_000).await.unwrap();
+    assert_eq!(texts(&got), (1..=1_000).map(|n| format!("text {n}")).collect::<Vec<_>>());
+}
+
+/// MQTT 5 has: whoever ignores it is told so [MQTT-3.3.4-9].
+#[tokio::test]
+async fn more_than_the_receive_maximum_is_a_violation() {
+    let chatd = Chatd::start_with(Options::default().set("limits.receive_maximum", 5)).await.unwrap();
+    let mut alice = Connect::v5("alice", "alice-phone").to(&chatd).await.unwrap();
+    assert_eq!(alice.connack_properties().number(end_to_end::packet::id::RECEIVE_MAXIMUM), Some(5));
+    // QoS 2 is under way until PUBREL and PUBCOMP, however fast the server is.
+    for _ in 0..6 {
+        alice.start_publish(Publish::new("chat/alice/out/bob", "hello", 2)).await.unwrap();
+    }
+    let answers = alice.until_closed().await.unwrap();
+    assert!(matches!(answers.last(), Some(Packet::Disconnect { code: 0x93, .. })), "{answers:?}");
+}
+
 #[tokio::test]
 async fn the_longest_text_is_a_setting() {
     let chatd = Chatd::start_with(Options::default().set("limits.message_bytes", 100)).await.unwrap();

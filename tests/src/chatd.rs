@@ -7,7 +7,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
 use rustix::process::{Pid, Signal, kill_process};
@@ -292,7 +292,7 @@ pub async fn command() -> Result<Command> {
     Ok(command)
 }
 
-/// `CHATD_BIN`, or `chatd` beside the folder of the test executable; built once if it is not there.
+/// `CHATD_BIN`, or `chatd` beside the folder of the test executable; built once if it is not there or older than its sources.
 async fn binary() -> Result<PathBuf> {
     static BINARY: OnceCell<PathBuf> = OnceCell::const_new();
     let find = || async {
@@ -306,13 +306,33 @@ async fn binary() -> Result<PathBuf> {
         let profile =
             executable.parent().and_then(Path::parent).context("the test executable lies in target/*/deps")?;
         let path = profile.join("chatd");
-        if !path.is_file() {
+        if path.metadata().and_then(|built| built.modified()).ok() < newest_source()? {
             build(profile.ends_with("release")).await?;
             ensure!(path.is_file(), "cargo build made no {}", path.display());
         }
         Ok(path)
     };
     BINARY.get_or_try_init(find).await.cloned()
+}
+
+/// When the sources of chatd were changed last.
+fn newest_source() -> Result<Option<SystemTime>> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("tests/ lies in the repository")?;
+    let mut newest = None;
+    let mut folders: Vec<PathBuf> =
+        ["protocol/src", "broker/src", "chat-service/src", "config"].map(|path| root.join(path)).into();
+    while let Some(folder) = folders.pop() {
+        for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
+            let entry = entry?;
+            let about = entry.metadata()?;
+            if about.is_dir() {
+                folders.push(entry.path());
+            } else {
+                newest = newest.max(Some(about.modified()?));
+            }
+        }
+    }
+    Ok(newest)
 }
 
 async fn build(release: bool) -> Result<()> {
