@@ -40,6 +40,8 @@ const READ_BYTES: usize = 64 * 1024;
 const OUT_DELIVERIES_MAX: usize = 64 * 1024;
 /// Reading stops while so many bytes wait for the socket.
 const OUT_READING_MAX: usize = 256 * 1024;
+/// Reading stops while so many publishes wait for their answers. Only MQTT 3.1.1 gets there, which knows no receive maximum.
+const PENDING_READING_MAX: usize = 1_024;
 /// An empty output buffer larger than this is given back.
 const OUT_KEPT: usize = 1_024;
 /// Messages read from the log at once.
@@ -281,6 +283,7 @@ where
     fn may_read(&self) -> bool {
         self.unsent.is_empty()
             && self.packets.is_empty()
+            && self.pending.len() < PENDING_READING_MAX
             && self.end.is_none()
             && !self.stopping
             && self.engine.fault.is_none()
@@ -399,8 +402,9 @@ where
 
     fn silent_until(&self) -> Option<Instant> {
         let silence_max = self.session.as_ref()?.silence_max?;
-        // While we do not read (the client does not take its bytes), it cannot be heard.
-        if self.engine.out.len() - self.out_at >= OUT_READING_MAX || !self.unsent.is_empty() {
+        // While we do not read, it cannot be heard.
+        let takes_no_bytes = self.engine.out.len() - self.out_at >= OUT_READING_MAX;
+        if takes_no_bytes || !self.unsent.is_empty() || self.pending.len() >= PENDING_READING_MAX {
             return Some(Instant::now() + silence_max);
         }
         Some(self.heard_at + silence_max)

@@ -161,8 +161,9 @@ pub(crate) struct Engine {
 
 impl Engine {
     pub(crate) fn new(packet_bytes_max: u32, receive_maximum: u16) -> Self {
-        let options =
-            ConnectionOptions::new().maximum_packet_size_recv(packet_bytes_max).receive_maximum(receive_maximum);
+        // The receive maximum is not among the options, which hold for MQTT 3.1.1 too: a client that cannot be told of one must not be
+        // closed for it. In MQTT 5 it holds from the CONNACK on that names it.
+        let options = ConnectionOptions::new().maximum_packet_size_recv(packet_bytes_max);
         Self {
             inner: mqtt::Connection::with_options(Version::Undetermined, options),
             framing: Framing::new(),
