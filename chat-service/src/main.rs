@@ -18,7 +18,7 @@ fn main() -> ExitCode {
         Err(error) => return fail(EXIT_USAGE, &error),
     };
     if let Err(error) = logging::init(&settings.log) {
-        return fail(EXIT_USAGE, &error);
+        return fail(EXIT_FAILURE, &error);
     }
     raise_file_limit();
     let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chatd").build() {
