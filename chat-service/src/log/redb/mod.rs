@@ -1,14 +1,23 @@
-//! The log in one file of redb, for one machine.
+//! The log on one machine's disk: `log.redb` has the messages, each written once, with cursors and sessions; `index.redb` says where they
+//! are and can be made again.
 //!
-//! One thread owns every write ([`writer`]); reads take snapshots and never wait for it ([`reader`]). Callers reach the writer
+//! One thread owns every write of the log ([`writer`]), another every write of the index ([`indexer`]), for which nobody waits; reads take
+//! snapshots and never wait for either ([`reader`]). Callers reach the writer
 //! through a queue of bounded size; what was only noted (cursors, ended sessions) lies in memory until the next commit and is laid
 //! over what reads find on disk. Invariants: an append is answered after its commit is on disk, and [`Log::head`] moves only
 //! then; once it is unknown what is on disk the log has failed and writes nothing more.
 
+mod filter;
+mod index;
+mod indexer;
+mod key;
 mod notes;
 mod open;
+mod posting;
 mod reader;
+mod recent;
 mod record;
+mod row;
 mod schema;
 mod writer;
 
@@ -22,6 +31,8 @@ use chat_protocol::{ConversationId, Seq};
 use parking_lot::RwLock;
 
 pub use self::open::OpenError;
+use self::index::Index;
+use self::key::Keys;
 use self::open::Opener;
 use self::writer::Queue;
 use super::{
@@ -32,21 +43,32 @@ use super::{
 /// How to open a [`RedbLog`].
 #[derive(Clone, Debug)]
 pub struct RedbOptions {
-    /// Memory for pages of the file, in bytes.
-    pub cache_bytes: usize,
+    /// Memory for pages of the log, in bytes.
+    pub log_cache_bytes: usize,
+    /// Memory for pages of the index, in bytes.
+    pub index_cache_bytes: usize,
+    /// Entries whose postings gather in memory before they go to the index on disk. Past four times as many, appends wait.
+    pub flush_entries: usize,
+}
+
+impl RedbOptions {
+    /// What [`RedbOptions::default`] gives.
+    pub const DEFAULT: Self =
+        Self { log_cache_bytes: 32 << 20, index_cache_bytes: 32 << 20, flush_entries: 32_768 };
 }
 
 impl Default for RedbOptions {
     fn default() -> Self {
-        Self { cache_bytes: 64 << 20 }
+        Self::DEFAULT
     }
 }
 
-/// The log in `chat.redb`. Dropping it writes what was noted, ends the writer and releases the file; that blocks for a commit.
+/// The log in a folder. Dropping it writes what was noted, ends its threads and releases the files; that blocks for some commits.
 #[derive(Debug)]
 pub struct RedbLog {
     shared: Arc<Shared>,
     writer: Option<JoinHandle<()>>,
+    indexer: Option<JoinHandle<()>>,
 }
 
 /// What callers, reads and the writer share.
@@ -55,6 +77,8 @@ struct Shared {
     /// Reads hold it while they read; the writer takes it for itself only to open the file again after the disk was full.
     /// `None` once closed.
     database: RwLock<Option<Database>>,
+    index: Arc<Index>,
+    keys: Keys,
     queue: Queue,
     head: AtomicU64,
     failure: OnceLock<String>,
@@ -68,17 +92,22 @@ impl RedbLog {
 
     fn start(opener: Opener) -> Result<Self, OpenError> {
         opener.make_folder()?;
-        let database = opener.open()?;
-        let head = opener.prepare(&database)?;
+        let database = opener.open_log_file()?;
+        let prepared = opener.prepare_log(&database)?;
         opener.say_who_holds_it();
+        let (index, indexer) = opener.open_index(&database, &prepared)?;
         let shared = Arc::new(Shared {
             database: RwLock::new(Some(database)),
+            index,
+            keys: prepared.keys,
             queue: Queue::default(),
-            head: AtomicU64::new(head.0),
+            head: AtomicU64::new(prepared.last.0),
             failure: OnceLock::new(),
         });
-        let writer = writer::start(Arc::clone(&shared), opener)?;
-        Ok(Self { shared, writer: Some(writer) })
+        let indexer = indexer::start(Arc::clone(&shared), indexer, opener.clone())?;
+        let mut log = Self { shared, writer: None, indexer: Some(indexer) };
+        log.writer = Some(writer::start(Arc::clone(&log.shared), opener, prepared.tail)?);
+        Ok(log)
     }
 }
 
@@ -111,9 +140,15 @@ impl Drop for RedbLog {
         if ended.is_some_and(|ended| ended.is_err()) {
             tracing::error!("the log's writer panicked");
         }
-        let database = self.shared.database.write().take();
-        if let Some(Err(error)) = database.map(Database::close) {
-            tracing::warn!(%error, "the log was not closed cleanly: it will be repaired when it is opened again");
+        self.shared.index.close();
+        let ended = self.indexer.take().map(JoinHandle::join);
+        if ended.is_some_and(|ended| ended.is_err()) {
+            tracing::error!("the log's indexer panicked");
+        }
+        for database in [&self.shared.database, &self.shared.index.database] {
+            if let Some(Err(error)) = database.write().take().map(Database::close) {
+                tracing::warn!(%error, "the log was not closed cleanly: it will be repaired when it is opened again");
+            }
         }
     }
 }
@@ -126,19 +161,19 @@ impl Log for RedbLog {
     async fn heads(&self, conversations: Vec<ConversationId>) -> Result<Vec<Option<ConversationHead>>, LogError> {
         let lookups = conversations.len();
         let what = format!("looking up the heads of {lookups} conversations");
-        self.shared.lookup(lookups, what, move |snapshot| reader::heads(snapshot, &conversations)).await
+        self.shared.lookup(lookups, what, move |shared| shared.read_heads(&conversations)).await
     }
 
     async fn find(&self, ids: Vec<IdKey>) -> Result<Vec<Option<Entry>>, LogError> {
         let lookups = ids.len();
         let what = format!("looking up {lookups} message ids");
-        self.shared.lookup(lookups, what, move |snapshot| reader::find(snapshot, &ids)).await
+        self.shared.lookup(lookups, what, move |shared| shared.find(&ids)).await
     }
 
     async fn read(&self, stream: &Stream, after: Position, limit: ReadLimit) -> Result<Page, LogError> {
         let what = format!("reading {stream}");
         let stream = stream.clone();
-        self.shared.page(what, move |snapshot| reader::stream(snapshot, &stream, after, limit)).await
+        self.shared.page(what, move |shared| shared.stream(&stream, after, limit)).await
     }
 
     async fn read_conversation(
@@ -149,7 +184,7 @@ impl Log for RedbLog {
     ) -> Result<Page, LogError> {
         let what = format!("reading conversation {conversation}");
         let conversation = conversation.clone();
-        self.shared.page(what, move |snapshot| reader::conversation(snapshot, &conversation, after, limit)).await
+        self.shared.page(what, move |shared| shared.conversation(&conversation, after, limit)).await
     }
 
     fn head(&self) -> Position {

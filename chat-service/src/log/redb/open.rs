@@ -1,18 +1,35 @@
-//! Opening the file: its folder, its lock, its layout, and sentences for what can be wrong with them.
+//! Opening the files: their folder, their locks, their layouts, and sentences for what can be wrong with them.
+//!
+//! The log must be what it was. The index is made anew from the log if it is missing, damaged or of another format.
 
+use std::collections::hash_map::RandomState;
 use std::fs;
+use std::hash::{BuildHasher as _, Hasher as _};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use ::redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
 
 use super::super::Position;
 use super::RedbOptions;
-use super::schema::{BY_SEQ, CONVERSATIONS, DELIVERED, ENTRIES, FORMAT, FORMAT_KEY, IDS, META, SESSIONS, STREAMS};
+use super::index::Index;
+use super::indexer::{Indexer, read_runs};
+use super::key::Keys;
+use super::reader::ReadError;
+use super::recent::Posted;
+use super::row::{self, Tail};
+use super::schema::{
+    BLOCKS, DELIVERED, FILTERS, FORMAT_KEY, INDEX_FORMAT, LOG_FORMAT, META, ROWS, RUNS, SECRET_KEYS, SESSIONS,
+};
 
-const FILE_NAME: &str = "chat.redb";
+const LOG_FILE_NAME: &str = "log.redb";
+const INDEX_FILE_NAME: &str = "index.redb";
 /// Says which process opened the log last, for the one that finds it locked.
 const HOLDER_FILE_NAME: &str = "chat.pid";
+/// From one line about catching up to the next.
+const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 
 /// Why the log could not be opened.
 #[derive(Debug, thiserror::Error)]
@@ -34,14 +51,16 @@ pub enum OpenError {
     Io { file: PathBuf, reason: String },
 }
 
-/// Opens the file: at the start, and again after the disk was full.
-#[derive(Debug)]
+/// Opens the files: at the start, and again after the disk was full.
+#[derive(Clone, Debug)]
 pub(super) struct Opener {
     folder: PathBuf,
     options: RedbOptions,
     /// Tests put a disk with faults here.
     #[cfg(test)]
-    pub(super) disk: Option<std::sync::Arc<super::tests::FaultyDisk>>,
+    pub(super) disk: Disk,
+    #[cfg(test)]
+    pub(super) index_disk: Disk,
 }
 
 impl Opener {
@@ -51,6 +70,8 @@ impl Opener {
             options,
             #[cfg(test)]
             disk: None,
+            #[cfg(test)]
+            index_disk: None,
         }
     }
 
@@ -58,8 +79,12 @@ impl Opener {
         &self.folder
     }
 
-    fn file(&self) -> PathBuf {
-        self.folder.join(FILE_NAME)
+    fn log_file(&self) -> PathBuf {
+        self.folder.join(LOG_FILE_NAME)
+    }
+
+    fn index_file(&self) -> PathBuf {
+        self.folder.join(INDEX_FILE_NAME)
     }
 
     pub(super) fn make_folder(&self) -> Result<(), OpenError> {
@@ -67,26 +92,43 @@ impl Opener {
         made.map_err(|source| OpenError::Folder { folder: self.folder.clone(), source })
     }
 
-    pub(super) fn open(&self) -> Result<Database, OpenError> {
-        let file = self.file();
-        let mut builder = Database::builder();
-        builder.set_cache_size(self.options.cache_bytes);
-        let shown = file.clone();
-        builder.set_repair_callback(move |session| {
-            tracing::info!(file = %shown.display(), progress = session.progress(), "repairing the log");
-        });
-        #[cfg(test)]
-        let opened = match &self.disk {
-            Some(disk) => builder.create_with_backend(super::tests::FaultyFile::open(&file, disk)),
-            None => builder.create(&file),
-        };
-        #[cfg(not(test))]
-        let opened = builder.create(&file);
-        opened.map_err(|error| self.refused(error))
+    pub(super) fn open_log_file(&self) -> Result<Database, OpenError> {
+        self.open_file(
+            &self.log_file(),
+            self.options.log_cache_bytes,
+            #[cfg(test)]
+            &self.disk,
+        )
     }
 
-    fn refused(&self, error: DatabaseError) -> OpenError {
-        let file = self.file();
+    pub(super) fn open_index_file(&self) -> Result<Database, OpenError> {
+        self.open_file(
+            &self.index_file(),
+            self.options.index_cache_bytes,
+            #[cfg(test)]
+            &self.index_disk,
+        )
+    }
+
+    fn open_file(&self, file: &Path, cache_bytes: usize, #[cfg(test)] disk: &Disk) -> Result<Database, OpenError> {
+        let mut builder = Database::builder();
+        builder.set_cache_size(cache_bytes);
+        let shown = file.to_owned();
+        builder.set_repair_callback(move |session| {
+            tracing::info!(file = %shown.display(), progress = session.progress(), "repairing");
+        });
+        #[cfg(test)]
+        let opened = match disk {
+            Some(disk) => builder.create_with_backend(super::tests::FaultyFile::open(file, disk)),
+            None => builder.create(file),
+        };
+        #[cfg(not(test))]
+        let opened = builder.create(file);
+        opened.map_err(|error| self.refused(file, error))
+    }
+
+    fn refused(&self, file: &Path, error: DatabaseError) -> OpenError {
+        let file = file.to_owned();
         let reason = error.to_string();
         match error {
             DatabaseError::DatabaseAlreadyOpen | DatabaseError::LockProtocolMismatch => {
@@ -106,71 +148,85 @@ impl Opener {
         }
     }
 
-    /// Makes the tables of a new file, refuses a newer format. Returns the position of the last entry.
-    pub(super) fn prepare(&self, database: &Database) -> Result<Position, OpenError> {
-        let known = self.format(database).map_err(|error| self.unreadable(&error))?;
-        match known {
-            Some(FORMAT) => {}
-            Some(found) if found > FORMAT => {
-                return Err(OpenError::NewerFormat { file: self.file(), found: found.to_string(), known: FORMAT });
+    /// Makes the tables of a new log, refuses a newer format.
+    pub(super) fn prepare_log(&self, log: &Database) -> Result<Prepared, OpenError> {
+        let file = self.log_file();
+        match format(log).map_err(|error| unreadable(&file, error))? {
+            Some(LOG_FORMAT) => {}
+            Some(found) if found > LOG_FORMAT => {
+                return Err(OpenError::NewerFormat { file, found: found.to_string(), known: LOG_FORMAT });
             }
-            Some(found) => {
-                return Err(OpenError::Corrupt { file: self.file(), reason: format!("it has format version {found}") });
-            }
-            None => self.make_tables(database)?,
+            Some(found) => return Err(OpenError::Corrupt { file, reason: format!("it has format version {found}") }),
+            None => self.make_log_tables(log)?,
         }
-        last_position(database).map_err(|error| self.unreadable(&error))
+        read_prepared(log).map_err(|error| unreadable(&file, error))
     }
 
-    /// `None` in a new file.
-    fn format(&self, database: &Database) -> Result<Option<u64>, ::redb::Error> {
-        let reading = database.begin_read()?;
-        match reading.open_table(META) {
-            Ok(meta) => Ok(meta.get(FORMAT_KEY)?.map(|version| version.value())),
-            Err(::redb::TableError::TableDoesNotExist(_)) => Ok(None),
-            Err(error) => Err(error.into()),
-        }
-    }
-
-    fn make_tables(&self, database: &Database) -> Result<(), OpenError> {
-        let make = || -> Result<bool, ::redb::Error> {
-            let mut writing = database.begin_write()?;
+    fn make_log_tables(&self, log: &Database) -> Result<(), OpenError> {
+        let file = self.log_file();
+        let make = || -> Result<bool, ReadError> {
+            let mut writing = log.begin_write()?;
             writing.set_quick_repair(true);
             if writing.list_tables()?.next().is_some() {
                 return Ok(false);
             }
-            writing.open_table(META)?.insert(FORMAT_KEY, FORMAT)?;
-            writing.open_table(ENTRIES)?;
-            writing.open_table(CONVERSATIONS)?;
-            writing.open_table(BY_SEQ)?;
-            writing.open_table(STREAMS)?;
-            writing.open_table(IDS)?;
+            let mut meta = writing.open_table(META)?;
+            meta.insert(FORMAT_KEY, LOG_FORMAT)?;
+            for key in SECRET_KEYS {
+                meta.insert(key, random_number())?;
+            }
+            drop(meta);
+            writing.open_table(ROWS)?;
             writing.open_table(DELIVERED)?;
             writing.open_table(SESSIONS)?;
             writing.commit()?;
             Ok(true)
         };
-        if !make().map_err(|error| self.unreadable(&error))? {
+        if !make().map_err(|error| unreadable(&file, error))? {
             let reason = "it has tables but says no format version".to_owned();
-            return Err(OpenError::Corrupt { file: self.file(), reason });
+            return Err(OpenError::Corrupt { file, reason });
         }
         // A new file's name is on disk only once its folder is, and the folder's own name only once its parent is.
         for folder in [Some(self.folder.as_path()), self.folder.parent()].into_iter().flatten() {
             let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
             let synced = fs::File::open(folder).and_then(|folder| folder.sync_all());
-            synced.map_err(|error| OpenError::Io { file: self.file(), reason: error.to_string() })?;
+            synced.map_err(|error| OpenError::Io { file: file.clone(), reason: error.to_string() })?;
         }
         Ok(())
     }
 
-    fn unreadable(&self, error: &::redb::Error) -> OpenError {
-        let reason = error.to_string();
-        match error {
-            ::redb::Error::Io(_) | ::redb::Error::PreviousIo | ::redb::Error::Backend(_) => {
-                OpenError::Io { file: self.file(), reason }
+    /// Opens the index and brings it up to the end of the log. One that does not fit the log is made anew.
+    pub(super) fn open_index(&self, log: &Database, prepared: &Prepared) -> Result<(Arc<Index>, Indexer), OpenError> {
+        let file = self.index_file();
+        let opened = self.open_index_file().and_then(|index| {
+            let runs = read_index(&index, prepared).map_err(|error| unreadable(&file, error))?;
+            Ok((index, runs))
+        });
+        let (index, (runs, rubbish)) = match opened {
+            Ok((index, Some(runs))) => (index, runs),
+            Ok((index, None)) => {
+                tracing::warn!(file = %file.display(), "the index is not this log's, or of another format: making it anew");
+                drop(index);
+                self.make_index_anew(prepared)?
             }
-            _ => OpenError::Corrupt { file: self.file(), reason },
-        }
+            Err(OpenError::Corrupt { file, reason }) => {
+                tracing::warn!(file = %file.display(), %reason, "the index is damaged: making it anew");
+                self.make_index_anew(prepared)?
+            }
+            Err(error) => return Err(error),
+        };
+        let index = Arc::new(Index::new(index, runs, self.options.flush_entries));
+        let mut indexer = Indexer::new(Arc::clone(&index), rubbish);
+        catch_up(log, &index, &mut indexer, prepared).map_err(|error| unreadable(&self.log_file(), error))?;
+        Ok((index, indexer))
+    }
+
+    fn make_index_anew(&self, prepared: &Prepared) -> Result<(Database, (Vec<super::index::Run>, Vec<u32>)), OpenError> {
+        let file = self.index_file();
+        fs::remove_file(&file).map_err(|error| OpenError::Io { file: file.clone(), reason: error.to_string() })?;
+        let index = self.open_index_file()?;
+        let runs = read_index(&index, prepared).map_err(|error| unreadable(&file, error))?;
+        Ok((index, runs.unwrap_or_default()))
     }
 
     /// Notes this process as the file's holder. Only a hint for people, so failing to is no failure.
@@ -190,8 +246,127 @@ impl Opener {
     }
 }
 
-/// The position of the last entry on disk.
-pub(super) fn last_position(database: &Database) -> Result<Position, ::redb::Error> {
-    let entries = database.begin_read()?.open_table(ENTRIES)?;
-    Ok(entries.last()?.map_or(Position::default(), |(position, _)| Position(position.value())))
+#[cfg(test)]
+type Disk = Option<std::sync::Arc<super::tests::FaultyDisk>>;
+
+/// A log that was opened.
+#[derive(Debug)]
+pub(super) struct Prepared {
+    /// Position of the last entry.
+    pub(super) last: Position,
+    pub(super) tail: Tail,
+    pub(super) keys: Keys,
+    secret: [u64; 2],
+}
+
+/// What the log's file says.
+pub(super) fn read_prepared(log: &Database) -> Result<Prepared, ReadError> {
+    let reading = log.begin_read()?;
+    let meta = reading.open_table(META)?;
+    let mut secret = [0; 2];
+    for (number, key) in secret.iter_mut().zip(SECRET_KEYS) {
+        let found = meta.get(key)?;
+        let missing = || super::record::Broken::at("meta", key.as_bytes(), "it is missing");
+        *number = found.ok_or_else(missing)?.value();
+    }
+    let (last, tail) = match reading.open_table(ROWS)?.last()? {
+        None => (Position::default(), Tail::default()),
+        Some((first, row)) => {
+            let first = Position(first.value());
+            (row::last(first, row.value())?, Tail::of(first, row.value()))
+        }
+    };
+    Ok(Prepared { last, tail, keys: Keys::new((secret[0], secret[1])), secret })
+}
+
+/// `None` in a new file.
+fn format(database: &Database) -> Result<Option<u64>, ReadError> {
+    let reading = database.begin_read()?;
+    match reading.open_table(META) {
+        Ok(meta) => Ok(meta.get(FORMAT_KEY)?.map(|version| version.value())),
+        Err(::redb::TableError::TableDoesNotExist(_)) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// The runs of an index, whose tables are made if it is new; `None` if it is another log's or has another format.
+#[expect(clippy::type_complexity, reason = "two lists")]
+fn read_index(
+    index: &Database,
+    prepared: &Prepared,
+) -> Result<Option<(Vec<super::index::Run>, Vec<u32>)>, ReadError> {
+    let known = [(FORMAT_KEY, INDEX_FORMAT), (SECRET_KEYS[0], prepared.secret[0]), (SECRET_KEYS[1], prepared.secret[1])];
+    if format(index)?.is_none() {
+        let mut writing = index.begin_write()?;
+        writing.set_quick_repair(true);
+        if writing.list_tables()?.next().is_some() {
+            return Ok(None);
+        }
+        let mut meta = writing.open_table(META)?;
+        for (key, value) in known {
+            meta.insert(key, value)?;
+        }
+        drop(meta);
+        writing.open_table(RUNS)?;
+        writing.open_table(BLOCKS)?;
+        writing.open_table(FILTERS)?;
+        writing.commit()?;
+    }
+    let meta = index.begin_read()?.open_table(META)?;
+    for (key, value) in known {
+        if meta.get(key)?.map(|found| found.value()) != Some(value) {
+            return Ok(None);
+        }
+    }
+    let (runs, rubbish) = read_runs(index)?;
+    // An index that knows more than the log belongs to a later state of it: a copy was put back.
+    let ahead = runs.last().is_some_and(|run| run.last > prepared.last.0);
+    Ok((!ahead).then_some((runs, rubbish)))
+}
+
+/// Indexes what the log has and the index has not.
+fn catch_up(log: &Database, index: &Index, indexer: &mut Indexer, prepared: &Prepared) -> Result<(), ReadError> {
+    let indexed = index.indexed();
+    if indexed == prepared.last {
+        return Ok(());
+    }
+    let rows = log.begin_read()?.open_table(ROWS)?;
+    let begin = rows.range(..=indexed.0 + 1)?.next_back().transpose()?.map_or(0, |(first, _)| first.value());
+    let mut told_at = Instant::now();
+    let mut posted = Vec::new();
+    for found in rows.range(begin..)? {
+        let (first, row) = found?;
+        posted.clear();
+        for entry in row::entries(Position(first.value()), row.value()) {
+            let entry = entry?;
+            if entry.position > indexed {
+                posted.push(Posted::of(&prepared.keys, &entry));
+            }
+        }
+        index.add(&posted);
+        indexer.flush()?;
+        if told_at.elapsed() >= PROGRESS_INTERVAL {
+            told_at = Instant::now();
+            tracing::info!(position = first.value(), of = prepared.last.0, "indexing the log");
+        }
+    }
+    Ok(())
+}
+
+fn unreadable(file: &Path, error: ReadError) -> OpenError {
+    let file = file.to_owned();
+    let reason = error.to_string();
+    match error {
+        ReadError::Storage(error)
+            if matches!(*error, ::redb::Error::Io(_) | ::redb::Error::PreviousIo | ::redb::Error::Backend(_)) =>
+        {
+            OpenError::Io { file, reason }
+        }
+        _ => OpenError::Corrupt { file, reason },
+    }
+}
+
+/// From the system's randomness, which seeds the standard library's hash maps.
+fn random_number() -> u64 {
+    RandomState::new().build_hasher().finish()
 }

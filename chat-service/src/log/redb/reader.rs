@@ -1,22 +1,21 @@
 //! Reads: each takes a snapshot of what is committed, and waits for nobody.
 //!
-//! What one table says of an entry is checked against the entry itself, so a damaged index is an error and never another
-//! conversation's message.
+//! The index says where entries are, the log what they are. What the index says of an entry is checked against the entry itself, so a
+//! damaged index is an error and never another conversation's message.
 
 use std::sync::Arc;
 
-use ::redb::{ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable};
-use chat_protocol::{ConversationId, Seq, Timestamp};
+use ::redb::{OwnedAccessGuard, ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable};
+use chat_protocol::{ConversationId, Seq};
 
 use super::super::{
     ConversationHead, Device, Entry, IdKey, LogError, Page, Position, ReadLimit, SessionRecord, Side, Stream,
 };
 use super::Shared;
-use super::record::{Broken, decode_entry, decode_session};
-use super::schema::{
-    BY_SEQ, CONVERSATIONS, DELIVERED, ENTRIES, IDS, SESSIONS, STREAMS, by_seq_key, conversation_key, delivered_key,
-    id_key, session_key, stream_key, stream_position,
-};
+use super::index::After;
+use super::record::{Broken, decode_session};
+use super::row;
+use super::schema::{DELIVERED, ROWS, SESSIONS, delivered_key, session_key};
 
 /// Up to so many point lookups (measured at 1 to 2 µs each) are done where the caller stands; moving to another thread costs
 /// some 10 µs.
@@ -43,7 +42,16 @@ macro_rules! storage_errors {
         }
     )*};
 }
-storage_errors!(StorageError, TableError, TransactionError, SetDurabilityError);
+storage_errors!(StorageError, TableError, TransactionError, SetDurabilityError, CommitError);
+
+impl ReadError {
+    /// There was no space.
+    pub(super) fn is_full(&self) -> bool {
+        use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+        let Self::Storage(error) = self else { return false };
+        matches!(&**error, ::redb::Error::Io(error) if matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge))
+    }
+}
 
 impl Shared {
     /// A few point lookups.
@@ -51,10 +59,10 @@ impl Shared {
         self: &Arc<Self>,
         lookups: usize,
         what: String,
-        read: impl FnOnce(&ReadTransaction) -> Result<T, ReadError> + Send + 'static,
+        read: impl FnOnce(&Shared) -> Result<T, ReadError> + Send + 'static,
     ) -> Result<T, LogError> {
         if lookups <= INLINE_LOOKUPS_MAX {
-            return self.snapshot(read).map_err(|error| failed(what, &error));
+            return read(self).map_err(|error| failed(what, &error));
         }
         self.page(what, read).await
     }
@@ -63,10 +71,10 @@ impl Shared {
     pub(super) async fn page<T: Send + 'static>(
         self: &Arc<Self>,
         what: String,
-        read: impl FnOnce(&ReadTransaction) -> Result<T, ReadError> + Send + 'static,
+        read: impl FnOnce(&Shared) -> Result<T, ReadError> + Send + 'static,
     ) -> Result<T, LogError> {
         let shared = Arc::clone(self);
-        match tokio::task::spawn_blocking(move || shared.snapshot(read)).await {
+        match tokio::task::spawn_blocking(move || read(&shared)).await {
             Ok(read) => read.map_err(|error| failed(what, &error)),
             Err(error) => Err(LogError { what, cause: error.to_string() }),
         }
@@ -120,121 +128,118 @@ pub(super) fn stored_session(
     Ok(Some(decode_session(device, record.value())?))
 }
 
-pub(super) fn stored_head(
-    conversations: &impl ReadableTable<Bytes, (u64, u64)>,
-    conversation: &ConversationId,
-) -> Result<Option<ConversationHead>, ReadError> {
-    let key = conversation_key(conversation);
-    let Some(head) = conversations.get(key.as_slice())? else { return Ok(None) };
-    let (seq, at) = head.value();
-    let seq = Seq::new(seq).ok_or_else(|| Broken::at("conversations", &key, "its last seq is 0"))?;
-    Ok(Some(ConversationHead { seq, at: Timestamp::from_ms(at) }))
-}
-
-pub(super) fn heads(
-    snapshot: &ReadTransaction,
-    conversations: &[ConversationId],
-) -> Result<Vec<Option<ConversationHead>>, ReadError> {
-    let table = snapshot.open_table(CONVERSATIONS)?;
-    conversations.iter().map(|conversation| stored_head(&table, conversation)).collect()
-}
-
-pub(super) fn find(snapshot: &ReadTransaction, ids: &[IdKey]) -> Result<Vec<Option<Entry>>, ReadError> {
-    let table = snapshot.open_table(IDS)?;
-    let entries = Entries::of(snapshot)?;
-    let find = |id: &IdKey| {
-        let key = id_key(&id.conversation, &id.from, &id.id);
-        let Some(found) = table.get(key.as_slice())? else { return Ok(None) };
-        let entry = entries.get(Position(found.value().0))?;
-        if entry.id.as_ref() == Some(&id.id) && entry.from == id.from && entry.conversation == id.conversation {
-            Ok(Some(entry))
-        } else {
-            Err(Broken::at("ids", &key, format!("it names position {}, which has another id", entry.position.0)).into())
-        }
-    };
-    ids.iter().map(find).collect()
-}
-
-pub(super) fn stream(
-    snapshot: &ReadTransaction,
-    stream: &Stream,
-    after: Position,
-    limit: ReadLimit,
-) -> Result<Page, ReadError> {
-    let Some(first) = after.0.checked_add(1) else { return Ok(Page { entries: Vec::new(), end: true }) };
-    let streams = snapshot.open_table(STREAMS)?;
-    let entries = Entries::of(snapshot)?;
-    let first = stream_key(stream, Position(first));
-    let last = stream_key(stream, Position(u64::MAX));
-    let keys = streams.range(first.as_slice()..=last.as_slice())?.map(|key| {
-        let (key, _) = key?;
-        let key = key.value();
-        let position = stream_position(key).ok_or_else(|| Broken::at("streams", key, "the key is cut short"))?;
-        let entry = entries.get(position)?;
-        let user = match stream.side {
-            Side::Inbox => &entry.to,
-            Side::Sent => &entry.from,
-        };
-        if *user == stream.user {
-            Ok(entry)
-        } else {
-            Err(Broken::at("streams", key, "the entry there is another user's").into())
-        }
-    });
-    fill(keys, limit)
-}
-
-pub(super) fn conversation(
-    snapshot: &ReadTransaction,
-    conversation: &ConversationId,
-    after: Option<Seq>,
-    limit: ReadLimit,
-) -> Result<Page, ReadError> {
-    let Some(first) = after.map_or(0, Seq::get).checked_add(1) else {
-        return Ok(Page { entries: Vec::new(), end: true });
-    };
-    let by_seq = snapshot.open_table(BY_SEQ)?;
-    let entries = Entries::of(snapshot)?;
-    let first_key = by_seq_key(conversation, first);
-    let last_key = by_seq_key(conversation, u64::MAX);
-    let found = by_seq.range(first_key.as_slice()..=last_key.as_slice())?.zip(first..).map(|(found, seq)| {
-        let (key, position) = found?;
-        let entry = entries.get(Position(position.value()))?;
-        if entry.conversation == *conversation && entry.seq.get() == seq {
-            Ok(entry)
-        } else {
-            Err(Broken::at("by_seq", key.value(), format!("seq {seq} of the conversation is not there")).into())
-        }
-    });
-    fill(found, limit)
-}
-
-/// A page of what comes, which is the end if there is no more.
-fn fill(found: impl Iterator<Item = Result<Entry, ReadError>>, limit: ReadLimit) -> Result<Page, ReadError> {
-    let mut entries: Vec<Entry> = Vec::new();
-    let mut bytes = 0;
-    for entry in found {
-        let entry = entry?;
-        if !limit.has_room(entries.len(), bytes, entry.text.len()) {
-            return Ok(Page { entries, end: false });
-        }
-        bytes += entry.text.len();
-        entries.push(entry);
+impl Shared {
+    pub(super) fn read_heads(
+        &self,
+        conversations: &[ConversationId],
+    ) -> Result<Vec<Option<ConversationHead>>, ReadError> {
+        let keys: Vec<_> = conversations.iter().map(|conversation| self.keys.conversation(conversation)).collect();
+        self.index.heads(&keys)
     }
-    Ok(Page { entries, end: true })
+
+    pub(super) fn find(&self, ids: &[IdKey]) -> Result<Vec<Option<Entry>>, ReadError> {
+        let mut entries = None;
+        let find = |id: &IdKey| {
+            let key = self.keys.id(&id.conversation, &id.from, &id.id);
+            let positions = self.index.positions(key, After::Position(0), usize::MAX)?;
+            for position in positions {
+                let entries = match &mut entries {
+                    Some(entries) => entries,
+                    none => none.insert(Entries::of(self)?),
+                };
+                let entry = entries.get(Position(position))?;
+                if entry.id.as_ref() == Some(&id.id) && entry.from == id.from && entry.conversation == id.conversation {
+                    return Ok(Some(entry));
+                }
+            }
+            Ok(None)
+        };
+        ids.iter().map(find).collect()
+    }
+
+    pub(super) fn stream(&self, stream: &Stream, after: Position, limit: ReadLimit) -> Result<Page, ReadError> {
+        let of = |entry: &Entry| match stream.side {
+            Side::Inbox => entry.to == stream.user,
+            Side::Sent => entry.from == stream.user,
+        };
+        // A page has one at least; another says whether it is the end.
+        let wanted = limit.entries.max(1).saturating_add(1);
+        let positions = self.index.positions(self.keys.stream(stream), After::Position(after.0), wanted)?;
+        self.fill(&positions, limit, |_, entry| of(entry))
+    }
+
+    pub(super) fn conversation(
+        &self,
+        conversation: &ConversationId,
+        after: Option<Seq>,
+        limit: ReadLimit,
+    ) -> Result<Page, ReadError> {
+        let key = self.keys.conversation(conversation);
+        let after = after.map_or(0, Seq::get);
+        // A page has one at least; another says whether it is the end.
+        let wanted = limit.entries.max(1).saturating_add(1);
+        let positions = self.index.positions(key, After::Seq(after), wanted)?;
+        let of = |nth: u64, entry: &Entry| {
+            entry.conversation == *conversation && Some(entry.seq.get()) == after.checked_add(nth + 1)
+        };
+        self.fill(&positions, limit, of)
+    }
+
+    /// A page of the entries at these positions, which is the end if there is no more. Each has to be what the index says it is.
+    fn fill(
+        &self,
+        positions: &[u64],
+        limit: ReadLimit,
+        is_meant: impl Fn(u64, &Entry) -> bool,
+    ) -> Result<Page, ReadError> {
+        if positions.is_empty() {
+            return Ok(Page { entries: Vec::new(), end: true });
+        }
+        let mut page = Page { entries: Vec::with_capacity(positions.len().min(limit.entries)), end: true };
+        let mut bytes = 0;
+        let mut entries = Entries::of(self)?;
+        for (nth, position) in (0..).zip(positions) {
+            let entry = entries.get(Position(*position))?;
+            if !is_meant(nth, &entry) {
+                return Err(Broken::entry(entry.position, "the index takes it for another entry").into());
+            }
+            if !limit.has_room(page.entries.len(), bytes, entry.text.len()) {
+                page.end = false;
+                break;
+            }
+            bytes += entry.text.len();
+            page.entries.push(entry);
+        }
+        Ok(page)
+    }
 }
 
 /// Entries by their positions.
-struct Entries(ReadOnlyTable<u64, Bytes>);
+struct Entries {
+    rows: ReadOnlyTable<u64, Bytes>,
+    /// Read last: what comes next is often in the same.
+    row: Option<(u64, OwnedAccessGuard<Bytes>)>,
+}
 
 impl Entries {
-    fn of(snapshot: &ReadTransaction) -> Result<Self, ReadError> {
-        Ok(Self(snapshot.open_table(ENTRIES)?))
+    /// Of everything that is committed now.
+    fn of(shared: &Shared) -> Result<Self, ReadError> {
+        shared.snapshot(|snapshot| Ok(Self { rows: snapshot.open_table(ROWS)?, row: None }))
     }
 
-    /// The entry that another table says is there.
-    fn get(&self, position: Position) -> Result<Entry, ReadError> {
-        let record = self.0.get(position.0)?.ok_or_else(|| Broken::entry(position, "there is none"))?;
-        Ok(decode_entry(position, record.value())?)
+    /// The entry that the index says is there.
+    fn get(&mut self, position: Position) -> Result<Entry, ReadError> {
+        if let Some((first, row)) = &self.row
+            && *first <= position.0
+            && let Ok(entry) = row::entry(Position(*first), row.value(), position)
+        {
+            return Ok(entry);
+        }
+        let found = self.rows.range_owned::<u64>(..=position.0)?.next_back().transpose()?;
+        let (first, row) = found.ok_or_else(|| Broken::entry(position, "there is none"))?;
+        let first = first.value();
+        let entry = row::entry(Position(first), row.value(), position)?;
+        self.row = Some((first, row));
+        Ok(entry)
     }
 }

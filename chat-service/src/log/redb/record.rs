@@ -31,7 +31,7 @@ impl Broken {
 
     /// For an entry, whose key is its position.
     pub(super) fn entry(position: Position, reason: impl Into<String>) -> Self {
-        Self { table: "entries", key: position.0.to_string(), reason: reason.into() }
+        Self { table: "rows", key: position.0.to_string(), reason: reason.into() }
     }
 }
 
@@ -142,19 +142,19 @@ pub(super) fn decode_session(device: &Device, record: &[u8]) -> Result<SessionRe
     session().map_err(broken)
 }
 
-fn begin(record: &mut Vec<u8>) {
+pub(super) fn begin(record: &mut Vec<u8>) {
     record.clear();
     record.push(VERSION);
     record.extend_from_slice(&[0; HEADER_BYTES - 1]);
 }
 
-fn seal(key: &[u8], record: &mut [u8]) {
+pub(super) fn seal(key: &[u8], record: &mut [u8]) {
     let (header, body) = record.split_at_mut(HEADER_BYTES);
     let sum = checksum(key, header[0], body);
     header[1..].copy_from_slice(&sum.to_le_bytes());
 }
 
-fn open<'a>(key: &[u8], record: &'a [u8]) -> Result<Body<'a>, String> {
+pub(super) fn open<'a>(key: &[u8], record: &'a [u8]) -> Result<Body<'a>, String> {
     let (header, body) = record.split_first_chunk::<HEADER_BYTES>().ok_or("the record is cut short")?;
     let [version, sum @ ..] = *header;
     if checksum(key, version, body) != u32::from_le_bytes(sum) {
@@ -174,7 +174,7 @@ fn checksum(key: &[u8], version: u8, body: &[u8]) -> u32 {
     hasher.finalize()
 }
 
-fn put_number(record: &mut Vec<u8>, mut number: u64) {
+pub(super) fn put_number(record: &mut Vec<u8>, mut number: u64) {
     loop {
         let low = number.to_le_bytes()[0] & 0x7f;
         number >>= 7;
@@ -192,10 +192,24 @@ fn put_text(record: &mut Vec<u8>, text: &str) {
 }
 
 /// What of a record's body has not been read yet.
-struct Body<'a>(&'a [u8]);
+pub(super) struct Body<'a>(&'a [u8]);
 
 impl<'a> Body<'a> {
-    fn number(&mut self) -> Result<u64, String> {
+    pub(super) fn new(bytes: &'a [u8]) -> Self {
+        Self(bytes)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    pub(super) fn bytes(&mut self, length: usize) -> Result<&'a [u8], String> {
+        let (bytes, rest) = self.0.split_at_checked(length).ok_or("the record ends within its bytes")?;
+        self.0 = rest;
+        Ok(bytes)
+    }
+
+    pub(super) fn number(&mut self) -> Result<u64, String> {
         let mut number = 0;
         for shift in (0..u64::BITS).step_by(7) {
             let (byte, rest) = self.0.split_first().ok_or("the record ends within a number")?;
@@ -210,8 +224,7 @@ impl<'a> Body<'a> {
 
     fn text(&mut self) -> Result<&'a str, String> {
         let length = usize::try_from(self.number()?).map_err(|_| "a text is too long")?;
-        let (text, rest) = self.0.split_at_checked(length).ok_or("the record ends within a text")?;
-        self.0 = rest;
+        let text = self.bytes(length)?;
         str::from_utf8(text).map_err(|_| "a text is not UTF-8".to_owned())
     }
 
@@ -260,7 +273,7 @@ mod tests {
             decode_entry(Position(7), &record[..length]).unwrap_err();
         }
         let elsewhere = decode_entry(Position(8), &record).unwrap_err();
-        assert_eq!(elsewhere.to_string(), "table entries, key 8: the checksum does not match");
+        assert_eq!(elsewhere.to_string(), "table rows, key 8: the checksum does not match");
     }
 
     #[test]

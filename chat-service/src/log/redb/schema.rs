@@ -1,68 +1,44 @@
-//! The tables of `chat.redb` and their keys.
+//! The tables of `log.redb` and `index.redb`, and their keys.
 //!
-//! A key is a user or a conversation, a NUL, and the rest: neither name contains a NUL, so no name's keys begin another's, and all
-//! keys of one name lie together. Numbers in keys are big-endian, so that bytes sort as numbers do. Whoever changes a key or a
-//! table raises [`FORMAT`]; a record has a version of its own (see [`super::record`]).
+//! The log has the entries, the cursors and the sessions. The index has what is found in entries, and can be made again from them.
+//! A key of the log is a user, a NUL, and the rest: a name contains no NUL, so no name's keys begin another's. Whoever changes a key or
+//! a table raises [`LOG_FORMAT`] or [`INDEX_FORMAT`]; a record has a version of its own (see [`super::record`]).
 
 use ::redb::TableDefinition;
-use chat_protocol::{ConversationId, MessageId, UserId};
 
-use super::super::{Device, Position, Side, Stream};
+use super::super::{Device, Side, Stream};
+use super::posting::BLOCK_KEY_BYTES;
 
-/// The version of the file's layout that this code reads and writes.
-pub(super) const FORMAT: u64 = 1;
+/// The version of the log's layout that this code reads and writes. Version 1 was `chat.redb`, a file with an index of its own.
+pub(super) const LOG_FORMAT: u64 = 2;
+/// The version of the index's layout that this code reads and writes. Another one is made anew.
+pub(super) const INDEX_FORMAT: u64 = 1;
 /// The key in [`META`] of the version of the file's layout.
 pub(super) const FORMAT_KEY: &str = "format";
+/// The keys in [`META`] of the log's secret, from which the index's keys are made. An index belongs to the log with the same.
+pub(super) const SECRET_KEYS: [&str; 2] = ["secret_0", "secret_1"];
 
 type Bytes = &'static [u8];
 
-/// What the file is.
+/// Both files: what the file is.
 pub(super) const META: TableDefinition<'static, &'static str, u64> = TableDefinition::new("meta");
-/// Position → entry record.
-pub(super) const ENTRIES: TableDefinition<'static, u64, Bytes> = TableDefinition::new("entries");
-/// Conversation → its last seq, and that entry's time in milliseconds.
-pub(super) const CONVERSATIONS: TableDefinition<'static, Bytes, (u64, u64)> = TableDefinition::new("conversations");
-/// Conversation and seq → position.
-pub(super) const BY_SEQ: TableDefinition<'static, Bytes, u64> = TableDefinition::new("by_seq");
-/// User, side and position: the streams.
-pub(super) const STREAMS: TableDefinition<'static, Bytes, ()> = TableDefinition::new("streams");
-/// Conversation, sender and sender's id → position of the first entry with it, and its time in milliseconds, by which a purge
-/// could choose. Nothing is purged yet, so the promised 7 days are for ever.
-pub(super) const IDS: TableDefinition<'static, Bytes, (u64, u64)> = TableDefinition::new("ids");
-/// User and side → the highest acknowledged position.
+
+/// Log: position of its first entry → row of entries.
+pub(super) const ROWS: TableDefinition<'static, u64, Bytes> = TableDefinition::new("rows");
+/// Log: user and side → the highest acknowledged position.
 pub(super) const DELIVERED: TableDefinition<'static, Bytes, u64> = TableDefinition::new("delivered");
-/// User and client id → session record.
+/// Log: user and client id → session record.
 pub(super) const SESSIONS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("sessions");
 
+/// Index: number of a run → what it is.
+pub(super) const RUNS: TableDefinition<'static, u32, Bytes> = TableDefinition::new("runs");
+/// Index: run, key and order of the first list → block of lists.
+pub(super) const BLOCKS: TableDefinition<'static, &'static [u8; BLOCK_KEY_BYTES], Bytes> =
+    TableDefinition::new("blocks");
+/// Index: run and number of the part → part of the run's filter.
+pub(super) const FILTERS: TableDefinition<'static, (u32, u32), Bytes> = TableDefinition::new("filters");
+
 const SEPARATOR: u8 = 0;
-
-pub(super) fn conversation_key(conversation: &ConversationId) -> Vec<u8> {
-    key(&names(conversation), &[])
-}
-
-pub(super) fn by_seq_key(conversation: &ConversationId, seq: u64) -> Vec<u8> {
-    let [first, colon, second] = names(conversation);
-    key(&[first, colon, second, &[SEPARATOR]], &seq.to_be_bytes())
-}
-
-pub(super) fn stream_key(stream: &Stream, position: Position) -> Vec<u8> {
-    stream_key_of(&stream.user, stream.side, position)
-}
-
-pub(super) fn stream_key_of(user: &UserId, side: Side, position: Position) -> Vec<u8> {
-    key(&[user.as_str().as_bytes(), &[SEPARATOR, side_byte(side)]], &position.0.to_be_bytes())
-}
-
-/// The position at the end of a key of [`STREAMS`], unless the key is too short to have one.
-pub(super) fn stream_position(key: &[u8]) -> Option<Position> {
-    key.last_chunk().map(|bytes| Position(u64::from_be_bytes(*bytes)))
-}
-
-pub(super) fn id_key(conversation: &ConversationId, from: &UserId, id: &MessageId) -> Vec<u8> {
-    let [first, colon, second] = names(conversation);
-    let from = from.as_str().as_bytes();
-    key(&[first, colon, second, &[SEPARATOR], from, &[SEPARATOR]], id.as_str().as_bytes())
-}
 
 pub(super) fn delivered_key(stream: &Stream) -> Vec<u8> {
     key(&[stream.user.as_str().as_bytes()], &[SEPARATOR, side_byte(stream.side)])
@@ -80,10 +56,6 @@ const fn side_byte(side: Side) -> u8 {
     }
 }
 
-fn names(conversation: &ConversationId) -> [&[u8]; 3] {
-    [conversation.first().as_str().as_bytes(), b":", conversation.second().as_str().as_bytes()]
-}
-
 fn key(begin: &[&[u8]], end: &[u8]) -> Vec<u8> {
     let mut key = Vec::with_capacity(begin.iter().map(|part| part.len()).sum::<usize>() + end.len());
     begin.iter().for_each(|part| key.extend_from_slice(part));
@@ -93,25 +65,9 @@ fn key(begin: &[&[u8]], end: &[u8]) -> Vec<u8> {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use chat_protocol::UserId;
 
-    #[test]
-    fn streams_sort_by_user_side_and_position_and_do_not_mix() {
-        let key = |user: &str, side, position| stream_key_of(&UserId::parse(user).unwrap(), side, Position(position));
-        let sorted = [
-            key("al", Side::Inbox, 1),
-            key("al", Side::Inbox, 255),
-            key("al", Side::Inbox, 256),
-            key("al", Side::Inbox, u64::MAX),
-            key("al", Side::Sent, 0),
-            key("al", Side::Sent, u64::MAX),
-            key("al-ice", Side::Inbox, 0),
-            key("alice", Side::Inbox, 0),
-        ];
-        assert!(sorted.is_sorted_by(|a, b| a < b), "{sorted:?}");
-        assert_eq!(stream_position(&sorted[2]), Some(Position(256)));
-        assert_eq!(stream_position(b"short"), None);
-    }
+    use super::*;
 
     #[test]
     fn client_ids_that_begin_each_other_are_different_keys() {

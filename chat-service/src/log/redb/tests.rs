@@ -40,6 +40,9 @@ crate::log_conformance_tests!(OnDisk::new());
 
 const EVERYTHING: ReadLimit = ReadLimit { entries: usize::MAX, bytes: usize::MAX };
 
+/// So few entries in memory that a handful of messages makes runs and merges.
+const SMALL: RedbOptions = RedbOptions { flush_entries: 3, ..RedbOptions::DEFAULT };
+
 fn open(folder: &Path) -> RedbLog {
     RedbLog::open(folder, RedbOptions::default()).unwrap()
 }
@@ -47,6 +50,9 @@ fn open(folder: &Path) -> RedbLog {
 fn user(name: &str) -> UserId {
     UserId::parse(name).unwrap()
 }
+
+/// So late that no id is too old to be kept.
+const LATE_MS: u64 = 4_000_000_000_000;
 
 fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
     let (from, to) = (user(from), user(to));
@@ -56,7 +62,7 @@ fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
         from,
         to,
         id: Some(MessageId::parse(&format!("m-{seq}")).unwrap()),
-        at: Timestamp::from_ms(seq),
+        at: Timestamp::from_ms(LATE_MS + seq),
         text: text.into(),
     }
 }
@@ -79,7 +85,7 @@ fn advance(position: u64) -> Vec<Advance> {
 
 /// Changes the file behind the log's back.
 fn change(folder: &Path, change: impl FnOnce(&::redb::WriteTransaction)) {
-    let database = Database::open(folder.join("chat.redb")).unwrap();
+    let database = Database::open(folder.join("log.redb")).unwrap();
     let writing = database.begin_write().unwrap();
     change(&writing);
     writing.commit().unwrap();
@@ -90,12 +96,12 @@ fn a_newer_format_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     drop(open(folder.path()));
     change(folder.path(), |writing| {
-        writing.open_table(schema::META).unwrap().insert(schema::FORMAT_KEY, schema::FORMAT + 1).unwrap();
+        writing.open_table(schema::META).unwrap().insert(schema::FORMAT_KEY, schema::LOG_FORMAT + 1).unwrap();
     });
     let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
     assert!(matches!(error, OpenError::NewerFormat { .. }), "{error:?}");
     let sentence = error.to_string();
-    assert!(sentence.contains("chat.redb has format version 2, this program knows up to 1"), "{sentence}");
+    assert!(sentence.contains("log.redb has format version 3, this program knows up to 2"), "{sentence}");
 }
 
 #[test]
@@ -104,7 +110,7 @@ fn a_second_open_is_refused_and_told_who_was_first() {
     let first = open(folder.path());
     let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
     assert!(matches!(error, OpenError::Locked { .. }), "{error:?}");
-    let expected = format!("chat.redb is in use by this very process ({})", std::process::id());
+    let expected = format!("log.redb is in use by this very process ({})", std::process::id());
     assert!(error.to_string().contains(&expected), "{error}");
     fs::write(folder.path().join("chat.pid"), "1").unwrap();
     let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
@@ -125,7 +131,7 @@ fn a_folder_that_cannot_be_made_is_named() {
 #[test]
 fn what_is_no_log_is_refused_and_left_as_it_is() {
     let folder = tempfile::tempdir().unwrap();
-    let file = folder.path().join("chat.redb");
+    let file = folder.path().join("log.redb");
     for content in [b"not a log".to_vec(), vec![7; 100_000]] {
         fs::write(&file, &content).unwrap();
         let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
@@ -138,7 +144,7 @@ fn what_is_no_log_is_refused_and_left_as_it_is() {
 fn a_log_that_is_cut_short_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     drop(open(folder.path()));
-    let file = OpenOptions::new().write(true).open(folder.path().join("chat.redb")).unwrap();
+    let file = OpenOptions::new().write(true).open(folder.path().join("log.redb")).unwrap();
     file.set_len(5_000).unwrap();
     let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
     assert!(matches!(error, OpenError::Corrupt { .. }), "{error:?}");
@@ -148,7 +154,7 @@ fn a_log_that_is_cut_short_is_refused() {
 fn a_database_of_somebody_elses_is_refused() {
     let folder = tempfile::tempdir().unwrap();
     {
-        let database = Database::create(folder.path().join("chat.redb")).unwrap();
+        let database = Database::create(folder.path().join("log.redb")).unwrap();
         let writing = database.begin_write().unwrap();
         let table = ::redb::TableDefinition::<u64, u64>::new("theirs");
         drop(writing.open_table(table).unwrap());
@@ -166,14 +172,14 @@ async fn a_flipped_byte_in_an_entry_is_found_and_named() {
         log.append(vec![message("alice", "bob", 1, "good"), message("alice", "bob", 2, "bad")]).await.unwrap();
     }
     change(folder.path(), |writing| {
-        let mut entries = writing.open_table(schema::ENTRIES).unwrap();
-        let mut record = entries.get(2).unwrap().unwrap().value().to_vec();
-        *record.last_mut().unwrap() ^= 1;
-        entries.insert(2, record.as_slice()).unwrap();
+        let mut rows = writing.open_table(schema::ROWS).unwrap();
+        let mut row = rows.get(1).unwrap().unwrap().value().to_vec();
+        *row.last_mut().unwrap() ^= 1;
+        rows.insert(1, row.as_slice()).unwrap();
     });
     let log = open(folder.path());
     let error = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap_err();
-    assert_eq!(error.to_string(), "reading bob/inbox: table entries, key 2: the checksum does not match");
+    assert_eq!(error.to_string(), "reading bob/inbox: table rows, key 2: the checksum does not match");
     // What is not damaged is still read, and written.
     let limit = ReadLimit { entries: 1, bytes: 1 };
     log.read(&inbox("bob"), Position(0), limit).await.unwrap_err();
@@ -214,50 +220,173 @@ async fn a_damaged_session_is_named_and_stops_nobody_else() {
 }
 
 #[tokio::test]
-async fn a_damaged_index_never_shows_somebody_elses_message() {
+async fn a_wrong_index_never_shows_somebody_elses_message() {
     let folder = tempfile::tempdir().unwrap();
-    {
-        let log = open(folder.path());
-        log.append(vec![message("alice", "eve", 1, "secret"), message("alice", "bob", 1, "to bob")]).await.unwrap();
-    }
-    let conversation = ConversationId::parse("alice:bob").unwrap();
+    let entries = [message("alice", "eve", 1, "secret"), message("alice", "bob", 1, "to bob")];
+    open(folder.path()).append(entries.to_vec()).await.unwrap();
     change(folder.path(), |writing| {
-        let wrong = schema::stream_key(&inbox("bob"), Position(1));
-        writing.open_table(schema::STREAMS).unwrap().insert(wrong.as_slice(), ()).unwrap();
-        let key = schema::by_seq_key(&conversation, 1);
-        writing.open_table(schema::BY_SEQ).unwrap().insert(key.as_slice(), 1).unwrap();
-        let key = schema::id_key(&conversation, &user("alice"), &MessageId::parse("m-1").unwrap());
-        writing.open_table(schema::IDS).unwrap().insert(key.as_slice(), (9, 1)).unwrap();
+        let mut packer = row::Packer::new(&row::Tail::default(), Position(0));
+        entries.iter().rev().for_each(|new| packer.push(new));
+        let mut rows = writing.open_table(schema::ROWS).unwrap();
+        packer.finish(|first, row| rows.insert(first.0, row).map(drop)).unwrap();
     });
     let log = open(folder.path());
     let error = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap_err();
-    assert!(error.cause.starts_with(r"table streams, key bob\x00\x00"), "{error}");
+    assert_eq!(error.cause, "table rows, key 2: the index takes it for another entry");
+    let conversation = ConversationId::parse("alice:bob").unwrap();
     let error = log.read_conversation(&conversation, None, EVERYTHING).await.unwrap_err();
-    assert!(error.cause.starts_with(r"table by_seq, key alice:bob\x00"), "{error}");
+    assert_eq!(error.cause, "table rows, key 2: the index takes it for another entry");
     let id = MessageId::parse("m-1").unwrap();
-    let error = log.find(vec![IdKey { conversation, from: user("alice"), id }]).await.unwrap_err();
-    assert_eq!(error.cause, "table entries, key 9: there is none");
+    assert_eq!(log.find(vec![IdKey { conversation, from: user("alice"), id }]).await.unwrap(), [None]);
+}
+
+/// A few conversations, in batches, with so few entries in memory that there are runs of several levels.
+async fn fill(folder: &Path, messages: u64) -> Vec<String> {
+    let log = RedbLog::open(folder, SMALL).unwrap();
+    for seq in 1..=messages {
+        let batch = vec![message("alice", "bob", seq, "a"), message("alice", "eve", seq, "b")];
+        log.append(batch).await.unwrap();
+    }
+    everything_of(&log, &["alice", "bob", "eve"]).await
+}
+
+/// One line for each way to read, short enough to be shown.
+async fn everything_of(log: &RedbLog, users: &[&str]) -> Vec<String> {
+    let in_full = everything_in_full(log, users).await;
+    in_full.into_iter().map(|read| format!("{} bytes, {:08x}", read.len(), crc32fast::hash(read.as_bytes()))).collect()
+}
+
+async fn everything_in_full(log: &RedbLog, users: &[&str]) -> Vec<String> {
+    let mut read = Vec::new();
+    for name in users {
+        for side in [Side::Inbox, Side::Sent] {
+            let stream = Stream { user: user(name), side };
+            for after in [0, 7, 100] {
+                read.push(format!("{:?}", log.read(&stream, Position(after), EVERYTHING).await.unwrap()));
+            }
+        }
+        if *name != "alice" {
+            let conversation = ConversationId::between(&user("alice"), &user(name)).unwrap();
+            read.push(format!("{:?}", log.heads(vec![conversation.clone()]).await.unwrap()));
+            for after in [None, Seq::new(1), Seq::new(30)] {
+                let page = log.read_conversation(&conversation, after, EVERYTHING).await.unwrap();
+                read.push(format!("{page:?}"));
+            }
+            for id in ["m-1", "m-60", "m-1000"] {
+                let id = MessageId::parse(id).unwrap();
+                let key = IdKey { conversation: conversation.clone(), from: user("alice"), id };
+                read.push(format!("{:?}", log.find(vec![key]).await.unwrap()));
+            }
+        }
+    }
+    read
+}
+
+fn index_of(folder: &Path) -> std::path::PathBuf {
+    folder.join("index.redb")
+}
+
+/// Waits until merges and removals are done.
+async fn settled(log: &RedbLog) -> Vec<u32> {
+    let deadline = tokio::time::Instant::now() + Duration::from_secs(20);
+    loop {
+        let levels: Vec<u32> = log.shared.index.runs().iter().map(|run| run.level).collect();
+        let crowded = levels.iter().any(|level| levels.iter().filter(|other| *other == level).count() >= 8);
+        if !crowded {
+            return levels;
+        }
+        assert!(tokio::time::Instant::now() < deadline, "never merged: {levels:?}");
+        tokio::time::sleep(Duration::from_millis(5)).await;
+    }
 }
 
 #[tokio::test]
-async fn a_head_behind_its_entries_fails_the_log() {
+async fn an_index_is_merged_and_says_the_same() {
     let folder = tempfile::tempdir().unwrap();
-    {
-        let log = open(folder.path());
-        log.append(vec![message("alice", "bob", 1, "a"), message("alice", "bob", 2, "b")]).await.unwrap();
-    }
-    let conversation = ConversationId::parse("alice:bob").unwrap();
-    change(folder.path(), |writing| {
-        let key = schema::conversation_key(&conversation);
-        writing.open_table(schema::CONVERSATIONS).unwrap().insert(key.as_slice(), (1, 1)).unwrap();
-    });
-    let log = open(folder.path());
-    let error = log.append(vec![message("alice", "bob", 2, "another second")]).await.unwrap_err();
-    assert!(matches!(error, AppendError::Failed(_)), "{error:?}");
-    assert!(log.health().unwrap_err().contains("table conversations, key alice:bob"));
+    let filled = fill(folder.path(), 150).await;
+    let log = RedbLog::open(folder.path(), SMALL).unwrap();
+    let levels = settled(&log).await;
+    assert!(levels.contains(&2), "{levels:?}");
+    assert!(levels.is_sorted_by(|a, b| a >= b), "the oldest are merged most: {levels:?}");
+    assert_eq!(everything_of(&log, &["alice", "bob", "eve"]).await, filled);
     drop(log);
-    let page = open(folder.path()).read_conversation(&conversation, None, EVERYTHING).await.unwrap();
-    assert_eq!(page.entries.iter().map(|entry| &*entry.text).collect::<Vec<_>>(), ["a", "b"]);
+    // What was merged is removed when the log is open long enough, and not listed in any case.
+    assert_eq!(everything_of(&open(folder.path()), &["alice", "bob", "eve"]).await, filled);
+}
+
+#[tokio::test]
+async fn ids_are_forgotten_in_time_and_not_before() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = RedbLog::open(folder.path(), SMALL).unwrap();
+    let now_ms = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_millis();
+    let now_ms = u64::try_from(now_ms).unwrap();
+    let day_ms = 24 * 3_600 * 1_000;
+    let mut seq = 0;
+    for (id, at) in [("old", now_ms - 9 * day_ms), ("kept", now_ms - 7 * day_ms), ("new", now_ms)] {
+        for nth in 0..24 {
+            seq += 1;
+            let id = Some(MessageId::parse(&format!("{id}-{nth}")).unwrap());
+            let at = Timestamp::from_ms(at);
+            log.append(vec![NewEntry { id, at, ..message("alice", "bob", seq, "x") }]).await.unwrap();
+        }
+    }
+    settled(&log).await;
+    let conversation = ConversationId::parse("alice:bob").unwrap();
+    for (id, kept) in [("old", false), ("kept", true), ("new", true)] {
+        for nth in 0..24 {
+            let id = MessageId::parse(&format!("{id}-{nth}")).unwrap();
+            let key = IdKey { conversation: conversation.clone(), from: user("alice"), id: id.clone() };
+            assert_eq!(log.find(vec![key]).await.unwrap()[0].is_some(), kept, "{id}");
+        }
+    }
+    assert_eq!(log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap().entries.len(), 72);
+}
+
+#[tokio::test]
+async fn an_index_that_is_lost_damaged_or_anothers_is_made_anew() {
+    let folder = tempfile::tempdir().unwrap();
+    let filled = fill(folder.path(), 60).await;
+    let other = tempfile::tempdir().unwrap();
+    fill(other.path(), 3).await;
+    let early = tempfile::tempdir().unwrap();
+    fs::copy(folder.path().join("log.redb"), early.path().join("log.redb")).unwrap();
+
+    fs::remove_file(index_of(folder.path())).unwrap();
+    assert_eq!(everything_of(&open(folder.path()), &["alice", "bob", "eve"]).await, filled, "lost");
+    fs::write(index_of(folder.path()), b"nonsense").unwrap();
+    assert_eq!(everything_of(&open(folder.path()), &["alice", "bob", "eve"]).await, filled, "damaged");
+    let index = OpenOptions::new().write(true).open(index_of(folder.path())).unwrap();
+    index.set_len(9_000).unwrap();
+    assert_eq!(everything_of(&open(folder.path()), &["alice", "bob", "eve"]).await, filled, "cut");
+    fs::copy(index_of(other.path()), index_of(folder.path())).unwrap();
+    assert_eq!(everything_of(&open(folder.path()), &["alice", "bob", "eve"]).await, filled, "another log's");
+    open(folder.path()).append(vec![message("alice", "bob", 61, "later")]).await.unwrap();
+    fs::copy(index_of(folder.path()), index_of(early.path())).unwrap();
+    assert_eq!(everything_of(&open(early.path()), &["alice", "bob", "eve"]).await, filled, "ahead of the log");
+}
+
+#[tokio::test]
+async fn a_damaged_block_of_the_index_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    fill(folder.path(), 10).await;
+    {
+        let database = Database::open(index_of(folder.path())).unwrap();
+        let writing = database.begin_write().unwrap();
+        let mut blocks = writing.open_table(schema::BLOCKS).unwrap();
+        let keys: Vec<posting::BlockKey> = blocks.iter().unwrap().map(|block| *block.unwrap().0.value()).collect();
+        for key in keys {
+            let mut block = blocks.get(&key).unwrap().unwrap().value().to_vec();
+            *block.last_mut().unwrap() ^= 1;
+            blocks.insert(&key, block.as_slice()).unwrap();
+        }
+        drop(blocks);
+        writing.commit().unwrap();
+    }
+    let log = open(folder.path());
+    let error = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap_err();
+    assert!(error.cause.starts_with("table blocks, key "), "{error}");
+    let error = log.append(vec![message("alice", "bob", 11, "which seq is next?")]).await.unwrap_err();
+    assert!(matches!(error, AppendError::Failed(_)), "{error:?}");
 }
 
 #[tokio::test]
@@ -623,6 +752,7 @@ proptest! {
         runtime.block_on(async {
             let folder = tempfile::tempdir().unwrap();
             let model = MemoryLog::new();
+            let open = |folder: &Path| RedbLog::open(folder, SMALL).unwrap();
             let mut log = Some(open(folder.path()));
             for one in &steps {
                 if matches!(one, Step::Reopen) {

@@ -5,28 +5,26 @@
 //! answers are sent after the commit, and the position of the last entry moves before them.
 
 use std::collections::VecDeque;
-use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ::redb::{Database, Durability, ReadableTable, WriteTransaction};
-use chat_protocol::ConversationId;
 use parking_lot::{Condvar, Mutex};
 use rustc_hash::FxHashMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::super::{AppendError, ConversationHead, Device, LogError, NewEntry, Position, Side, Stream};
+use super::super::{AppendError, ConversationHead, Device, LogError, NewEntry, Position, Stream};
 use super::Shared;
 use super::notes::{Notes, SessionNote};
-use super::open::{OpenError, Opener, last_position};
-use super::reader::{ReadError, stored_head, stored_session};
-use super::record::{Broken, encode_entry, encode_session};
-use super::schema::{
-    BY_SEQ, CONVERSATIONS, DELIVERED, ENTRIES, IDS, SESSIONS, STREAMS, by_seq_key, conversation_key, delivered_key,
-    id_key, session_key, stream_key_of,
-};
+use super::key::Key;
+use super::open::{OpenError, Opener, read_prepared};
+use super::reader::{ReadError, stored_session};
+use super::recent::Posted;
+use super::record::encode_session;
+use super::row::{Packer, Tail};
+use super::schema::{DELIVERED, ROWS, SESSIONS, delivered_key, session_key};
 
 /// Text, and a little per entry, that may wait for the writer; past that callers wait for room.
 const QUEUED_BYTES_MAX: u32 = 64 << 20;
@@ -36,6 +34,8 @@ const QUEUED_ENTRY_BYTES: usize = 256;
 const COMMIT_ENTRIES_MAX: usize = 16_384;
 /// Notes are on disk so long after they were made, at most; sooner if something else is written.
 const NOTES_DELAY_MAX: Duration = Duration::from_millis(500);
+/// Conversations whose head the writer keeps.
+const HEADS_MAX: usize = 200_000;
 /// Between attempts to write notes to a full disk, when nothing else is to be written.
 const NOTES_RETRY_DELAY: Duration = Duration::from_secs(5);
 
@@ -244,8 +244,7 @@ enum Stored {
 
 impl Fault {
     fn before_commit(error: &ReadError) -> Self {
-        let full = matches!(error, ReadError::Storage(error) if is_full(error));
-        Self { reason: error.to_string(), full, stored: Stored::Nothing }
+        Self { reason: error.to_string(), full: error.is_full(), stored: Stored::Nothing }
     }
 
     fn in_commit(error: ::redb::CommitError) -> Self {
@@ -254,8 +253,8 @@ impl Fault {
             ::redb::CommitError::TransactionPoisoned => Stored::Nothing,
             _ => Stored::Unknown,
         };
-        let error = ::redb::Error::from(error);
-        Self { reason: error.to_string(), full: is_full(&error), stored }
+        let error = ReadError::from(error);
+        Self { reason: error.to_string(), full: error.is_full(), stored }
     }
 
     fn append_error(&self) -> AppendError {
@@ -268,18 +267,13 @@ impl Fault {
     }
 }
 
-fn is_full(error: &::redb::Error) -> bool {
-    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-    matches!(error, ::redb::Error::Io(error) if matches!(error.kind(), StorageFull | QuotaExceeded | FileTooLarge))
-}
-
-pub(super) fn start(shared: Arc<Shared>, opener: Opener) -> Result<JoinHandle<()>, OpenError> {
+pub(super) fn start(shared: Arc<Shared>, opener: Opener, tail: Tail) -> Result<JoinHandle<()>, OpenError> {
     let ending = Ending(Arc::clone(&shared));
     let folder = opener.folder().to_owned();
     let run = move || {
         // Owned by the thread, so that it is dropped when the thread ends, by a panic too.
         let _ending = ending;
-        Writer { shared, opener, record: Vec::new() }.run();
+        Writer { shared, opener, tail, heads: FxHashMap::default() }.run();
     };
     let started = thread::Builder::new().name("log-writer".to_owned()).spawn(run);
     started.map_err(|error| OpenError::Io { file: folder, reason: format!("no thread to write it: {error}") })
@@ -301,8 +295,10 @@ impl Drop for Ending {
 struct Writer {
     shared: Arc<Shared>,
     opener: Opener,
-    /// Where entries are encoded, kept for its memory.
-    record: Vec<u8>,
+    /// The last row, as long as it may grow.
+    tail: Tail,
+    /// Conversations whose head is known. Forgotten when there are too many.
+    heads: FxHashMap<Key, ConversationHead>,
 }
 
 impl Writer {
@@ -334,18 +330,24 @@ impl Writer {
     /// One commit. The outcomes of the batches, in their order.
     fn write(&mut self, work: &Work) -> Result<Vec<Result<Range<u64>, AppendError>>, Fault> {
         let before_commit = |error: ReadError| Fault::before_commit(&error);
+        self.shared.index.wait_for_room().map_err(|reason| Fault { reason, full: true, stored: Stored::Nothing })?;
         let transaction = self.begin().map_err(before_commit)?;
         let batches = work.commands.iter().filter_map(|command| match command {
             Command::Append { batch, .. } => Some(batch.as_slice()),
             Command::Sync { .. } => None,
         });
-        let staged = Staged::check(&transaction, self.shared.head(), batches).map_err(before_commit)?;
-        if staged.rows.is_empty() && work.notes.is_empty() {
+        let staged = self.check(batches).map_err(before_commit)?;
+        if staged.entries.is_empty() && work.notes.is_empty() {
             return Ok(staged.outcomes);
         }
-        staged.insert(&transaction, &mut self.record).map_err(before_commit)?;
+        let tail = self.insert(&transaction, &staged).map_err(before_commit)?;
         write_notes(&transaction, &work.notes).map_err(before_commit)?;
         transaction.commit().map_err(Fault::in_commit)?;
+        if let Some(tail) = tail {
+            self.tail = tail;
+        }
+        self.heads.extend(staged.heads);
+        self.shared.index.add(&staged.posted);
         self.shared.committed_up_to(staged.last);
         Ok(staged.outcomes)
     }
@@ -359,7 +361,7 @@ impl Writer {
     }
 
     /// After a fault: goes on if the disk was full and it is certain that nothing was stored, else the log has failed.
-    fn settle(&self, fault: Fault) -> Fault {
+    fn settle(&mut self, fault: Fault) -> Fault {
         if !fault.full {
             self.shared.fail(fault.reason.clone());
             return fault;
@@ -384,15 +386,16 @@ impl Writer {
     }
 
     /// Waits for the reads in progress; reads that come meanwhile wait.
-    fn reopen(&self) -> Result<Position, String> {
+    fn reopen(&mut self) -> Result<Position, String> {
         let mut database = self.shared.database.write();
         if let Some(Err(error)) = database.take().map(Database::close) {
             tracing::debug!(%error, "the log was closed to be repaired");
         }
-        let opened = self.opener.open().map_err(|error| error.to_string())?;
-        let last = last_position(&opened).map_err(|error| error.to_string())?;
+        let opened = self.opener.open_log_file().map_err(|error| error.to_string())?;
+        let prepared = read_prepared(&opened).map_err(|error| error.to_string())?;
         *database = Some(opened);
-        Ok(last)
+        self.tail = prepared.tail;
+        Ok(prepared.last)
     }
 }
 
@@ -425,103 +428,92 @@ fn refuse(commands: Vec<Command>, fault: &Fault) {
 
 /// Batches that a commit can take.
 struct Staged<'a> {
-    rows: Vec<(Position, &'a NewEntry)>,
+    entries: Vec<&'a NewEntry>,
+    posted: Vec<Posted>,
     /// The conversations' heads after them.
-    heads: FxHashMap<&'a ConversationId, ConversationHead>,
+    heads: FxHashMap<Key, ConversationHead>,
     outcomes: Vec<Result<Range<u64>, AppendError>>,
     last: Position,
 }
 
-impl<'a> Staged<'a> {
+impl Writer {
     /// Checks that every entry is next in its conversation. A batch with one that is not is left out whole.
-    fn check(
-        transaction: &WriteTransaction,
-        last: Position,
-        batches: impl Iterator<Item = &'a [NewEntry]>,
-    ) -> Result<Self, ReadError> {
-        let conversations = transaction.open_table(CONVERSATIONS)?;
-        let mut stored: FxHashMap<&ConversationId, Option<ConversationHead>> = FxHashMap::default();
-        let mut staged = Self { rows: Vec::new(), heads: FxHashMap::default(), outcomes: Vec::new(), last };
+    fn check<'a>(&mut self, batches: impl Iterator<Item = &'a [NewEntry]> + Clone) -> Result<Staged<'a>, ReadError> {
+        let keys: Vec<Key> =
+            batches.clone().flatten().map(|new| self.shared.keys.conversation(&new.conversation)).collect();
+        self.know_heads(&keys)?;
+        let mut staged = Staged {
+            entries: Vec::with_capacity(keys.len()),
+            posted: Vec::with_capacity(keys.len()),
+            heads: FxHashMap::default(),
+            outcomes: Vec::new(),
+            last: self.shared.head(),
+        };
+        let mut keys = keys.as_slice();
         for batch in batches {
-            let mut moved: FxHashMap<&ConversationId, ConversationHead> = FxHashMap::default();
-            let mut refused = None;
-            for new in batch {
-                let conversation = &new.conversation;
-                let head = match moved.get(conversation).or_else(|| staged.heads.get(conversation)) {
-                    Some(head) => Some(*head),
-                    None => match stored.get(conversation) {
-                        Some(head) => *head,
-                        None => *stored.entry(conversation).or_insert(stored_head(&conversations, conversation)?),
-                    },
-                };
-                if head.map_or(0, |head| head.seq.get()).checked_add(1) != Some(new.seq.get()) {
-                    refused = Some(AppendError::Conflict { conversation: conversation.clone(), expected: new.seq });
-                    break;
-                }
-                moved.insert(conversation, ConversationHead { seq: new.seq, at: new.at });
-            }
-            staged.outcomes.push(match refused {
-                Some(error) => Err(error),
-                None => {
-                    let first = staged.last.0 + 1;
-                    staged.rows.extend((first..).map(Position).zip(batch));
-                    staged.last = Position(staged.last.0 + batch.len() as u64);
-                    staged.heads.extend(moved);
-                    Ok(first..staged.last.0 + 1)
-                }
-            });
+            let (batch_keys, rest) = keys.split_at(batch.len());
+            keys = rest;
+            let outcome = self.check_batch(batch, batch_keys, &mut staged);
+            staged.outcomes.push(outcome);
         }
         Ok(staged)
     }
 
-    /// Every table is written in the order of its keys, which touches each page once.
-    fn insert(&self, transaction: &WriteTransaction, record: &mut Vec<u8>) -> Result<(), ReadError> {
-        if self.rows.is_empty() {
+    /// Looks up the heads that are not known yet.
+    fn know_heads(&mut self, keys: &[Key]) -> Result<(), ReadError> {
+        let unknown = |heads: &FxHashMap<Key, ConversationHead>| -> Vec<Key> {
+            keys.iter().filter(|key| !heads.contains_key(key)).copied().collect()
+        };
+        let mut missing = unknown(&self.heads);
+        if missing.is_empty() {
             return Ok(());
         }
-        let mut entries = transaction.open_table(ENTRIES)?;
-        for (position, new) in &self.rows {
-            encode_entry(*position, new, record);
-            if entries.insert(position.0, record.as_slice())?.is_some() {
-                return Err(Broken::entry(*position, "there is an entry already").into());
-            }
+        if self.heads.len() + missing.len() > HEADS_MAX {
+            self.heads.clear();
+            missing = unknown(&self.heads);
         }
-
-        let key = |&(position, new): &(Position, &NewEntry)| (by_seq_key(&new.conversation, new.seq.get()), position);
-        let mut by_seq = transaction.open_table(BY_SEQ)?;
-        for (key, position) in sorted(self.rows.iter().map(key)) {
-            if by_seq.insert(key.as_slice(), position.0)?.is_some() {
-                return Err(Broken::at("conversations", &key, "its head is behind its entries").into());
-            }
-        }
-
-        let mut conversations = transaction.open_table(CONVERSATIONS)?;
-        let heads = self.heads.iter().map(|(conversation, head)| (conversation_key(conversation), *head));
-        for (key, head) in sorted(heads) {
-            conversations.insert(key.as_slice(), (head.seq.get(), head.at.as_ms()))?;
-        }
-
-        let keys = |&(position, new): &(Position, &NewEntry)| {
-            [stream_key_of(&new.to, Side::Inbox, position), stream_key_of(&new.from, Side::Sent, position)]
-        };
-        let mut streams = transaction.open_table(STREAMS)?;
-        for (key, ()) in sorted(self.rows.iter().flat_map(keys).map(|key| (key, ()))) {
-            streams.insert(key.as_slice(), ())?;
-        }
-
-        let key = |&(position, new): &(Position, &NewEntry)| {
-            let key = id_key(&new.conversation, &new.from, new.id.as_ref()?);
-            Some((key, (position.0, new.at.as_ms())))
-        };
-        let mut ids = transaction.open_table(IDS)?;
-        for (key, place) in sorted(self.rows.iter().filter_map(key)) {
-            // An id names the first entry that had it.
-            let first = ids.insert(key.as_slice(), place)?.map(|first| first.value());
-            if let Some(first) = first {
-                ids.insert(key.as_slice(), first)?;
-            }
-        }
+        let found = self.shared.index.heads(&missing)?;
+        self.heads.extend(missing.into_iter().zip(found).filter_map(|(key, head)| Some((key, head?))));
         Ok(())
+    }
+
+    fn check_batch<'a>(
+        &self,
+        batch: &'a [NewEntry],
+        keys: &[Key],
+        staged: &mut Staged<'a>,
+    ) -> Result<Range<u64>, AppendError> {
+        let mut moved: FxHashMap<Key, ConversationHead> = FxHashMap::default();
+        for (new, key) in batch.iter().zip(keys) {
+            let head = moved.get(key).or_else(|| staged.heads.get(key)).or_else(|| self.heads.get(key));
+            if head.map_or(0, |head| head.seq.get()).checked_add(1) != Some(new.seq.get()) {
+                return Err(AppendError::Conflict { conversation: new.conversation.clone(), expected: new.seq });
+            }
+            moved.insert(*key, ConversationHead { seq: new.seq, at: new.at });
+        }
+        let first = staged.last.0 + 1;
+        for ((position, new), key) in (first..).zip(batch).zip(keys) {
+            staged.posted.push(Posted::new(&self.shared.keys, Position(position), *key, new));
+            staged.entries.push(new);
+        }
+        staged.last = Position(staged.last.0 + batch.len() as u64);
+        staged.heads.extend(moved);
+        Ok(first..staged.last.0 + 1)
+    }
+
+    /// Adds rows to the end of the log. The new tail, unless there was nothing to add.
+    fn insert(&self, transaction: &WriteTransaction, staged: &Staged<'_>) -> Result<Option<Tail>, ReadError> {
+        if staged.entries.is_empty() {
+            return Ok(None);
+        }
+        let mut packer = Packer::new(&self.tail, self.shared.head());
+        staged.entries.iter().for_each(|new| packer.push(new));
+        let mut rows = transaction.open_table(ROWS)?;
+        let tail = packer.finish(|first, row| {
+            rows.insert(first.0, row)?;
+            Ok::<(), ReadError>(())
+        })?;
+        Ok(Some(tail))
     }
 }
 

@@ -1,0 +1,397 @@
+//! The index: where a conversation's, a stream's and an id's entries are.
+//!
+//! The newest postings lie in memory ([`Recent`]): `active` grows with every commit, `frozen` is on its way to the disk. Everything before
+//! is in runs in `index.redb`: each has the postings of entries that follow each other, sorted by key, packed into blocks, with a filter
+//! that says which keys it has not. The [`super::indexer`] makes runs and merges them. Invariants: runs, frozen and active follow each
+//! other without a gap; whoever looks takes all of them, and a snapshot of the file, at one moment. The index is a cache: it says where to
+//! look, never what is there.
+
+use std::ops::ControlFlow;
+use std::sync::Arc;
+
+use ::redb::{Database, ReadOnlyTable, ReadableDatabase};
+use chat_protocol::{Seq, Timestamp};
+use parking_lot::{Condvar, Mutex, RwLock};
+
+use super::super::{ConversationHead, Position};
+use super::filter::Filter;
+use super::key::Key;
+use super::posting::{BLOCK_KEY_BYTES, BlockKey, BlockReader, Last, ListRef, block_key, first_key};
+use super::reader::ReadError;
+use super::recent::{Posted, Recent};
+use super::record::Broken;
+use super::schema::BLOCKS;
+
+/// The writer waits while the index on disk is so many flushes behind: with the default, at some 64 MB of postings.
+const FLUSHES_BEHIND_MAX: usize = 4;
+
+/// A run of postings on disk.
+#[derive(Debug)]
+pub(super) struct Run {
+    pub(super) number: u32,
+    /// How often its postings were merged.
+    pub(super) level: u32,
+    /// Positions of its first and last entry.
+    pub(super) first: u64,
+    pub(super) last: u64,
+    /// The latest time of its entries, in milliseconds since the Unix epoch.
+    pub(super) at_ms_max: u64,
+    pub(super) keys: u64,
+    pub(super) filter: Filter,
+}
+
+#[derive(Debug)]
+struct State {
+    active: Recent,
+    frozen: Option<Arc<Recent>>,
+    /// In the order of their positions.
+    runs: Arc<[Arc<Run>]>,
+}
+
+impl State {
+    /// Freezes what is active if it is enough and the place is free; `true` if so.
+    fn freeze(&mut self, entries_min: usize) -> bool {
+        let freezes = self.frozen.is_none() && self.active.entries() >= entries_min;
+        if freezes {
+            self.frozen = Some(Arc::new(std::mem::take(&mut self.active)));
+        }
+        freezes
+    }
+}
+
+/// What the writer and the indexer tell each other.
+#[derive(Debug, Default)]
+pub(super) struct Signals {
+    pub(super) closed: bool,
+    /// Why the index cannot be written now.
+    stuck: Option<String>,
+}
+
+#[derive(Debug)]
+pub(super) struct Index {
+    /// `None` once closed.
+    pub(super) database: RwLock<Option<Database>>,
+    state: RwLock<State>,
+    signals: Mutex<Signals>,
+    to_indexer: Condvar,
+    to_writer: Condvar,
+    /// Postings in memory go to the disk once they are of so many entries.
+    flush_entries: usize,
+}
+
+/// Where in a list to begin.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum After {
+    Position(u64),
+    /// For conversations.
+    Seq(u64),
+}
+
+impl After {
+    fn rest<'a>(&self, list: &ListRef<'a>) -> &'a [u64] {
+        let had = match self {
+            Self::Position(after) => list.positions.partition_point(|position| position <= after),
+            Self::Seq(after) => {
+                let had = after.saturating_add(1).saturating_sub(list.first_seq());
+                usize::try_from(had).unwrap_or(usize::MAX).min(list.positions.len())
+            }
+        };
+        &list.positions[had..]
+    }
+
+    /// No later list has what comes next.
+    fn order(&self) -> u64 {
+        match self {
+            Self::Position(after) | Self::Seq(after) => after.saturating_add(1),
+        }
+    }
+
+    fn may_be_in(&self, run: &Run) -> bool {
+        match self {
+            Self::Position(after) => run.last > *after,
+            Self::Seq(_) => true,
+        }
+    }
+}
+
+pub(super) fn head(last: Last) -> Option<ConversationHead> {
+    Some(ConversationHead { seq: Seq::new(last.seq)?, at: Timestamp::from_ms(last.at_ms) })
+}
+
+impl Index {
+    pub(super) fn new(database: Database, runs: Vec<Run>, flush_entries: usize) -> Self {
+        Self {
+            database: RwLock::new(Some(database)),
+            state: RwLock::new(State {
+                active: Recent::default(),
+                frozen: None,
+                runs: runs.into_iter().map(Arc::new).collect(),
+            }),
+            signals: Mutex::default(),
+            to_indexer: Condvar::new(),
+            to_writer: Condvar::new(),
+            flush_entries,
+        }
+    }
+
+    // ---- looking ------------------------------------------------------------------------------------------------------
+
+    /// Heads of conversations.
+    pub(super) fn heads(&self, keys: &[Key]) -> Result<Vec<Option<ConversationHead>>, ReadError> {
+        let state = self.state.read();
+        let mut heads: Vec<Option<ConversationHead>> = keys
+            .iter()
+            .map(|key| {
+                state.active.head(*key).or_else(|| state.frozen.as_ref().and_then(|frozen| frozen.head(*key)))
+            })
+            .collect();
+        let wanted = |key: Key| state.runs.iter().any(|run| run.filter.may_have(key));
+        if !keys.iter().zip(&heads).any(|(key, head)| head.is_none() && wanted(*key)) {
+            return Ok(heads);
+        }
+        let (runs, blocks) = (Arc::clone(&state.runs), self.blocks()?);
+        drop(state);
+        for (key, head) in keys.iter().zip(&mut heads).filter(|(_, head)| head.is_none()) {
+            for run in runs.iter().rev().filter(|run| run.filter.may_have(*key)) {
+                if let Some(found) = blocks.head(run.number, *key)? {
+                    *head = Some(found);
+                    break;
+                }
+            }
+        }
+        Ok(heads)
+    }
+
+    /// Positions of a key, in their order: as many as wanted, or all there are.
+    pub(super) fn positions(&self, key: Key, after: After, wanted: usize) -> Result<Vec<u64>, ReadError> {
+        let state = self.state.read();
+        let newest: Vec<u64> =
+            state.active.get(key).map_or(&[][..], |list| after.rest(&list)).iter().copied().take(wanted).collect();
+        let frozen = state.frozen.clone();
+        let runs: Vec<Arc<Run>> =
+            state.runs.iter().filter(|run| after.may_be_in(run) && run.filter.may_have(key)).cloned().collect();
+        let blocks = if runs.is_empty() { None } else { Some(self.blocks()?) };
+        drop(state);
+
+        let mut found = Vec::new();
+        if let Some(blocks) = blocks {
+            for run in runs {
+                blocks.lists(run.number, key, after.order(), |list| {
+                    found.extend_from_slice(after.rest(&list));
+                    if found.len() < wanted { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+                })?;
+                if found.len() >= wanted {
+                    break;
+                }
+            }
+        }
+        if let Some(list) = frozen.as_ref().and_then(|frozen| frozen.get(key)) {
+            found.extend_from_slice(after.rest(&list));
+        }
+        found.extend(newest);
+        found.truncate(wanted);
+        Ok(found)
+    }
+
+    /// Reads of the blocks as they are now. Whoever holds the state knows that its runs are there.
+    fn blocks(&self) -> Result<Blocks, ReadError> {
+        let database = self.database.read();
+        let database = database.as_ref().ok_or_else(|| ReadError::Closed("the index is closed".to_owned()))?;
+        Ok(Blocks(database.begin_read()?.open_table(BLOCKS)?))
+    }
+
+    // ---- the writer's side --------------------------------------------------------------------------------------------
+
+    /// Takes entries that were committed. Wakes the indexer once there are enough of them.
+    pub(super) fn add(&self, posted: &[Posted]) {
+        let mut state = self.state.write();
+        posted.iter().for_each(|posted| state.active.add(posted));
+        let frozen = state.freeze(self.flush_entries);
+        drop(state);
+        self.wake_indexer(frozen);
+    }
+
+    /// Signals are never locked while the state is: who waits looks at the state with the signals locked.
+    fn wake_indexer(&self, frozen: bool) {
+        if frozen {
+            let signals = self.signals.lock();
+            self.to_indexer.notify_one();
+            drop(signals);
+        }
+    }
+
+    /// Waits until the index has caught up far enough. `Err` with the reason if it cannot be written now.
+    pub(super) fn wait_for_room(&self) -> Result<(), String> {
+        if self.has_room() {
+            return Ok(());
+        }
+        let mut signals = self.signals.lock();
+        loop {
+            if let Some(reason) = &signals.stuck {
+                return Err(reason.clone());
+            }
+            if signals.closed || self.has_room() {
+                return Ok(());
+            }
+            self.to_writer.wait(&mut signals);
+        }
+    }
+
+    fn has_room(&self) -> bool {
+        // Another flush is frozen.
+        self.state.read().active.entries() < self.flush_entries * (FLUSHES_BEHIND_MAX - 1)
+    }
+
+    // ---- the indexer's side -------------------------------------------------------------------------------------------
+
+    pub(super) fn frozen(&self) -> Option<Arc<Recent>> {
+        self.state.read().frozen.clone()
+    }
+
+    pub(super) fn runs(&self) -> Arc<[Arc<Run>]> {
+        Arc::clone(&self.state.read().runs)
+    }
+
+    /// Whatever is in memory is to go to the disk.
+    pub(super) fn freeze_rest(&self) {
+        let frozen = self.state.write().freeze(1);
+        self.wake_indexer(frozen);
+    }
+
+    /// What was frozen is on disk, as this run.
+    pub(super) fn flushed(&self, run: Run) {
+        let mut state = self.state.write();
+        state.runs = state.runs.iter().cloned().chain([Arc::new(run)]).collect();
+        state.frozen = None;
+        // The indexer is who calls: it looks again before it waits.
+        state.freeze(self.flush_entries);
+        drop(state);
+        self.signals.lock().stuck = None;
+        self.to_writer.notify_all();
+    }
+
+    /// Runs were merged into this one, which is on disk.
+    pub(super) fn merged(&self, merged: &[Arc<Run>], into: Run) {
+        let mut state = self.state.write();
+        let mut into = Some(Arc::new(into));
+        state.runs = state
+            .runs
+            .iter()
+            .filter_map(|run| {
+                if merged.iter().any(|merged| merged.number == run.number) {
+                    into.take()
+                } else {
+                    Some(Arc::clone(run))
+                }
+            })
+            .collect();
+    }
+
+    /// The file was opened again, with these runs.
+    pub(super) fn reloaded(&self, runs: Vec<Run>) {
+        let mut state = self.state.write();
+        let indexed = runs.last().map_or(0, |run| run.last);
+        state.runs = runs.into_iter().map(Arc::new).collect();
+        if state.frozen.as_ref().is_some_and(|frozen| frozen.range().1 <= indexed) {
+            state.frozen = None;
+        }
+    }
+
+    /// The index cannot be written now; the writer refuses rather than waits.
+    pub(super) fn stuck(&self, reason: String) {
+        self.signals.lock().stuck = Some(reason);
+        self.to_writer.notify_all();
+    }
+
+    /// Waits while `idle` says so, or until told, or so long.
+    pub(super) fn wait_for_work(&self, idle: impl Fn(&Self, &Signals) -> bool, timeout: Option<std::time::Duration>) {
+        let mut signals = self.signals.lock();
+        let until = timeout.map(|timeout| std::time::Instant::now() + timeout);
+        while idle(self, &signals) {
+            match until {
+                Some(until) => {
+                    if self.to_indexer.wait_until(&mut signals, until).timed_out() {
+                        return;
+                    }
+                }
+                None => self.to_indexer.wait(&mut signals),
+            }
+        }
+    }
+
+    pub(super) fn is_closed(&self) -> bool {
+        self.signals.lock().closed
+    }
+
+    pub(super) fn close(&self) {
+        self.signals.lock().closed = true;
+        self.to_indexer.notify_all();
+        self.to_writer.notify_all();
+    }
+
+    /// Position of the last entry in runs on disk.
+    pub(super) fn indexed(&self) -> Position {
+        Position(self.state.read().runs.last().map_or(0, |run| run.last))
+    }
+}
+
+/// A snapshot of the blocks.
+struct Blocks(ReadOnlyTable<&'static [u8; BLOCK_KEY_BYTES], &'static [u8]>);
+
+impl Blocks {
+    /// The head of a conversation, if the run has any of it.
+    fn head(&self, run: u32, key: Key) -> Result<Option<ConversationHead>, ReadError> {
+        let Some(found) = self.0.range::<&BlockKey>(&first_key(run)..=&block_key(run, key, u64::MAX))?.next_back() else { return Ok(None) };
+        let (block_key, block) = found?;
+        let mut newest = None;
+        let visited = each_list(block_key.value(), block.value(), |list| {
+            if list.key == key {
+                newest = head(list.last);
+            }
+            if list.key <= key { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        });
+        visited.map(|_| newest).map_err(ReadError::from)
+    }
+
+    /// Visits the lists of a key in their order, from the last with this order or a smaller one on, and perhaps some before.
+    fn lists(
+        &self,
+        run: u32,
+        key: Key,
+        order: u64,
+        mut visit: impl FnMut(ListRef<'_>) -> ControlFlow<()>,
+    ) -> Result<(), ReadError> {
+        let begin = match self.0.range::<&BlockKey>(&first_key(run)..=&block_key(run, key, order))?.next_back() {
+            Some(found) => *found?.0.value(),
+            None => block_key(run, key, order),
+        };
+        for found in self.0.range::<&BlockKey>(&begin..=&block_key(run, key, u64::MAX))? {
+            let (block_key, block) = found?;
+            let flow = each_list(block_key.value(), block.value(), |list| match list.key.cmp(&key) {
+                std::cmp::Ordering::Less => ControlFlow::Continue(()),
+                std::cmp::Ordering::Equal => visit(list),
+                std::cmp::Ordering::Greater => ControlFlow::Break(()),
+            })?;
+            if flow.is_break() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+fn each_list(
+    block_key: &BlockKey,
+    block: &[u8],
+    mut visit: impl FnMut(ListRef<'_>) -> ControlFlow<()>,
+) -> Result<ControlFlow<()>, Broken> {
+    let broken = |reason: String| Broken::at("blocks", block_key, reason);
+    let mut reader = BlockReader::new(block_key, block).map_err(broken)?;
+    let mut positions = Vec::new();
+    while let Some((key, last)) = reader.next(&mut positions).map_err(broken)? {
+        if visit(ListRef { key, positions: &positions, last }).is_break() {
+            return Ok(ControlFlow::Break(()));
+        }
+    }
+    Ok(ControlFlow::Continue(()))
+}

@@ -1,0 +1,151 @@
+//! The newest entries' postings, in memory: what the index on disk does not have yet.
+//!
+//! Entries are added in the order of their positions, after they were committed. Pure: whoever shares it brings the lock.
+
+use rustc_hash::FxHashMap;
+
+use super::super::{ConversationHead, Entry, NewEntry, Position, Side};
+use super::key::{Key, Keys};
+use super::posting::{Last, ListRef};
+
+/// Postings of entries that follow each other.
+#[derive(Debug, Default)]
+pub(super) struct Recent {
+    lists: FxHashMap<Key, RecentList>,
+    entries: usize,
+    first: u64,
+    last: u64,
+    at_ms_max: u64,
+}
+
+#[derive(Debug)]
+struct RecentList {
+    positions: Positions,
+    last: Last,
+}
+
+/// Most lists are short: one position needs no memory of its own.
+#[derive(Debug)]
+enum Positions {
+    One(u64),
+    Many(Vec<u64>),
+}
+
+impl Positions {
+    fn as_slice(&self) -> &[u64] {
+        match self {
+            Self::One(position) => std::slice::from_ref(position),
+            Self::Many(positions) => positions,
+        }
+    }
+
+    fn push(&mut self, position: u64) {
+        match self {
+            Self::One(first) => *self = Self::Many(vec![*first, position]),
+            Self::Many(positions) => positions.push(position),
+        }
+    }
+}
+
+/// An entry's keys and what its conversation's list says of it.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Posted {
+    position: u64,
+    conversation: Key,
+    inbox: Key,
+    sent: Key,
+    id: Option<Key>,
+    last: Last,
+}
+
+impl Posted {
+    pub(super) fn new(keys: &Keys, position: Position, conversation: Key, new: &NewEntry) -> Self {
+        Self {
+            position: position.0,
+            conversation,
+            inbox: keys.side(&new.to, Side::Inbox),
+            sent: keys.side(&new.from, Side::Sent),
+            id: new.id.as_ref().map(|id| keys.id(&new.conversation, &new.from, id)),
+            last: Last { seq: new.seq.get(), at_ms: new.at.as_ms() },
+        }
+    }
+
+    pub(super) fn of(keys: &Keys, entry: &Entry) -> Self {
+        Self {
+            position: entry.position.0,
+            conversation: keys.conversation(&entry.conversation),
+            inbox: keys.side(&entry.to, Side::Inbox),
+            sent: keys.side(&entry.from, Side::Sent),
+            id: entry.id.as_ref().map(|id| keys.id(&entry.conversation, &entry.from, id)),
+            last: Last { seq: entry.seq.get(), at_ms: entry.at.as_ms() },
+        }
+    }
+}
+
+impl Recent {
+    pub(super) fn add(&mut self, posted: &Posted) {
+        debug_assert!(self.last < posted.position, "positions grow");
+        if self.entries == 0 {
+            self.first = posted.position;
+        }
+        self.entries += 1;
+        self.last = posted.position;
+        self.at_ms_max = self.at_ms_max.max(posted.last.at_ms);
+        self.push(posted.conversation, posted.position, posted.last);
+        self.push(posted.inbox, posted.position, Last::default());
+        self.push(posted.sent, posted.position, Last::default());
+        if let Some(id) = posted.id {
+            self.push(id, posted.position, Last::default());
+        }
+    }
+
+    fn push(&mut self, key: Key, position: u64, last: Last) {
+        match self.lists.entry(key) {
+            std::collections::hash_map::Entry::Occupied(list) => {
+                let list = list.into_mut();
+                list.positions.push(position);
+                list.last = last;
+            }
+            std::collections::hash_map::Entry::Vacant(place) => {
+                place.insert(RecentList { positions: Positions::One(position), last });
+            }
+        }
+    }
+
+    pub(super) fn entries(&self) -> usize {
+        self.entries
+    }
+
+    pub(super) fn keys(&self) -> usize {
+        self.lists.len()
+    }
+
+    /// First and last position; meaningless if there are no entries.
+    pub(super) fn range(&self) -> (u64, u64) {
+        (self.first, self.last)
+    }
+
+    pub(super) fn at_ms_max(&self) -> u64 {
+        self.at_ms_max
+    }
+
+    pub(super) fn get(&self, key: Key) -> Option<ListRef<'_>> {
+        let list = self.lists.get(&key)?;
+        Some(ListRef { key, positions: list.positions.as_slice(), last: list.last })
+    }
+
+    pub(super) fn head(&self, key: Key) -> Option<ConversationHead> {
+        super::index::head(self.get(key)?.last)
+    }
+
+    /// All lists, in the order of their keys.
+    pub(super) fn sorted(&self) -> Vec<ListRef<'_>> {
+        let mut lists: Vec<ListRef<'_>> = self
+            .lists
+            .iter()
+            .map(|(key, list)| ListRef { key: *key, positions: list.positions.as_slice(), last: list.last })
+            .collect();
+        lists.sort_unstable_by_key(|list| list.key);
+        lists
+    }
+}
