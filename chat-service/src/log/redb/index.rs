@@ -141,9 +141,7 @@ impl Index {
         let state = self.state.read();
         let mut heads: Vec<Option<ConversationHead>> = keys
             .iter()
-            .map(|key| {
-                state.active.head(*key).or_else(|| state.frozen.as_ref().and_then(|frozen| frozen.head(*key)))
-            })
+            .map(|key| state.active.head(*key).or_else(|| state.frozen.as_ref().and_then(|frozen| frozen.head(*key))))
             .collect();
         let wanted = |key: Key| state.runs.iter().any(|run| run.filter.may_have(key));
         if !keys.iter().zip(&heads).any(|(key, head)| head.is_none() && wanted(*key)) {
@@ -341,7 +339,10 @@ struct Blocks(ReadOnlyTable<&'static [u8; BLOCK_KEY_BYTES], &'static [u8]>);
 impl Blocks {
     /// The head of a conversation, if the run has any of it.
     fn head(&self, run: u32, key: Key) -> Result<Option<ConversationHead>, ReadError> {
-        let Some(found) = self.0.range::<&BlockKey>(&first_key(run)..=&block_key(run, key, u64::MAX))?.next_back() else { return Ok(None) };
+        let Some(found) = self.0.range::<&BlockKey>(&first_key(run)..=&block_key(run, key, u64::MAX))?.next_back()
+        else {
+            return Ok(None);
+        };
         let (block_key, block) = found?;
         let mut newest = None;
         let visited = each_list(block_key.value(), block.value(), |list| {

@@ -105,11 +105,11 @@ impl Indexer {
         }
         let opened = opener.open_index_file().map_err(|error| error.to_string())?;
         // A commit that failed may have been made all the same.
-        let (runs, rubbish) = read_runs(&opened).map_err(|error| error.to_string())?;
+        let runs = read_runs(&opened).map_err(|error| error.to_string())?;
         *database = Some(opened);
         drop(database);
-        self.index.reloaded(runs);
-        self.rubbish = rubbish;
+        self.index.reloaded(runs.listed);
+        self.rubbish = runs.rubbish;
         Ok(())
     }
 
@@ -193,8 +193,16 @@ fn list_run(transaction: &WriteTransaction, run: &Run) -> Result<(), ReadError> 
     Ok(())
 }
 
-/// The listed runs in the order of their positions, and the numbers of those that are not listed but have blocks.
-pub(super) fn read_runs(database: &Database) -> Result<(Vec<Run>, Vec<u32>), ReadError> {
+/// What an index file has.
+#[derive(Debug, Default)]
+pub(super) struct Runs {
+    /// Those that are listed, in the order of their positions.
+    pub(super) listed: Vec<Run>,
+    /// Numbers of those that are not, but have blocks.
+    pub(super) rubbish: Vec<u32>,
+}
+
+pub(super) fn read_runs(database: &Database) -> Result<Runs, ReadError> {
     let snapshot = database.begin_read()?;
     let filters = snapshot.open_table(FILTERS)?;
     let mut runs = Vec::new();
@@ -230,7 +238,7 @@ pub(super) fn read_runs(database: &Database) -> Result<(Vec<Run>, Vec<u32>), Rea
         let Some(next) = run.checked_add(1) else { break };
         number = next;
     }
-    Ok((runs, rubbish))
+    Ok(Runs { listed: runs, rubbish })
 }
 
 /// Removes some of what is left of a run; `true` if it was the last.
@@ -238,7 +246,8 @@ fn sweep(transaction: &WriteTransaction, number: u32) -> Result<bool, ReadError>
     let mut blocks = transaction.open_table(BLOCKS)?;
     let range = first_key(number)..=block_key(number, Key::MAX, u64::MAX);
     let mut left = SWEEP_BLOCKS;
-    let mut removed = blocks.extract_from_if::<&BlockKey, _>(&range.start().clone()..=&range.end().clone(), |_, _| true)?;
+    let mut removed =
+        blocks.extract_from_if::<&BlockKey, _>(&range.start().clone()..=&range.end().clone(), |_, _| true)?;
     while left > 0 {
         match removed.next() {
             Some(block) => drop(block?),
@@ -271,10 +280,10 @@ impl Merge {
         let blocks = database.begin_read()?.open_table(BLOCKS)?;
         let mut readers = Vec::with_capacity(inputs.len());
         for run in &inputs {
-            let range = blocks.range_owned::<&BlockKey>(
-                &first_key(run.number)..=&block_key(run.number, Key::MAX, u64::MAX),
-            )?;
-            let mut reader = RunReader { range, lists: Lists::default(), at: 0, without_ids: run.at_ms_max < horizon_ms };
+            let range =
+                blocks.range_owned::<&BlockKey>(&first_key(run.number)..=&block_key(run.number, Key::MAX, u64::MAX))?;
+            let mut reader =
+                RunReader { range, lists: Lists::default(), at: 0, without_ids: run.at_ms_max < horizon_ms };
             reader.settle()?;
             readers.push(reader);
         }

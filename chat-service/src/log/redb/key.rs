@@ -146,7 +146,9 @@ mod tests {
             assert!(key < Key::MAX);
         }
         assert!(all[0].is_conversation() && !all[1].is_conversation() && all[4].is_id() && !all[0].is_id());
-        assert!(all.windows(2).take(5).all(|pair| pair[0].to_bytes().cmp(&pair[1].to_bytes()) == pair[0].cmp(&pair[1])));
+        assert!(
+            all.windows(2).take(5).all(|pair| pair[0].to_bytes().cmp(&pair[1].to_bytes()) == pair[0].cmp(&pair[1]))
+        );
     }
 
     #[test]

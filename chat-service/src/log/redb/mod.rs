@@ -30,9 +30,9 @@ use ::redb::Database;
 use chat_protocol::{ConversationId, Seq};
 use parking_lot::RwLock;
 
-pub use self::open::OpenError;
 use self::index::Index;
 use self::key::Keys;
+pub use self::open::OpenError;
 use self::open::Opener;
 use self::writer::Queue;
 use super::{
@@ -53,8 +53,7 @@ pub struct RedbOptions {
 
 impl RedbOptions {
     /// What [`RedbOptions::default`] gives.
-    pub const DEFAULT: Self =
-        Self { log_cache_bytes: 32 << 20, index_cache_bytes: 32 << 20, flush_entries: 32_768 };
+    pub const DEFAULT: Self = Self { log_cache_bytes: 32 << 20, index_cache_bytes: 32 << 20, flush_entries: 32_768 };
 }
 
 impl Default for RedbOptions {

@@ -15,7 +15,7 @@ use ::redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageEr
 use super::super::Position;
 use super::RedbOptions;
 use super::index::Index;
-use super::indexer::{Indexer, read_runs};
+use super::indexer::{Indexer, Runs, read_runs};
 use super::key::Keys;
 use super::reader::ReadError;
 use super::recent::Posted;
@@ -202,7 +202,7 @@ impl Opener {
             let runs = read_index(&index, prepared).map_err(|error| unreadable(&file, error))?;
             Ok((index, runs))
         });
-        let (index, (runs, rubbish)) = match opened {
+        let (index, runs) = match opened {
             Ok((index, Some(runs))) => (index, runs),
             Ok((index, None)) => {
                 tracing::warn!(file = %file.display(), "the index is not this log's, or of another format: making it anew");
@@ -215,13 +215,13 @@ impl Opener {
             }
             Err(error) => return Err(error),
         };
-        let index = Arc::new(Index::new(index, runs, self.options.flush_entries));
-        let mut indexer = Indexer::new(Arc::clone(&index), rubbish);
+        let index = Arc::new(Index::new(index, runs.listed, self.options.flush_entries));
+        let mut indexer = Indexer::new(Arc::clone(&index), runs.rubbish);
         catch_up(log, &index, &mut indexer, prepared).map_err(|error| unreadable(&self.log_file(), error))?;
         Ok((index, indexer))
     }
 
-    fn make_index_anew(&self, prepared: &Prepared) -> Result<(Database, (Vec<super::index::Run>, Vec<u32>)), OpenError> {
+    fn make_index_anew(&self, prepared: &Prepared) -> Result<(Database, Runs), OpenError> {
         let file = self.index_file();
         fs::remove_file(&file).map_err(|error| OpenError::Io { file: file.clone(), reason: error.to_string() })?;
         let index = self.open_index_file()?;
@@ -290,12 +290,9 @@ fn format(database: &Database) -> Result<Option<u64>, ReadError> {
 }
 
 /// The runs of an index, whose tables are made if it is new; `None` if it is another log's or has another format.
-#[expect(clippy::type_complexity, reason = "two lists")]
-fn read_index(
-    index: &Database,
-    prepared: &Prepared,
-) -> Result<Option<(Vec<super::index::Run>, Vec<u32>)>, ReadError> {
-    let known = [(FORMAT_KEY, INDEX_FORMAT), (SECRET_KEYS[0], prepared.secret[0]), (SECRET_KEYS[1], prepared.secret[1])];
+fn read_index(index: &Database, prepared: &Prepared) -> Result<Option<Runs>, ReadError> {
+    let known =
+        [(FORMAT_KEY, INDEX_FORMAT), (SECRET_KEYS[0], prepared.secret[0]), (SECRET_KEYS[1], prepared.secret[1])];
     if format(index)?.is_none() {
         let mut writing = index.begin_write()?;
         writing.set_quick_repair(true);
@@ -318,10 +315,10 @@ fn read_index(
             return Ok(None);
         }
     }
-    let (runs, rubbish) = read_runs(index)?;
+    let runs = read_runs(index)?;
     // An index that knows more than the log belongs to a later state of it: a copy was put back.
-    let ahead = runs.last().is_some_and(|run| run.last > prepared.last.0);
-    Ok((!ahead).then_some((runs, rubbish)))
+    let ahead = runs.listed.last().is_some_and(|run| run.last > prepared.last.0);
+    Ok((!ahead).then_some(runs))
 }
 
 /// Indexes what the log has and the index has not.

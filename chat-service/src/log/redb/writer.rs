@@ -17,8 +17,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::super::{AppendError, ConversationHead, Device, LogError, NewEntry, Position, Stream};
 use super::Shared;
-use super::notes::{Notes, SessionNote};
 use super::key::Key;
+use super::notes::{Notes, SessionNote};
 use super::open::{OpenError, Opener, read_prepared};
 use super::reader::{ReadError, stored_session};
 use super::recent::Posted;
