@@ -33,12 +33,14 @@ fn main() -> ExitCode {
 
 async fn serve(settings: &Settings) -> anyhow::Result<()> {
     let server = Server::start(settings).await?;
+    // Before anybody is told that we are there, and may ask us to stop.
+    let stop = server::stop_signal()?;
     // Whoever started us may not read: that is no reason to stop.
     let mut stdout = std::io::stdout();
     if let Err(error) = stdout.write_all(server.greeting().as_bytes()).and_then(|()| stdout.flush()) {
         tracing::debug!(%error, "nobody reads the greeting");
     }
-    server.run(server::stop_signal()?).await
+    server.run(stop).await
 }
 
 /// A connection is a file descriptor: take as many as the operating system allows this process.
