@@ -9,7 +9,7 @@
 use std::ops::ControlFlow;
 use std::sync::Arc;
 
-use ::redb::{Database, ReadOnlyTable, ReadableDatabase};
+use ::redb::{AccessGuard, Database, ReadOnlyTable, ReadableDatabase};
 use chat_protocol::{Seq, Timestamp};
 use parking_lot::{Condvar, Mutex, RwLock};
 
@@ -339,11 +339,8 @@ struct Blocks(ReadOnlyTable<&'static [u8; BLOCK_KEY_BYTES], &'static [u8]>);
 impl Blocks {
     /// The head of a conversation, if the run has any of it.
     fn head(&self, run: u32, key: Key) -> Result<Option<ConversationHead>, ReadError> {
-        let Some(found) = self.0.range::<&BlockKey>(&first_key(run)..=&block_key(run, key, u64::MAX))?.next_back()
-        else {
-            return Ok(None);
-        };
-        let (block_key, block) = found?;
+        let wanted = block_key(run, key, u64::MAX);
+        let (block_key, block) = self.covering(run, &wanted)?;
         let mut newest = None;
         let visited = each_list(block_key.value(), block.value(), |list| {
             if list.key == key {
@@ -362,23 +359,47 @@ impl Blocks {
         order: u64,
         mut visit: impl FnMut(ListRef<'_>) -> ControlFlow<()>,
     ) -> Result<(), ReadError> {
-        let begin = match self.0.range::<&BlockKey>(&first_key(run)..=&block_key(run, key, order))?.next_back() {
-            Some(found) => *found?.0.value(),
-            None => block_key(run, key, order),
-        };
-        for found in self.0.range::<&BlockKey>(&begin..=&block_key(run, key, u64::MAX))? {
+        let (begin, _) = self.covering(run, &block_key(run, key, order))?;
+        let mut before: Option<(AccessGuard<'_, &BlockKey>, AccessGuard<'_, &[u8]>)> = None;
+        for found in self.0.range::<&BlockKey>(begin.value()..=&block_key(run, key, u64::MAX))? {
             let (block_key, block) = found?;
+            if let Some((before, block)) = &before
+                && open(before.value(), block.value())?.next_key() != *block_key.value()
+            {
+                return Err(Broken::at("blocks", before.value(), "the block behind it is missing").into());
+            }
             let flow = each_list(block_key.value(), block.value(), |list| match list.key.cmp(&key) {
                 std::cmp::Ordering::Less => ControlFlow::Continue(()),
                 std::cmp::Ordering::Equal => visit(list),
                 std::cmp::Ordering::Greater => ControlFlow::Break(()),
             })?;
             if flow.is_break() {
-                break;
+                return Ok(());
             }
+            before = Some((block_key, block));
         }
-        Ok(())
+        let Some((last, block)) = before else { return Ok(()) };
+        let covered = open(last.value(), block.value())?.covers(&block_key(run, key, u64::MAX));
+        covered.map_err(|reason| Broken::at("blocks", last.value(), reason).into())
     }
+
+    /// The block that has this list, if the run has it.
+    fn covering(
+        &self,
+        run: u32,
+        wanted: &BlockKey,
+    ) -> Result<(AccessGuard<'_, &'static BlockKey>, AccessGuard<'_, &'static [u8]>), ReadError> {
+        let first = first_key(run);
+        let found = self.0.range::<&BlockKey>(&first..=wanted)?.next_back();
+        let (key, block) = found.ok_or_else(|| Broken::at("blocks", &first, "the run's first block is missing"))??;
+        let covered = open(key.value(), block.value())?.covers(wanted);
+        covered.map_err(|reason| Broken::at("blocks", key.value(), reason))?;
+        Ok((key, block))
+    }
+}
+
+fn open<'a>(key: &BlockKey, block: &'a [u8]) -> Result<BlockReader<'a>, Broken> {
+    BlockReader::new(key, block).map_err(|reason| Broken::at("blocks", key, reason))
 }
 
 fn each_list(
@@ -387,7 +408,7 @@ fn each_list(
     mut visit: impl FnMut(ListRef<'_>) -> ControlFlow<()>,
 ) -> Result<ControlFlow<()>, Broken> {
     let broken = |reason: String| Broken::at("blocks", block_key, reason);
-    let mut reader = BlockReader::new(block_key, block).map_err(broken)?;
+    let mut reader = open(block_key, block)?;
     let mut positions = Vec::new();
     while let Some((key, last)) = reader.next(&mut positions).map_err(broken)? {
         if visit(ListRef { key, positions: &positions, last }).is_break() {

@@ -16,8 +16,8 @@ use super::index::{Index, Run};
 use super::key::Key;
 use super::open::{OpenError, Opener};
 use super::posting::{
-    BLOCK_KEY_BYTES, BlockKey, BlockReader, BlockWriter, LIST_POSITIONS_MAX, Last, List, ListRef, block_key, first_key,
-    run_of,
+    BLOCK_KEY_BYTES, BlockKey, BlockReader, BlockWriter, END, LIST_POSITIONS_MAX, Last, List, ListRef, block_key,
+    first_key, run_of,
 };
 use super::reader::ReadError;
 use super::recent::Recent;
@@ -282,8 +282,13 @@ impl Merge {
         for run in &inputs {
             let range =
                 blocks.range_owned::<&BlockKey>(&first_key(run.number)..=&block_key(run.number, Key::MAX, u64::MAX))?;
-            let mut reader =
-                RunReader { range, lists: Lists::default(), at: 0, without_ids: run.at_ms_max < horizon_ms };
+            let mut reader = RunReader {
+                range,
+                next: first_key(run.number),
+                lists: Lists::default(),
+                at: 0,
+                without_ids: run.at_ms_max < horizon_ms,
+            };
             reader.settle()?;
             readers.push(reader);
         }
@@ -370,6 +375,8 @@ fn take(
 /// Reads a run from its first list to its last.
 struct RunReader {
     range: OwnedRange<&'static [u8; BLOCK_KEY_BYTES], &'static [u8]>,
+    /// The key of the block that has to come.
+    next: BlockKey,
     /// Of one block.
     lists: Lists,
     at: usize,
@@ -405,9 +412,12 @@ impl RunReader {
                 Some(key) if self.without_ids && key.is_id() => self.at += 1,
                 Some(_) => return Ok(()),
                 None => {
-                    let Some(found) = self.range.next() else { return Ok(()) };
-                    let (key, block) = found?;
-                    self.lists.read(key.value(), block.value())?;
+                    let found = self.range.next().transpose()?;
+                    if found.as_ref().map_or(END, |(key, _)| *key.value()) != self.next {
+                        return Err(Broken::at("blocks", &self.next, "the block is missing").into());
+                    }
+                    let Some((key, block)) = found else { return Ok(()) };
+                    self.next = self.lists.read(key.value(), block.value())?;
                     self.at = 0;
                 }
             }
@@ -416,18 +426,20 @@ impl RunReader {
 }
 
 impl Lists {
-    fn read(&mut self, key: &BlockKey, block: &[u8]) -> Result<(), Broken> {
+    /// Takes a block's lists; the key of the block behind it.
+    fn read(&mut self, key: &BlockKey, block: &[u8]) -> Result<BlockKey, Broken> {
         let broken = |reason: String| Broken::at("blocks", key, reason);
         self.lists.clear();
         self.positions.clear();
         let mut reader = BlockReader::new(key, block).map_err(broken)?;
+        let next = reader.next_key();
         let mut positions = Vec::new();
         while let Some((key, last)) = reader.next(&mut positions).map_err(broken)? {
             let begin = self.positions.len();
             self.positions.extend_from_slice(&positions);
             self.lists.push((key, last, begin..self.positions.len()));
         }
-        Ok(())
+        Ok(next)
     }
 }
 

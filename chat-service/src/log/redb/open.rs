@@ -19,6 +19,7 @@ use super::indexer::{Indexer, Runs, read_runs};
 use super::key::Keys;
 use super::reader::ReadError;
 use super::recent::Posted;
+use super::record::Broken;
 use super::row::{self, Tail};
 use super::schema::{
     BLOCKS, DELIVERED, FILTERS, FORMAT_KEY, INDEX_FORMAT, LOG_FORMAT, META, ROWS, RUNS, SECRET_KEYS, SESSIONS,
@@ -266,7 +267,7 @@ pub(super) fn read_prepared(log: &Database) -> Result<Prepared, ReadError> {
     let mut secret = [0; 2];
     for (number, key) in secret.iter_mut().zip(SECRET_KEYS) {
         let found = meta.get(key)?;
-        let missing = || super::record::Broken::at("meta", key.as_bytes(), "it is missing");
+        let missing = || Broken::at("meta", key.as_bytes(), "it is missing");
         *number = found.ok_or_else(missing)?.value();
     }
     let (last, tail) = match reading.open_table(ROWS)?.last()? {
@@ -331,8 +332,13 @@ fn catch_up(log: &Database, index: &Index, indexer: &mut Indexer, prepared: &Pre
     let begin = rows.range(..=indexed.0 + 1)?.next_back().transpose()?.map_or(0, |(first, _)| first.value());
     let mut told_at = Instant::now();
     let mut posted = Vec::new();
+    let mut expected = None;
     for found in rows.range(begin..)? {
         let (first, row) = found?;
+        if expected.is_some_and(|expected| expected != first.value()) {
+            return Err(Broken::entry(Position(first.value()), "there is no row before it").into());
+        }
+        expected = Some(row::last(Position(first.value()), row.value())?.0 + 1);
         posted.clear();
         for entry in row::entries(Position(first.value()), row.value()) {
             let entry = entry?;

@@ -1,7 +1,8 @@
 //! Posting lists: for a conversation, a user's side or a message id, the positions of its entries; and the blocks that hold them on disk.
 //!
 //! A run is a sorted sequence of lists, packed into blocks of about a page. Long lists are cut, so that reading one begins near where it is
-//! wanted. A block carries a version and a checksum over its key and its content. Pure: no file, lock or clock.
+//! wanted. A block carries a version, a checksum over its key and its content, and the key of the block behind it: one that is missing is noticed.
+//! Pure: no file, lock or clock.
 
 use super::key::{KEY_BYTES, Key};
 use super::record::{self, Body, put_number};
@@ -24,7 +25,7 @@ pub(super) fn block_key(run: u32, key: Key, order: u64) -> BlockKey {
     block_key
 }
 
-/// Before every block of a run.
+/// The key of a run's first block, whatever is in it.
 pub(super) fn first_key(run: u32) -> BlockKey {
     block_key(run, Key::MIN, 0)
 }
@@ -90,15 +91,31 @@ pub(super) struct BlockWriter {
     run: u32,
     /// Smaller than every position of the run.
     base: u64,
-    key: Option<BlockKey>,
+    key: BlockKey,
     previous: [u8; KEY_BYTES],
     block: Vec<u8>,
     list: Vec<u8>,
 }
 
+/// Behind the last block of a run.
+pub(super) const END: [u8; BLOCK_KEY_BYTES] = [0xff; BLOCK_KEY_BYTES];
+/// Where a block says which is behind it.
+const NEXT_AT: std::ops::Range<usize> = record::HEADER_BYTES..record::HEADER_BYTES + BLOCK_KEY_BYTES;
+
 impl BlockWriter {
     pub(super) fn new(run: u32, base: u64) -> Self {
-        Self { run, base, key: None, previous: [0; KEY_BYTES], block: Vec::new(), list: Vec::new() }
+        let key = first_key(run);
+        let mut writer = Self { run, base, key, previous: [0; KEY_BYTES], block: Vec::new(), list: Vec::new() };
+        writer.begin(key);
+        writer
+    }
+
+    fn begin(&mut self, key: BlockKey) {
+        self.key = key;
+        self.previous = [0; KEY_BYTES];
+        record::begin(&mut self.block);
+        self.block.extend_from_slice(&END);
+        put_number(&mut self.block, self.base);
     }
 
     /// Adds a list; gives every block that is full to `write`.
@@ -109,14 +126,12 @@ impl BlockWriter {
     ) -> Result<(), E> {
         for piece in list.pieces() {
             self.encode(&piece);
-            if self.key.is_some() && self.block.len() + self.list.len() > BLOCK_BYTES_MAX {
+            if self.block.len() + self.list.len() > BLOCK_BYTES_MAX {
+                let next = block_key(self.run, piece.key, piece.order());
+                self.block[NEXT_AT].copy_from_slice(&next);
                 self.seal(&mut write)?;
+                self.begin(next);
                 self.encode(&piece);
-            }
-            if self.key.is_none() {
-                self.key = Some(block_key(self.run, piece.key, piece.order()));
-                record::begin(&mut self.block);
-                put_number(&mut self.block, self.base);
             }
             self.block.extend_from_slice(&self.list);
             self.previous = piece.key.to_bytes();
@@ -130,10 +145,8 @@ impl BlockWriter {
     }
 
     fn seal<E>(&mut self, write: &mut impl FnMut(&BlockKey, &[u8]) -> Result<(), E>) -> Result<(), E> {
-        let Some(key) = self.key.take() else { return Ok(()) };
-        record::seal(&key, &mut self.block);
-        self.previous = [0; KEY_BYTES];
-        write(&key, &self.block)
+        record::seal(&self.key, &mut self.block);
+        write(&self.key, &self.block)
     }
 
     /// Key (as far as it differs from the one before), count, last seq and time of a conversation, positions.
@@ -158,6 +171,8 @@ impl BlockWriter {
 
 /// The lists of a block, one by one.
 pub(super) struct BlockReader<'a> {
+    /// The key of the block behind it.
+    next: &'a [u8],
     body: Body<'a>,
     base: u64,
     key: [u8; KEY_BYTES],
@@ -167,8 +182,21 @@ impl<'a> BlockReader<'a> {
     /// Checks the block first.
     pub(super) fn new(key: &BlockKey, block: &'a [u8]) -> Result<Self, String> {
         let mut body = record::open(key, block)?;
+        let next = body.bytes(BLOCK_KEY_BYTES)?;
         let base = body.number()?;
-        Ok(Self { body, base, key: [0; KEY_BYTES] })
+        Ok(Self { next, body, base, key: [0; KEY_BYTES] })
+    }
+
+    /// The block with this key, and not one that is missing, would have what has this key.
+    pub(super) fn covers(&self, wanted: &BlockKey) -> Result<(), String> {
+        if wanted[..] < *self.next { Ok(()) } else { Err("the block behind it is missing".to_owned()) }
+    }
+
+    /// The key of the block behind it; [`END`] if there is none.
+    pub(super) fn next_key(&self) -> BlockKey {
+        let mut next = END;
+        next.copy_from_slice(self.next);
+        next
     }
 
     /// Reads the next list into `positions`, whose old content is lost. `None` at the end.
@@ -266,12 +294,15 @@ mod tests {
             let blocks = blocks(&lists);
             prop_assert!(blocks.is_sorted_by(|(a, _), (b, _)| a < b));
             let mut read: Vec<List> = Vec::new();
-            for (key, block) in &blocks {
+            prop_assert_eq!(blocks[0].0, first_key(7));
+            for (nth, (key, block)) in blocks.iter().enumerate() {
                 prop_assert!(block.len() <= BLOCK_BYTES_MAX, "{} bytes", block.len());
                 prop_assert_eq!(run_of(key), 7);
                 let mut reader = BlockReader::new(key, block).unwrap();
+                prop_assert_eq!(reader.next_key(), blocks.get(nth + 1).map_or(END, |(key, _)| *key));
+                prop_assert!(reader.covers(key).is_ok());
                 let mut positions = Vec::new();
-                let mut first = true;
+                let mut first = nth > 0;
                 while let Some((list, last)) = reader.next(&mut positions).unwrap() {
                     let piece = ListRef { key: list, positions: &positions, last };
                     if first {

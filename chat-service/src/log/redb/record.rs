@@ -12,7 +12,7 @@ use super::schema;
 
 /// The version that this code writes, and the only one so far.
 const VERSION: u8 = 1;
-const HEADER_BYTES: usize = 5;
+pub(super) const HEADER_BYTES: usize = 5;
 
 /// Something in the file is not what was written there.
 #[derive(Debug, thiserror::Error)]
