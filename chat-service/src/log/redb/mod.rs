@@ -226,4 +226,8 @@ impl Log for RedbLog {
 }
 
 #[cfg(test)]
+mod disk;
+#[cfg(test)]
+mod faults;
+#[cfg(test)]
 mod tests;

@@ -44,6 +44,13 @@ pub enum OpenError {
     /// A newer program wrote it.
     #[error("{} has format version {found}, this program knows up to {known}: use a newer version of it", file.display())]
     NewerFormat { file: PathBuf, found: String, known: u64 },
+    /// The log ends before what the index has of it.
+    #[error(
+        "{} ends at {last} but had {indexed} messages once: its end is lost, or an older copy was put back; if that was meant, remove {}",
+        log.display(),
+        index.display()
+    )]
+    Behind { log: PathBuf, index: PathBuf, last: u64, indexed: u64 },
     /// It is not a log, or no longer.
     #[error("{} is damaged or no log of ours: {reason}; restore it from a backup, or move it away to begin anew", file.display())]
     Corrupt { file: PathBuf, reason: String },
@@ -120,7 +127,7 @@ impl Opener {
         });
         #[cfg(test)]
         let opened = match disk {
-            Some(disk) => builder.create_with_backend(super::tests::FaultyFile::open(file, disk)),
+            Some(disk) => builder.create_with_backend(super::disk::File::open(file, disk)),
             None => builder.create(file),
         };
         #[cfg(not(test))]
@@ -216,6 +223,14 @@ impl Opener {
             }
             Err(error) => return Err(error),
         };
+        if let Some(run) = runs.listed.last().filter(|run| run.last > prepared.last.0) {
+            return Err(OpenError::Behind {
+                log: self.log_file(),
+                index: file,
+                last: prepared.last.0,
+                indexed: run.last,
+            });
+        }
         let index = Arc::new(Index::new(index, runs.listed, self.options.flush_entries));
         let mut indexer = Indexer::new(Arc::clone(&index), runs.rubbish);
         catch_up(log, &index, &mut indexer, prepared).map_err(|error| unreadable(&self.log_file(), error))?;
@@ -248,7 +263,7 @@ impl Opener {
 }
 
 #[cfg(test)]
-type Disk = Option<std::sync::Arc<super::tests::FaultyDisk>>;
+type Disk = Option<Arc<dyn super::disk::Disk>>;
 
 /// A log that was opened.
 #[derive(Debug)]
@@ -316,10 +331,7 @@ fn read_index(index: &Database, prepared: &Prepared) -> Result<Option<Runs>, Rea
             return Ok(None);
         }
     }
-    let runs = read_runs(index)?;
-    // An index that knows more than the log belongs to a later state of it: a copy was put back.
-    let ahead = runs.listed.last().is_some_and(|run| run.last > prepared.last.0);
-    Ok((!ahead).then_some(runs))
+    Ok(Some(read_runs(index)?))
 }
 
 /// Indexes what the log has and the index has not.

@@ -1,23 +1,19 @@
 //! What files and disks can do to the log, and the log beside its model in memory.
 
-use std::collections::HashSet;
 use std::fs::{self, OpenOptions};
-use std::io;
-use std::ops::Bound;
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use ::redb::backends::FileBackend;
-use ::redb::{BackendError, Database, ReadableDatabase, ReadableTable, StorageBackend};
+use ::redb::{Database, ReadableDatabase, ReadableTable};
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
-use parking_lot::Mutex;
 use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::super::conformance::Store;
 use super::super::{Log, MemoryLog, Side, SubscriptionRecord};
+use super::disk::FaultyDisk;
 use super::*;
 
 struct OnDisk(TempDir);
@@ -38,23 +34,23 @@ impl Store for OnDisk {
 
 crate::log_conformance_tests!(OnDisk::new());
 
-const EVERYTHING: ReadLimit = ReadLimit { entries: usize::MAX, bytes: usize::MAX };
+pub(super) const EVERYTHING: ReadLimit = ReadLimit { entries: usize::MAX, bytes: usize::MAX };
 
 /// So few entries in memory that a handful of messages makes runs and merges.
-const SMALL: RedbOptions = RedbOptions { flush_entries: 3, ..RedbOptions::DEFAULT };
+pub(super) const SMALL: RedbOptions = RedbOptions { flush_entries: 3, ..RedbOptions::DEFAULT };
 
 fn open(folder: &Path) -> RedbLog {
     RedbLog::open(folder, RedbOptions::default()).unwrap()
 }
 
-fn user(name: &str) -> UserId {
+pub(super) fn user(name: &str) -> UserId {
     UserId::parse(name).unwrap()
 }
 
 /// So late that no id is too old to be kept.
 const LATE_MS: u64 = 4_000_000_000_000;
 
-fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
+pub(super) fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
     let (from, to) = (user(from), user(to));
     NewEntry {
         conversation: ConversationId::between(&from, &to).unwrap(),
@@ -67,15 +63,15 @@ fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
     }
 }
 
-fn inbox(name: &str) -> Stream {
+pub(super) fn inbox(name: &str) -> Stream {
     Stream { user: user(name), side: Side::Inbox }
 }
 
-fn phone() -> Device {
+pub(super) fn phone() -> Device {
     Device { user: user("bob"), client_id: "phone".into() }
 }
 
-fn at(position: u64) -> SessionRecord {
+pub(super) fn at(position: u64) -> SessionRecord {
     SessionRecord { inbox: Some(Position(position)), ..SessionRecord::default() }
 }
 
@@ -362,7 +358,10 @@ async fn an_index_that_is_lost_damaged_or_anothers_is_made_anew() {
     assert_eq!(everything_of(&open(folder.path()), &["alice", "bob", "eve"]).await, filled, "another log's");
     open(folder.path()).append(vec![message("alice", "bob", 61, "later")]).await.unwrap();
     fs::copy(index_of(folder.path()), index_of(early.path())).unwrap();
-    assert_eq!(everything_of(&open(early.path()), &["alice", "bob", "eve"]).await, filled, "ahead of the log");
+    let error = RedbLog::open(early.path(), RedbOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::Behind { last: 120, indexed: 121, .. }), "{error:?}");
+    fs::remove_file(index_of(early.path())).unwrap();
+    assert_eq!(everything_of(&open(early.path()), &["alice", "bob", "eve"]).await, filled, "of an older copy");
 }
 
 #[tokio::test]
@@ -430,102 +429,9 @@ async fn what_was_not_waited_for_is_written_all_the_same() {
     assert_eq!(log.head(), Position(20));
 }
 
-/// What a disk does besides its work. As on a real one, what was written once can be written over when the disk is full.
-#[derive(Debug, Default)]
-pub(in crate::log) struct FaultyDisk {
-    blocks: Mutex<Blocks>,
-    sync_fails: AtomicBool,
-    broken: AtomicBool,
-}
-
-#[derive(Debug, Default)]
-struct Blocks {
-    used: HashSet<u64>,
-    /// `None` is no limit.
-    free: Option<usize>,
-}
-
-const BLOCK_BYTES: u64 = 4_096;
-
-impl FaultyDisk {
-    fn writing(&self, offset: u64, bytes: usize) -> io::Result<()> {
-        if self.broken.load(Ordering::SeqCst) {
-            return Err(io::Error::other("the disk is gone"));
-        }
-        let mut blocks = self.blocks.lock();
-        for block in offset / BLOCK_BYTES..(offset + bytes as u64).div_ceil(BLOCK_BYTES) {
-            if blocks.used.contains(&block) {
-                continue;
-            }
-            blocks.free = match blocks.free {
-                Some(0) => return Err(io::ErrorKind::StorageFull.into()),
-                free => free.map(|free| free - 1),
-            };
-            blocks.used.insert(block);
-        }
-        Ok(())
-    }
-
-    fn leave_free(&self, blocks: Option<usize>) {
-        self.blocks.lock().free = blocks;
-    }
-}
-
-/// A file on a [`FaultyDisk`].
-#[derive(Debug)]
-pub(in crate::log) struct FaultyFile {
-    file: FileBackend,
-    disk: Arc<FaultyDisk>,
-}
-
-impl FaultyFile {
-    pub(in crate::log) fn open(path: &Path, disk: &Arc<FaultyDisk>) -> Self {
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(path).unwrap();
-        Self { file: FileBackend::new(file).unwrap(), disk: Arc::clone(disk) }
-    }
-}
-
-impl StorageBackend for FaultyFile {
-    fn len(&self) -> io::Result<u64> {
-        self.file.len()
-    }
-
-    fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
-        self.file.read(offset, out)
-    }
-
-    fn set_len(&self, len: u64) -> io::Result<()> {
-        self.file.set_len(len)
-    }
-
-    fn sync_data(&self) -> io::Result<()> {
-        if self.disk.sync_fails.load(Ordering::SeqCst) {
-            return Err(io::Error::other("the disk does not sync"));
-        }
-        self.file.sync_data()
-    }
-
-    fn write(&self, offset: u64, data: &[u8]) -> io::Result<()> {
-        self.disk.writing(offset, data.len())?;
-        self.file.write(offset, data)
-    }
-
-    fn close(&self) -> io::Result<()> {
-        self.file.close()
-    }
-
-    fn try_lock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<bool, BackendError> {
-        self.file.try_lock_range(start, end)
-    }
-
-    fn unlock_range(&self, start: Bound<u64>, end: Bound<u64>) -> Result<(), BackendError> {
-        self.file.unlock_range(start, end)
-    }
-}
-
 fn open_on(folder: &Path, disk: &Arc<FaultyDisk>) -> RedbLog {
     let mut opener = Opener::new(folder, RedbOptions::default());
-    opener.disk = Some(Arc::clone(disk));
+    opener.disk = Some(disk.clone());
     RedbLog::start(opener).unwrap()
 }
 
