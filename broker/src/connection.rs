@@ -429,6 +429,7 @@ where
             for message in mail.live {
                 match message.keeping() {
                     Keeping::Durable => {
+                        session.bus_seen = session.bus_seen.max(message.position);
                         if let Some(slot) = session.slot(&message.topic) {
                             slot.stream.on_live(message);
                         }
@@ -1001,47 +1002,50 @@ where
         if self.end.is_some() || self.engine.closing {
             return;
         }
-        for index in 0..session.slots.len() {
-            loop {
-                let qos = session.slots[index].qos;
-                if self.engine.out.len() - self.out_at >= OUT_DELIVERIES_MAX || (qos > 0 && !session.has_room()) {
-                    break;
+        let mut has_room = true;
+        while let Some(index) = session.next_slot() {
+            let slot_qos = session.slots[index].qos;
+            has_room = self.engine.out.len() - self.out_at < OUT_DELIVERIES_MAX && (slot_qos == 0 || session.has_room());
+            if !has_room {
+                break;
+            }
+            let slot = &mut session.slots[index];
+            let Some(ready) = slot.stream.next() else { break };
+            let position = ready.position();
+            let retain = slot.stream.is_backlog(position);
+            let topic = Arc::clone(&slot.topic);
+            let again = session.take_resend(&topic, position);
+            let sent = send_ready(&mut self.engine, &topic, &ready, slot_qos, retain, again);
+            if let Ready::Live(message) = &ready
+                && message.received_us != 0
+            {
+                let age = self.shared.since_micros(message.received_us);
+                self.shared.service.observe(Observation::PublishToDelivery(age));
+            }
+            match sent {
+                Ok(Some(packet_id)) => {
+                    session.sent(packet_id, Target::Stream(topic, position), ready.payload().len());
                 }
-                let slot = &mut session.slots[index];
-                let Some(ready) = slot.stream.next() else {
-                    if self.reading.is_none()
-                        && self.retry_at.is_none()
-                        && let Some(after) = slot.stream.begin_read()
-                    {
-                        let shared = Arc::clone(&self.shared);
-                        let topic = Arc::clone(&slot.topic);
-                        let reading = async move {
-                            let limit = ReadLimit { messages: PAGE_MESSAGES, bytes: PAGE_BYTES };
-                            shared.service.read(&topic, after, limit).await
-                        };
-                        self.reading = Some((Arc::clone(&slot.topic), Box::pin(reading)));
-                    }
-                    break;
-                };
-                let position = ready.position();
-                let retain = slot.stream.is_backlog(position);
+                // QoS 0, or too large for this client: delivered when the bytes before it are written.
+                Ok(None) | Err(NotSent::TooLarge) => self.unwritten.push((topic, position)),
+                Err(NotSent::Closed) => return,
+            }
+        }
+        if has_room && self.reading.is_none() && self.retry_at.is_none() {
+            let window_has_room = session.has_room();
+            for slot in &mut session.slots {
+                if slot.qos > 0 && !window_has_room {
+                    continue;
+                }
+                let Some(after) = slot.stream.begin_read(self.shared.service.head()) else { continue };
+                let shared = Arc::clone(&self.shared);
                 let topic = Arc::clone(&slot.topic);
-                let again = session.take_resend(&topic, position);
-                let sent = send_ready(&mut self.engine, &topic, &ready, qos, retain, again);
-                if let Ready::Live(message) = &ready
-                    && message.received_us != 0
-                {
-                    let age = self.shared.since_micros(message.received_us);
-                    self.shared.service.observe(Observation::PublishToDelivery(age));
-                }
-                match sent {
-                    Ok(Some(packet_id)) => {
-                        session.sent(packet_id, Target::Stream(topic, position), ready.payload().len());
-                    }
-                    // QoS 0, or too large for this client: delivered when the bytes before it are written.
-                    Ok(None) | Err(NotSent::TooLarge) => self.unwritten.push((topic, position)),
-                    Err(NotSent::Closed) => return,
-                }
+                let reading = async move {
+                    let limit = ReadLimit { messages: PAGE_MESSAGES, bytes: PAGE_BYTES };
+                    shared.service.read(&topic, after, limit).await
+                };
+                self.reading = Some((Arc::clone(&slot.topic), Box::pin(reading)));
+                break;
             }
         }
         while self.engine.out.len() - self.out_at < OUT_DELIVERIES_MAX {

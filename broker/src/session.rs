@@ -69,6 +69,8 @@ pub(crate) struct Session {
     pub(crate) subscriptions: Vec<Subscription>,
     pub(crate) slots: Vec<Slot>,
     pub(crate) live_topics: Vec<(Arc<str>, u8)>,
+    /// The last position that the bus has brought, on any durable topic.
+    pub(crate) bus_seen: Position,
     pub(crate) queue: VecDeque<Queued>,
     /// What the last connection had in flight: the same messages go out under the same packet identifiers [MQTT-4.4.0-1].
     pub(crate) resend: Vec<Resend>,
@@ -90,6 +92,7 @@ impl Session {
             subscriptions: Vec::new(),
             slots: Vec::new(),
             live_topics: Vec::new(),
+            bus_seen: Position::default(),
             queue: VecDeque::new(),
             resend: Vec::new(),
             in_flight: VecDeque::new(),
@@ -142,6 +145,11 @@ impl Session {
         self.slots.iter_mut().find(|slot| *slot.topic == *topic)
     }
 
+    /// The slot whose message comes next, over all of them: what has to be in order may be spread over topics.
+    pub(crate) fn next_slot(&mut self) -> Option<usize> {
+        next_slot(&mut self.slots, self.bus_seen)
+    }
+
     pub(crate) fn live_qos(&self, topic: &str) -> Option<u8> {
         self.live_topics.iter().find(|(name, _)| **name == *topic).map(|(_, qos)| *qos)
     }
@@ -172,5 +180,120 @@ impl Session {
     /// Whether a bound topic is durable and not yet read.
     pub(crate) fn is_new_stream(&self, topic: &BoundTopic) -> bool {
         topic.keeping == Keeping::Durable && !self.slots.iter().any(|slot| slot.topic == topic.name)
+    }
+}
+
+/// The slot with the smallest position, once no other can still have a smaller one.
+fn next_slot(slots: &mut [Slot], bus_seen: Position) -> Option<usize> {
+    let fronts = slots.iter().enumerate().filter_map(|(index, slot)| Some((slot.stream.front()?, index)));
+    let (position, index) = fronts.min()?;
+    let mut complete = true;
+    for slot in slots.iter_mut().filter(|slot| slot.stream.front().is_none()) {
+        complete &= slot.stream.is_complete_to(position, bus_seen);
+    }
+    complete.then_some(index)
+}
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+    use proptest::prelude::*;
+
+    use super::*;
+    use crate::live::LiveMessage;
+    use crate::service::{Delivery, Page};
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        /// Commit a message to one of two topics and announce it; `lost`: on its way it is dropped and a gap told.
+        Commit { topic: usize, lost: bool },
+        /// The announcement that waits longest arrives.
+        Arrive,
+        BeginRead,
+        /// The page that was asked for arrives, with at most so many messages.
+        PageArrives(usize),
+        Send(usize),
+    }
+
+    fn steps() -> impl Strategy<Value = Vec<Step>> {
+        let step = prop_oneof![
+            4 => (0_usize..2, prop::bool::weighted(0.2)).prop_map(|(topic, lost)| Step::Commit { topic, lost }),
+            4 => Just(Step::Arrive),
+            3 => Just(Step::BeginRead),
+            3 => (1_usize..6).prop_map(Step::PageArrives),
+            3 => (1_usize..8).prop_map(Step::Send),
+        ];
+        prop::collection::vec(step, 1..200)
+    }
+
+    proptest! {
+        #[test]
+        fn messages_of_two_topics_come_in_one_order(steps in steps(), before in prop::collection::vec(0_usize..2, 0..20)) {
+            // The topic of each committed position, from 1 on.
+            let mut log = before;
+            let mut wire: VecDeque<Option<u64>> = VecDeque::new();
+            let mut slots: Vec<Slot> = ["inbox", "sent"]
+                .map(|topic| Slot { topic: topic.into(), qos: 1, stream: DurableStream::new(Position(0), Position(0)) })
+                .into();
+            let mut bus_seen = Position(0);
+            let mut read: Option<(usize, u64, usize)> = None;
+            let mut sent: Vec<u64> = Vec::new();
+            let finish = [Step::Arrive, Step::BeginRead, Step::PageArrives(1_000), Step::Send(1_000)];
+            let endless = std::iter::repeat_n(finish, 300).flatten();
+            for step in steps.into_iter().chain(endless) {
+                match step {
+                    Step::Commit { topic, lost } => {
+                        log.push(topic);
+                        wire.push_back((!lost).then_some(log.len() as u64));
+                    }
+                    Step::Arrive => match wire.pop_front() {
+                        Some(Some(position)) => {
+                            let topic = log[usize::try_from(position).unwrap() - 1];
+                            let payload = Bytes::from_static(b"x");
+                            let name = Arc::clone(&slots[topic].topic);
+                            let live = LiveMessage::new(name, Position(position), 0, payload, &[]);
+                            slots[topic].stream.on_live(Arc::new(live));
+                            bus_seen = Position(position);
+                        }
+                        Some(None) => slots.iter_mut().for_each(|slot| slot.stream.on_missed()),
+                        None => {}
+                    },
+                    Step::BeginRead => {
+                        for (topic, slot) in slots.iter_mut().enumerate() {
+                            if read.is_none()
+                                && let Some(after) = slot.stream.begin_read(Position(log.len() as u64))
+                            {
+                                // The read sees what was committed when it began.
+                                read = Some((topic, after.0, log.len()));
+                            }
+                        }
+                    }
+                    Step::PageArrives(most) => {
+                        if let Some((topic, after, seen)) = read.take() {
+                            let mut rest = (1_u64..).zip(&log[..seen]).filter(|(at, of)| **of == topic && *at > after);
+                            let deliveries = rest
+                                .by_ref()
+                                .take(most)
+                                .map(|(at, _)| Delivery {
+                                    position: Position(at),
+                                    payload: Bytes::from_static(b"x"),
+                                    properties: Arc::new([]),
+                                })
+                                .collect();
+                            let end = rest.next().is_none();
+                            slots[topic].stream.on_page(Page { deliveries, end });
+                        }
+                    }
+                    Step::Send(most) => {
+                        for _ in 0..most {
+                            let Some(index) = next_slot(&mut slots, bus_seen) else { break };
+                            sent.push(slots[index].stream.next().unwrap().position().0);
+                        }
+                        prop_assert_eq!(&sent, &(1..=sent.len() as u64).collect::<Vec<_>>());
+                    }
+                }
+            }
+            prop_assert_eq!(sent.len(), log.len());
+        }
     }
 }

@@ -46,8 +46,8 @@ enum Mode {
     Live,
     /// The log has to be read after `queued`.
     Behind,
-    /// A read is under way. `again`: something was missed meanwhile.
-    Reading { again: bool },
+    /// A read is under way, begun when the log ended at `head`. `again`: something was missed meanwhile.
+    Reading { again: bool, head: Position },
 }
 
 #[derive(Debug)]
@@ -67,6 +67,8 @@ pub(crate) struct DurableStream {
     reported: Position,
     /// Messages up to here were waiting when the subscription began.
     backlog_end: Position,
+    /// In [`Mode::Live`]: no message up to here is still to come.
+    complete: Position,
 }
 
 impl DurableStream {
@@ -81,6 +83,25 @@ impl DurableStream {
             acknowledged: after,
             reported: after,
             backlog_end,
+            complete: after,
+        }
+    }
+
+    /// The position of what comes next, if it is here.
+    pub(crate) fn front(&self) -> Option<Position> {
+        self.ready.front().map(Ready::position)
+    }
+
+    /// With nothing ready: whether nothing up to this position is still to come. `bus_seen` is the last position that the bus has brought
+    /// this session, on any topic: it brings them in their order. If it is not known, the log will be read.
+    pub(crate) fn is_complete_to(&mut self, position: Position, bus_seen: Position) -> bool {
+        match self.mode {
+            Mode::Live if self.complete.max(bus_seen) >= position => true,
+            Mode::Live => {
+                self.mode = Mode::Behind;
+                false
+            }
+            Mode::Behind | Mode::Reading { .. } => false,
         }
     }
 
@@ -94,24 +115,29 @@ impl DurableStream {
         position <= self.backlog_end
     }
 
-    /// The position to read after, if a read should begin now. The caller has room in the window.
-    pub(crate) fn begin_read(&mut self) -> Option<Position> {
+    /// The position to read after, if a read should begin now, while the log ends at `head`. The caller has room in the window.
+    pub(crate) fn begin_read(&mut self, head: Position) -> Option<Position> {
         if self.mode != Mode::Behind || !self.ready.is_empty() {
             return None;
         }
-        self.mode = Mode::Reading { again: false };
+        self.mode = Mode::Reading { again: false, head };
         Some(self.queued)
     }
 
     /// The page that a read brought.
     pub(crate) fn on_page(&mut self, page: Page) {
-        let Mode::Reading { again } = self.mode else { return };
+        let Mode::Reading { again, head } = self.mode else { return };
         for delivery in page.deliveries {
             if delivery.position > self.queued {
                 self.push(Ready::Stored(delivery));
             }
         }
-        self.mode = if page.end && !again { Mode::Live } else { Mode::Behind };
+        if page.end && !again {
+            self.mode = Mode::Live;
+            self.complete = self.queued.max(head);
+        } else {
+            self.mode = Mode::Behind;
+        }
         for message in std::mem::take(&mut self.held) {
             self.on_live(message);
         }
@@ -132,7 +158,7 @@ impl DurableStream {
             // The next read will see it: it was committed before it was announced.
             Mode::Behind => {}
             Mode::Reading { .. } if self.held.len() < READY_MESSAGES_MAX => self.held.push(message),
-            Mode::Reading { .. } => self.mode = Mode::Reading { again: true },
+            Mode::Reading { head, .. } => self.mode = Mode::Reading { again: true, head },
         }
     }
 
@@ -141,7 +167,7 @@ impl DurableStream {
         match &mut self.mode {
             Mode::Live => self.mode = Mode::Behind,
             Mode::Behind => {}
-            Mode::Reading { again } => *again = true,
+            Mode::Reading { again, .. } => *again = true,
         }
     }
 
@@ -221,7 +247,7 @@ mod tests {
     #[test]
     fn backlog_comes_first_and_live_follows_at_the_seam() {
         let mut stream = DurableStream::new(Position(0), Position(2));
-        assert_eq!(stream.begin_read(), Some(Position(0)));
+        assert_eq!(stream.begin_read(Position(0)), Some(Position(0)));
         // Position 3 is committed and announced while the page is on its way; whether the page has it or not must not matter.
         stream.on_live(live(3));
         stream.on_page(page([1, 2], true));
@@ -234,13 +260,13 @@ mod tests {
     #[test]
     fn a_gap_is_read_from_the_log() {
         let mut stream = DurableStream::new(Position(0), Position(0));
-        stream.begin_read();
+        stream.begin_read(Position(0));
         stream.on_page(page([], true));
         stream.on_live(live(1));
         stream.on_missed();
         stream.on_live(live(3));
         assert_eq!(drain(&mut stream), [1], "what follows a gap waits for the log");
-        assert_eq!(stream.begin_read(), Some(Position(1)));
+        assert_eq!(stream.begin_read(Position(0)), Some(Position(1)));
         stream.on_page(page([2, 3], true));
         assert_eq!(drain(&mut stream), [2, 3]);
     }
@@ -248,7 +274,7 @@ mod tests {
     #[test]
     fn the_cursor_waits_for_the_oldest_in_flight() {
         let mut stream = DurableStream::new(Position(0), Position(0));
-        stream.begin_read();
+        stream.begin_read(Position(0));
         stream.on_page(page([1, 2, 3], true));
         drain(&mut stream);
         assert!(!stream.on_acknowledged(Position(2)));
@@ -262,7 +288,7 @@ mod tests {
     #[test]
     fn a_slow_receiver_holds_a_bounded_number_of_messages() {
         let mut stream = DurableStream::new(Position(0), Position(0));
-        stream.begin_read();
+        stream.begin_read(Position(0));
         stream.on_page(page([], true));
         for position in 1..10_000 {
             stream.on_live(live(position));
@@ -270,7 +296,7 @@ mod tests {
         assert!(stream.ready.len() <= READY_MESSAGES_MAX && stream.held.is_empty());
         let first = drain(&mut stream);
         assert_eq!(first, (1..=first.len() as u64).collect::<Vec<_>>());
-        assert_eq!(stream.begin_read(), Some(Position(first.len() as u64)));
+        assert_eq!(stream.begin_read(Position(0)), Some(Position(first.len() as u64)));
     }
 
     #[derive(Clone, Debug)]
@@ -324,7 +350,7 @@ mod tests {
                         None => {}
                     },
                     Step::BeginRead => {
-                        if let Some(after) = stream.begin_read() {
+                        if let Some(after) = stream.begin_read(Position(log)) {
                             // The read sees what was committed when it began.
                             read = Some((after.0, log));
                         }
