@@ -22,7 +22,7 @@ use crate::completion::Reply;
 use crate::engine::{
     Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Publish, UserProperties, Will,
 };
-use crate::mailbox::{Ending, Mail, Mailbox, Ordinary};
+use crate::mailbox::{Ending, LIVE_MESSAGES_MAX, Mail, Mailbox, Ordinary};
 use crate::registry::ConnectionNumber;
 use crate::service::{
     BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Keeping, Observation, Page, Position,
@@ -54,6 +54,10 @@ const WINDOW_MAX: u16 = 1_024;
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long a session's new connection waits for the old one to give back what is under way.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
+/// How long a connection whose session was taken over reads what its client had sent before.
+const TAKEOVER_READ_TIMEOUT: Duration = Duration::from_millis(500);
+/// How long a connection that is gone waits to learn what became of what it was sent exactly once.
+const OUTCOME_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a failed read of the log waits before the next.
 const READ_RETRY: Duration = Duration::from_millis(500);
 
@@ -114,6 +118,10 @@ struct Connection<S: Service, T> {
     retry_at: Option<Instant>,
     timer: Pin<Box<Sleep>>,
     timer_at: Instant,
+    /// The session's next connection is there, and waits until then for what this one has read and done.
+    taken_over: Option<Instant>,
+    /// The socket had nothing more to read.
+    dry: bool,
     /// The server stops: what was published is still answered, nothing more is read.
     stopping: bool,
     end: Option<End>,
@@ -151,6 +159,8 @@ where
         retry_at: None,
         timer: Box::pin(tokio::time::sleep_until(deadline.into())),
         timer_at: deadline,
+        taken_over: None,
+        dry: false,
         stopping: false,
         end: None,
     };
@@ -205,6 +215,7 @@ where
         loop {
             std::future::poll_fn(|cx| self.poll_step(cx)).await;
             if self.end == Some(End::Socket) {
+                self.await_outcomes().await;
                 self.settle();
                 return End::Socket;
             }
@@ -214,6 +225,13 @@ where
             self.answer_pending();
             self.deliver();
             self.on_time();
+            if self.taken_over.is_some_and(|until| self.dry || Instant::now() >= until) && self.end.is_none() {
+                self.engine.disconnect(
+                    DisconnectReasonCode::SessionTakenOver,
+                    "another connection of this user has the same client identifier",
+                );
+                self.end = Some(End::Closed);
+            }
             if self.stopping && self.pending.is_empty() && self.unsent.is_empty() {
                 self.engine.disconnect(DisconnectReasonCode::ServerShuttingDown, "the server is shutting down");
                 self.end.get_or_insert(End::Shutdown);
@@ -226,6 +244,7 @@ where
                 self.end = Some(End::Closed);
             }
             if let Some(end) = self.end {
+                self.await_outcomes().await;
                 self.settle();
                 self.write_last_bytes().await;
                 return end;
@@ -264,6 +283,7 @@ where
                 return Poll::Ready(());
             }
         }
+        self.dry = false;
         if self.may_read() {
             match self.poll_read(cx) {
                 Poll::Ready(Ok(())) => progress = true,
@@ -271,7 +291,7 @@ where
                     self.end = Some(End::Socket);
                     return Poll::Ready(());
                 }
-                Poll::Pending => {}
+                Poll::Pending => self.dry = true,
             }
         }
         if self.timer.as_mut().poll(cx).is_ready() {
@@ -381,10 +401,8 @@ where
                 .disconnect(DisconnectReasonCode::KeepAliveTimeout, "nothing was heard for 1.5 times the keep alive");
             return;
         }
-        let next = [if self.session.is_none() { self.deadline } else { None }, silent_until, self.retry_at]
-            .into_iter()
-            .flatten()
-            .min();
+        let connect_by = if self.session.is_none() { self.deadline } else { None };
+        let next = [connect_by, silent_until, self.retry_at, self.taken_over].into_iter().flatten().min();
         match next {
             // Hearing from a client moves its deadline on: the timer is only set anew when it fires, or for something earlier.
             Some(next) if self.timer_at <= now || next < self.timer_at => {
@@ -425,6 +443,9 @@ where
                 for slot in &mut session.slots {
                     slot.stream.on_missed();
                 }
+                if !session.live_topics.is_empty() {
+                    tracing::debug!(user = %session.key.user, "live messages that no log has were perhaps lost");
+                }
             }
             for message in mail.live {
                 match message.keeping() {
@@ -436,7 +457,7 @@ where
                     }
                     Keeping::Live => {
                         let Some(qos) = session.live_qos(&message.topic) else { continue };
-                        if session.queue.len() < self.shared.limits.queue_messages {
+                        if session.queue.len() < LIVE_MESSAGES_MAX {
                             session.queue.push_back(Queued::Live(message, qos));
                         } else {
                             self.shared.service.observe(Observation::QueueFull);
@@ -448,11 +469,7 @@ where
         }
         match mail.ending {
             Some(Ending::TakenOver) => {
-                self.engine.disconnect(
-                    DisconnectReasonCode::SessionTakenOver,
-                    "another connection of this user has the same client identifier",
-                );
-                self.end.get_or_insert(End::Closed);
+                self.taken_over.get_or_insert(Instant::now() + TAKEOVER_READ_TIMEOUT);
             }
             Some(Ending::Shutdown) => self.stopping = true,
             None => {}
@@ -628,16 +645,18 @@ where
         Ok(())
     }
 
+    /// A refusal of our own, in the service's form.
+    fn refusal(&self, code: RefusalCode, sentence: &str) -> Refusal {
+        Refusal { code, reason: self.shared.service.reason(code, sentence) }
+    }
+
     /// Where a publish goes; wildcards, `$` topics and unreasonable names go nowhere.
     fn route(&self, user: &str, topic: &str) -> Result<PublishRoute, Refusal> {
         if let Err(error) = filter::validate_topic_name(topic, self.shared.limits.topic_levels) {
-            return Err(Refusal { code: RefusalCode::TopicNameInvalid, reason: error.to_string() });
+            return Err(self.refusal(RefusalCode::TopicNameInvalid, &error.to_string()));
         }
         if topic.starts_with('$') {
-            return Err(Refusal {
-                code: RefusalCode::NotAuthorized,
-                reason: "topics that begin with $ belong to the server".to_owned(),
-            });
+            return Err(self.refusal(RefusalCode::NotAuthorized, "topics that begin with $ belong to the server"));
         }
         match self.shared.service.route_publish(user, topic) {
             PublishRoute::Refused(refusal) => Err(refusal),
@@ -688,7 +707,7 @@ where
                 let outcome = match self.shared.publish_ordinary(message) {
                     Ok(()) => PublishOutcome::Stored { subscribers: true, properties: Vec::new() },
                     Err(full) => {
-                        let refusal = Refusal { code: RefusalCode::QuotaExceeded, reason: full.to_string() };
+                        let refusal = self.refusal(RefusalCode::QuotaExceeded, &full.to_string());
                         self.tell_refusal(&user, &topic, publish.packet_id, &refusal);
                         PublishOutcome::Refused(refusal)
                     }
@@ -805,21 +824,17 @@ where
         departure: &mut Departure<S>,
     ) -> Result<u8, Refusal> {
         if wanted.filter.starts_with("$share/") {
-            return Err(Refusal {
-                code: RefusalCode::SharedSubscriptionsNotSupported,
-                reason: "shared subscriptions are not supported".to_owned(),
-            });
+            let code = RefusalCode::SharedSubscriptionsNotSupported;
+            return Err(self.refusal(code, "shared subscriptions are not supported"));
         }
         filter::validate_topic_filter(&wanted.filter, self.shared.limits.topic_levels)
-            .map_err(|error| Refusal { code: RefusalCode::TopicFilterInvalid, reason: error.to_string() })?;
+            .map_err(|error| self.refusal(RefusalCode::TopicFilterInvalid, &error.to_string()))?;
         let route = self.shared.service.route_subscribe(user, &wanted.filter);
         let Some(session) = &mut self.session else { return Ok(0) };
         let existing = session.subscriptions.iter().position(|one| one.record.filter == wanted.filter);
         if existing.is_none() && session.subscriptions.len() >= self.shared.limits.subscriptions_per_session {
-            return Err(Refusal {
-                code: RefusalCode::QuotaExceeded,
-                reason: format!("a session may have {} subscriptions", self.shared.limits.subscriptions_per_session),
-            });
+            let max = self.shared.limits.subscriptions_per_session;
+            return Err(self.refusal(RefusalCode::QuotaExceeded, &format!("a session may have {max} subscriptions")));
         }
         let mut record = SubscriptionRecord {
             filter: wanted.filter,
@@ -964,6 +979,7 @@ where
     }
 
     async fn disconnect(&mut self, session_expiry_s: Option<u32>) {
+        let holds = self.holds_session();
         let Some(session) = &mut self.session else { return };
         let Some(expiry_s) = session_expiry_s else { return };
         if session.expiry_s == 0 && expiry_s != 0 {
@@ -973,7 +989,7 @@ where
         }
         let before = session.is_persistent();
         session.expiry_s = expiry_s.min(self.shared.limits.session_expiry_max_s);
-        if before && !session.is_persistent() && self.shared.registry.holds(&session.key, self.number) {
+        if before && !session.is_persistent() && holds {
             let deleted = self.shared.service.delete_session(&session.key).await;
             if let Err(error) = deleted {
                 tracing::error!(%error, "session could not be deleted");
@@ -1005,7 +1021,8 @@ where
         let mut has_room = true;
         while let Some(index) = session.next_slot() {
             let slot_qos = session.slots[index].qos;
-            has_room = self.engine.out.len() - self.out_at < OUT_DELIVERIES_MAX && (slot_qos == 0 || session.has_room());
+            has_room =
+                self.engine.out.len() - self.out_at < OUT_DELIVERIES_MAX && (slot_qos == 0 || session.has_room());
             if !has_room {
                 break;
             }
@@ -1131,15 +1148,46 @@ where
 
     // ---- the end -------------------------------------------------------------------------------------------------------
 
+    /// Nobody else works on the session: the next connection, if there is one, waits for this one to settle, though not for ever.
+    fn holds_session(&self) -> bool {
+        self.taken_over.is_none_or(|until| Instant::now() < until + TAKEOVER_READ_TIMEOUT)
+    }
+
+    /// What a persistent session was sent with QoS 2 is known as received to its next connection, or a resend would be stored again.
+    async fn await_outcomes(&mut self) {
+        let persistent = self.session.as_ref().is_some_and(Session::is_persistent);
+        let until = tokio::time::Instant::now() + OUTCOME_TIMEOUT;
+        loop {
+            let submitted = self.pending.len().saturating_sub(self.unsent.len());
+            let waits = |pending: &Pending| pending.outcome.is_none();
+            if !persistent
+                || !self.pending.iter().any(|pending| pending.qos == 2 && waits(pending))
+                || !self.pending.iter().take(submitted).any(waits)
+            {
+                break;
+            }
+            let mail = std::future::poll_fn(|cx| self.mailbox.poll(cx, false));
+            match tokio::time::timeout_at(until, mail).await {
+                Ok(mail) => self.on_mail(mail),
+                Err(_) => break,
+            }
+        }
+        if persistent {
+            self.answer_pending();
+        }
+    }
+
     /// Gives back what the session's next connection has to know. Nothing that takes time comes before it.
     fn settle(&mut self) {
         self.reading = None;
+        let holds = self.holds_session();
         if let Some(session) = &mut self.session
             && session.is_persistent()
         {
             let under_way = UnderWay { received: self.engine.qos2_received(), resend: session.unacknowledged() };
             self.shared.keep_under_way(&session.key, under_way);
-            if self.shared.registry.holds(&session.key, self.number) {
+            // Before the next connection loads it.
+            if holds {
                 self.shared.service.session_ended(&session.key, session.expiry_s);
             }
         }

@@ -19,7 +19,7 @@ use mqtt_protocol_core::mqtt::result_code::{
 };
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
-use crate::framing::Framing;
+use crate::framing::{Framing, Malformed};
 use crate::live::LiveMessage;
 use crate::service::{ConnectRefusalCode, RefusalCode};
 use crate::topics::message::MessageProperties;
@@ -159,6 +159,9 @@ pub(crate) struct Engine {
     connected: bool,
 }
 
+/// CONNACK's return code in MQTT 3.1.1.
+const UNACCEPTABLE_PROTOCOL_VERSION: u8 = 1;
+
 impl Engine {
     pub(crate) fn new(packet_bytes_max: u32, receive_maximum: u16) -> Self {
         // The receive maximum is not among the options, which hold for MQTT 3.1.1 too: a client that cannot be told of one must not be
@@ -187,9 +190,18 @@ impl Engine {
     pub(crate) fn feed(&mut self, bytes: &[u8], packets: &mut VecDeque<Incoming>) -> usize {
         let mut taken = 0;
         while taken < bytes.len() && self.fault.is_none() && !self.closing {
-            let Ok(len) = self.framing.advance(&bytes[taken..]) else {
-                self.fault = Some(MqttError::MalformedPacket);
-                break;
+            let len = match self.framing.advance(&bytes[taken..]) {
+                Ok(len) => len,
+                Err(Malformed::ProtocolLevel) if !self.connected => {
+                    // In the form that every version understands [MQTT-3.1.2-2].
+                    self.out.extend_from_slice(&[0x20, 2, 0, UNACCEPTABLE_PROTOCOL_VERSION]);
+                    self.closing = true;
+                    break;
+                }
+                Err(_) => {
+                    self.fault = Some(MqttError::MalformedPacket);
+                    break;
+                }
             };
             let mut cursor = Cursor::new(&bytes[taken..taken + len]);
             taken += len;
@@ -515,7 +527,7 @@ impl Engine {
             (_, Some(again)) => Some(again),
             (_, None) => Some(self.inner.acquire_packet_id().map_err(|_| NotSent::Closed)?),
         };
-        let dup = message.again.is_some();
+        let dup = message.again.is_some() && message.qos > 0;
         let built: Result<Packet, MqttError> = if self.is_v5() {
             let mut properties: Vec<Property> = Vec::with_capacity(4);
             match message.user_properties {

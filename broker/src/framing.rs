@@ -3,9 +3,14 @@
 //! The protocol engine takes bytes as they come and does not look at reserved bits; MQTT asks a server to [MQTT-2.1.3-1], [MQTT-3.1.2-3].
 //! Looking at the first byte also ends a connection that speaks something else (HTTP, TLS) at once, rather than at a deadline.
 
-/// The fixed header, or CONNECT's flags, are not MQTT.
+/// Why bytes are not read on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Malformed;
+pub(crate) enum Malformed {
+    /// The fixed header, or CONNECT's flags, are not MQTT.
+    NotMqtt,
+    /// It is MQTT, but neither 3.1.1 nor 5.
+    ProtocolLevel,
+}
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum State {
@@ -21,8 +26,12 @@ pub(crate) struct Framing {
 }
 
 const CONNECT: u8 = 1;
-/// Index of the flags in CONNECT: behind the length and name of the protocol and its level.
+/// Index of the protocol's level in CONNECT: behind the length of its name and the name.
+const CONNECT_LEVEL_AT: u32 = 6;
+/// Index of the flags in CONNECT.
 const CONNECT_FLAGS_AT: u32 = 7;
+/// MQTT 3.1.1 and 5.
+const LEVELS: [u8; 2] = [4, 5];
 
 impl Framing {
     pub(crate) fn new() -> Self {
@@ -37,7 +46,7 @@ impl Framing {
                 State::Header => {
                     let first = bytes[taken];
                     if !is_valid_header(first) {
-                        return Err(Malformed);
+                        return Err(Malformed::NotMqtt);
                     }
                     self.state = State::Length { kind: first >> 4, shift: 0, length: 0 };
                     taken += 1;
@@ -53,17 +62,24 @@ impl Framing {
                         }
                         self.state = State::Body { kind, at: 0, length };
                     } else if shift == 21 {
-                        return Err(Malformed);
+                        return Err(Malformed::NotMqtt);
                     } else {
                         self.state = State::Length { kind, shift: shift + 7, length };
                     }
                 }
                 State::Body { kind, at, length } => {
                     let here = u32::try_from(bytes.len() - taken).unwrap_or(u32::MAX).min(length - at);
-                    if kind == CONNECT && (at..at + here).contains(&CONNECT_FLAGS_AT) {
-                        let index = taken + usize::try_from(CONNECT_FLAGS_AT - at).unwrap_or(0);
-                        if !are_valid_connect_flags(bytes[index]) {
-                            return Err(Malformed);
+                    if kind == CONNECT {
+                        let byte_at = |wanted: u32| {
+                            let index = usize::try_from(wanted.checked_sub(at)?).ok()?;
+                            (wanted < at + here).then(|| bytes[taken + index])
+                        };
+                        // MQTT 3.1 has a name of six characters: what stands here is one of them.
+                        if byte_at(CONNECT_LEVEL_AT).is_some_and(|level| !LEVELS.contains(&level)) {
+                            return Err(Malformed::ProtocolLevel);
+                        }
+                        if byte_at(CONNECT_FLAGS_AT).is_some_and(|flags| !are_valid_connect_flags(flags)) {
+                            return Err(Malformed::NotMqtt);
                         }
                     }
                     taken += usize::try_from(here).unwrap_or(0);
@@ -128,7 +144,7 @@ mod tests {
     #[test]
     fn reserved_bits_are_looked_at() {
         for first in [0x00, 0x11, 0x36, 0x3e, 0x41, 0x60, 0x63, 0x80, 0xa0, 0xc1, 0xe2, b'G'] {
-            assert_eq!(Framing::new().advance(&[first, 0]), Err(Malformed), "{first:#x}");
+            assert_eq!(Framing::new().advance(&[first, 0]), Err(Malformed::NotMqtt), "{first:#x}");
         }
         for first in [0x10, 0x30, 0x32, 0x34, 0x3d, 0x40, 0x62, 0x82, 0xa2, 0xc0, 0xe0, 0xf0] {
             assert_eq!(Framing::new().advance(&[first, 0]), Ok(2), "{first:#x}");
@@ -136,13 +152,13 @@ mod tests {
         for flags in [0x03, 0x1e, 0x0a, 0x22] {
             let mut connect = CONNECT_PACKET;
             connect[9] = flags;
-            assert_eq!(Framing::new().advance(&connect), Err(Malformed), "{flags:#x}");
+            assert_eq!(Framing::new().advance(&connect), Err(Malformed::NotMqtt), "{flags:#x}");
         }
     }
 
     #[test]
     fn a_length_has_at_most_four_bytes() {
-        assert_eq!(Framing::new().advance(&[0x30, 0x80, 0x80, 0x80, 0x80]), Err(Malformed));
+        assert_eq!(Framing::new().advance(&[0x30, 0x80, 0x80, 0x80, 0x80]), Err(Malformed::NotMqtt));
         assert_eq!(Framing::new().advance(&[0x30, 0xff, 0xff, 0xff, 0x7f, 0]), Ok(6));
     }
 
@@ -153,7 +169,7 @@ mod tests {
             prop_assert_eq!(packets(&stream, &cuts), Ok(vec![15, 2, 7, 2, 0]));
             let mut hostile = CONNECT_PACKET;
             hostile[9] |= 1;
-            prop_assert_eq!(packets(&hostile, &cuts), Err(Malformed));
+            prop_assert_eq!(packets(&hostile, &cuts), Err(Malformed::NotMqtt));
         }
 
         #[test]

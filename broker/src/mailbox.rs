@@ -18,10 +18,10 @@ use crate::live::LiveMessage;
 use crate::service::PublishOutcome;
 use crate::topics::message::Message;
 
-/// Live messages that may wait here for a busy connection.
-const LIVE_MESSAGES_MAX: usize = 256;
+/// Live messages that may wait here for a busy connection: more than a client can cause with what is read from it at once.
+pub(crate) const LIVE_MESSAGES_MAX: usize = 4_096;
 /// Bytes of them.
-const LIVE_BYTES_MAX: usize = 256 * 1024;
+const LIVE_BYTES_MAX: usize = 1024 * 1024;
 
 /// Why a connection has to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

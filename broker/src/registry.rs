@@ -88,10 +88,6 @@ impl Registry {
         own
     }
 
-    pub(crate) fn holds(&self, key: &SessionKey, number: ConnectionNumber) -> bool {
-        self.sessions.lock().holders.get(key).is_some_and(|holder| holder.number == number)
-    }
-
     pub(crate) fn is_connected(&self, user: &str) -> bool {
         self.sessions.lock().connections_by_user.contains_key(user)
     }

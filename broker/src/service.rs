@@ -268,6 +268,9 @@ pub trait Service: Send + Sync + 'static {
     /// Returns once [`Service::submit`] may succeed again.
     fn ready(&self) -> impl Future<Output = ()> + Send;
 
+    /// The reason string of a refusal that the broker made itself, from a sentence.
+    fn reason(&self, code: RefusalCode, sentence: &str) -> String;
+
     /// Tells a refused publish to a client whose acknowledgement cannot say it (MQTT 3.1.1, or QoS 0).
     fn refused(&self, user: &str, topic: &str, refusal: &Refusal);
 

@@ -206,7 +206,10 @@ mod tests {
     #[derive(Clone, Debug)]
     enum Step {
         /// Commit a message to one of two topics and announce it; `lost`: on its way it is dropped and a gap told.
-        Commit { topic: usize, lost: bool },
+        Commit {
+            topic: usize,
+            lost: bool,
+        },
         /// The announcement that waits longest arrives.
         Arrive,
         BeginRead,

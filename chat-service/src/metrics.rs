@@ -27,7 +27,7 @@ pub struct Metrics {
     pub connects: Counter,
     /// `chatd_messages_accepted_total`: chat messages stored.
     pub messages_accepted: Counter,
-    /// `chatd_messages_delivered_total`: chat messages sent to devices, each device counting.
+    /// `chatd_messages_delivered_total`: chat messages that devices have acknowledged (QoS 0: that were written), each device counting.
     pub messages_delivered: Counter,
     /// `chatd_messages_duplicate_total`: resends answered with the first seq.
     pub messages_duplicate: Counter,
@@ -97,7 +97,7 @@ impl Metrics {
         r.register("connections", "MQTT connections, now", self.connections.clone());
         r.register("connects", "Accepted CONNECTs", self.connects.clone());
         r.register("messages_accepted", "Chat messages stored", self.messages_accepted.clone());
-        r.register("messages_delivered", "Chat messages sent to devices", self.messages_delivered.clone());
+        r.register("messages_delivered", "Chat messages acknowledged by devices", self.messages_delivered.clone());
         r.register("messages_duplicate", "Resends answered with the first seq", self.messages_duplicate.clone());
         r.register("refused", "Refused connects, publishes and subscriptions", self.refused.clone());
         r.register_with_unit("commit", "Writing a batch to the log", Unit::Seconds, self.commit_seconds.clone());

@@ -18,12 +18,12 @@ pub(crate) fn refusal(code: ErrorCode, reason: &str) -> Refusal {
         0x80 => RefusalCode::Unspecified,
         _ => RefusalCode::ImplementationSpecific,
     };
-    Refusal { code: mqtt, reason: format!("{}: {reason}", code.as_str()) }
+    Refusal { code: mqtt, reason: self::reason(code, reason) }
 }
 
 /// The error code for a refusal that the edge made itself.
-pub(crate) fn code_of(refusal: &Refusal) -> ErrorCode {
-    match refusal.code {
+pub(crate) fn code_of(code: RefusalCode) -> ErrorCode {
+    match code {
         RefusalCode::NotAuthorized => ErrorCode::NotAuthorized,
         RefusalCode::TopicNameInvalid | RefusalCode::TopicFilterInvalid => ErrorCode::InvalidTopic,
         RefusalCode::QuotaExceeded => ErrorCode::QuotaExceeded,
@@ -32,6 +32,11 @@ pub(crate) fn code_of(refusal: &Refusal) -> ErrorCode {
         | RefusalCode::ImplementationSpecific
         | RefusalCode::SharedSubscriptionsNotSupported => ErrorCode::NotSupported,
     }
+}
+
+/// How an acknowledgement says it.
+pub(crate) fn reason(code: ErrorCode, sentence: &str) -> String {
+    format!("{}: {sentence}", code.as_str())
 }
 
 /// Counts a refused publish and, if its acknowledgement cannot say why, tells the user's devices.

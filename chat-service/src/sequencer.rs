@@ -195,6 +195,7 @@ fn remember(heads: &mut FxHashMap<ConversationId, ConversationHead>, entries: &[
     }
 }
 
+/// Refuses what cannot be stored now.
 fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: &Announcer, metrics: &Metrics) {
     let outcomes = batch
         .into_iter()
@@ -211,7 +212,10 @@ fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: 
                 &submission.topic,
                 id,
             );
-            (submission.reply, PublishOutcome::Refused(refusal::refusal(code, reason)))
+            // It may succeed later, and a PUBACK that cannot say so would be taken for success: better none, and a resend.
+            let outcome =
+                if told { PublishOutcome::Unknown } else { PublishOutcome::Refused(refusal::refusal(code, reason)) };
+            (submission.reply, outcome)
         })
         .collect();
     complete(outcomes);

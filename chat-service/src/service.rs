@@ -213,9 +213,16 @@ impl<L: Log> Service for ChatService<L> {
         drop(self.queue.reserve().await);
     }
 
+    fn reason(&self, code: RefusalCode, sentence: &str) -> String {
+        refusal::reason(refusal::code_of(code), sentence)
+    }
+
     fn refused(&self, user: &str, topic: &str, refused: &Refusal) {
-        let code = refusal::code_of(refused);
-        refusal::count_and_tell(&self.announcer, &self.metrics, user, true, code, &refused.reason, topic, None);
+        let code = refusal::code_of(refused.code);
+        // The event has the code in a member of its own.
+        let sentence = refused.reason.strip_prefix(code.as_str()).and_then(|rest| rest.strip_prefix(": "));
+        let sentence = sentence.unwrap_or(&refused.reason);
+        refusal::count_and_tell(&self.announcer, &self.metrics, user, true, code, sentence, topic, None);
     }
 
     async fn read(&self, topic: &str, after: Position, limit: ReadLimit) -> Result<Page, ServiceError> {

@@ -19,4 +19,6 @@ mod ordinary;
 #[cfg(test)]
 mod refusals;
 #[cfg(test)]
+mod seams;
+#[cfg(test)]
 mod slow;

@@ -62,7 +62,7 @@ struct Promise {
 /// Texts of different lengths, so that rows fill, grow and overflow.
 fn text(position: u64) -> String {
     format!("{position} ")
-        .repeat(1 + usize::try_from(position * 7 % 13).unwrap() * if position % 11 == 0 { 200 } else { 10 })
+        .repeat(1 + usize::try_from(position * 7 % 13).unwrap() * if position.is_multiple_of(11) { 200 } else { 10 })
 }
 
 const MESSAGES: u64 = 60;
