@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::settings::Settings;
+use crate::tools::Tool;
 
 /// Something failed while running: a port in use, a damaged log.
 pub const EXIT_FAILURE: u8 = 1;
@@ -23,6 +24,8 @@ Examples:
   chatd --mqtt-listen 127.0.0.1:0            take a free port and print it
   CHATD__LIMITS__MESSAGE_BYTES=4096 chatd    any key of config/chatd.toml, from the environment
   chatd --config chatd.toml check-config     are these settings right, and what do they amount to?
+  chatd --data /var/lib/chatd backup DIR     copy all messages, while chatd runs
+  chatd --data /var/lib/chatd verify         is every message there, whole and in its place?
 
 Exit codes: 0 stopped as asked, 1 failure, 2 wrong usage or settings.";
 
@@ -40,6 +43,8 @@ struct CommandLine {
 enum Action {
     /// Print the effective settings as TOML and exit; if they are wrong, say why and exit with code 2.
     CheckConfig,
+    #[command(flatten)]
+    Tool(Tool),
 }
 
 /// The flags, as written: the last and strongest source of settings.
@@ -98,6 +103,8 @@ pub enum Command {
     Run(Flags),
     /// Judge the settings and print them.
     CheckConfig(Flags),
+    /// Work on the log instead of serving from it.
+    Tool(Flags, Tool),
 }
 
 impl From<CommandLine> for Command {
@@ -105,6 +112,7 @@ impl From<CommandLine> for Command {
         match line.action {
             None => Self::Run(line.flags),
             Some(Action::CheckConfig) => Self::CheckConfig(line.flags),
+            Some(Action::Tool(tool)) => Self::Tool(line.flags, tool),
         }
     }
 }
@@ -181,8 +189,24 @@ mod tests {
     }
 
     #[test]
+    fn tools_take_flags_on_either_side() {
+        let flags = Flags { data: Some("d".to_owned()), ..Flags::default() };
+        let backup = Command::Tool(flags.clone(), Tool::Backup { dir: "copy".into() });
+        assert_eq!(command("chatd --data d backup copy").unwrap(), backup);
+        assert_eq!(command("chatd backup copy --data d").unwrap(), backup);
+        assert_eq!(command("chatd --data d verify").unwrap(), Command::Tool(flags, Tool::Verify));
+    }
+
+    #[test]
     fn mistakes_are_usage() {
-        for line in ["chatd --port 1883", "chatd serve", "chatd --config", "chatd extra words"] {
+        for line in [
+            "chatd --port 1883",
+            "chatd serve",
+            "chatd --config",
+            "chatd extra words",
+            "chatd backup",
+            "chatd verify DIR",
+        ] {
             assert_eq!(command(line).unwrap_err().exit_code(), i32::from(EXIT_USAGE), "{line}");
         }
     }

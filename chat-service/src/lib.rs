@@ -2,8 +2,9 @@
 //!
 //! The reading order is the way of a message: `service` parses what a client publishes, `sequencer` numbers it (`core` decides) and writes it to the
 //! `log`, then answers the sender and announces it; receivers read `envelope`s, live or from the log. Around it: `settings`, `cli`,
-//! `logging`, `metrics`, `http`, and `server`, which puts the parts together.
+//! `logging`, `metrics`, `http`, and `server`, which puts the parts together; `admin` and `tools`, for operators.
 
+pub mod admin;
 pub mod cli;
 pub mod core;
 pub mod envelope;
@@ -16,3 +17,4 @@ pub mod sequencer;
 pub mod server;
 pub mod service;
 pub mod settings;
+pub mod tools;

@@ -6,12 +6,18 @@ use std::process::ExitCode;
 use chat_service::cli::{self, Command, EXIT_FAILURE, EXIT_USAGE};
 use chat_service::server::Server;
 use chat_service::settings::Settings;
-use chat_service::{logging, server};
+use chat_service::{logging, server, tools};
 
 fn main() -> ExitCode {
     let flags = match cli::parse() {
         Command::Run(flags) => flags,
         Command::CheckConfig(flags) => return cli::check_config(&flags),
+        Command::Tool(flags, tool) => {
+            return match Settings::load(&flags) {
+                Ok(settings) => tools::run(&tool, &settings.storage.path),
+                Err(error) => fail(EXIT_USAGE, &error),
+            };
+        }
     };
     let settings = match Settings::load(&flags) {
         Ok(settings) => settings,

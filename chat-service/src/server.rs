@@ -12,6 +12,7 @@ use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use crate::admin;
 use crate::http::{self, Readiness};
 use crate::log::{Log, RedbLog, RedbOptions};
 use crate::metrics::Metrics;
@@ -129,6 +130,13 @@ impl Server {
         let (stop, stopping) = watch::channel(false);
         let mqtt = tokio::spawn(broker::listener::run(self.mqtt, self.broker.clone(), told(stopping.clone())));
         let http = tokio::spawn(http::run(self.http, self.routes, self.http_options, told(stopping)));
+        let admin = match admin::bind(&self.storage) {
+            Ok(listener) => Some(tokio::spawn(admin::run(listener, Arc::clone(&self.log), stop.subscribe()))),
+            Err(error) => {
+                tracing::warn!(%error, "no admin socket: backups only while chatd is stopped");
+                None
+            }
+        };
         self.readiness.ready();
         tracing::info!("ready");
 
@@ -148,6 +156,11 @@ impl Server {
         if http.await.is_err() {
             tracing::error!("the http listener panicked");
         }
+        if let Some(admin) = admin
+            && admin.await.is_err()
+        {
+            tracing::error!("the admin socket's task panicked");
+        }
         // Nobody is left who could submit: the sequencer writes what it has and ends.
         self.drain.send_replace(true);
         if tokio::time::timeout(self.shutdown_timeout, self.sequencing).await.is_err() {
@@ -156,6 +169,12 @@ impl Server {
         if failure.is_none() {
             self.log.flush().await.context("writing cursors at the end")?;
         }
+        let log = Arc::clone(&self.log);
+        if tokio::task::spawn_blocking(move || log.close()).await.is_err() {
+            tracing::error!("closing the log panicked");
+        }
+        // A name without a server behind it only puzzles people.
+        std::fs::remove_file(self.storage.join(admin::SOCKET_NAME)).unwrap_or(());
         match failure {
             None => Ok(()),
             Some(reason) => Err(anyhow::anyhow!("the log has failed, and nothing more is acknowledged: {reason}")),

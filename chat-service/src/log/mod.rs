@@ -16,7 +16,7 @@ use std::sync::Arc;
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 
 pub use self::memory::MemoryLog;
-pub use self::redb::{OpenError, RedbLog, RedbOptions};
+pub use self::redb::{OpenError, RedbLog, RedbOptions, tools};
 
 /// A place in the log. Grows with every entry; 0 is before the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -8,7 +8,9 @@ use std::sync::Arc;
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use ::redb::{Database, Durability, OwnedRange, ReadableDatabase, ReadableTable, Table, WriteTransaction};
+use ::redb::{
+    Database, Durability, OwnedRange, ReadOnlyTable, ReadableDatabase, ReadableTable, Table, WriteTransaction,
+};
 
 use super::Shared;
 use super::filter::Filter;
@@ -37,6 +39,7 @@ const FULL_RETRY: Duration = Duration::from_secs(1);
 /// Ids are found for 7 days. A day more, for clocks that were set.
 const ID_LIFETIME: Duration = Duration::from_hours(8 * 24);
 
+type BlocksSnapshot = ReadOnlyTable<&'static [u8; BLOCK_KEY_BYTES], &'static [u8]>;
 type BlocksTable<'a> = Table<'a, &'static [u8; BLOCK_KEY_BYTES], &'static [u8]>;
 
 pub(super) struct Indexer {
@@ -278,20 +281,10 @@ impl Merge {
     fn new(database: &Database, number: u32, level: u32, inputs: Vec<Arc<Run>>) -> Result<Self, ReadError> {
         let horizon_ms = now_ms().saturating_sub(u64::try_from(ID_LIFETIME.as_millis()).unwrap_or(u64::MAX));
         let blocks = database.begin_read()?.open_table(BLOCKS)?;
-        let mut readers = Vec::with_capacity(inputs.len());
-        for run in &inputs {
-            let range =
-                blocks.range_owned::<&BlockKey>(&first_key(run.number)..=&block_key(run.number, Key::MAX, u64::MAX))?;
-            let mut reader = RunReader {
-                range,
-                next: first_key(run.number),
-                lists: Lists::default(),
-                at: 0,
-                without_ids: run.at_ms_max < horizon_ms,
-            };
-            reader.settle()?;
-            readers.push(reader);
-        }
+        let readers = inputs
+            .iter()
+            .map(|run| RunReader::new(&blocks, run.number, run.at_ms_max < horizon_ms))
+            .collect::<Result<Vec<_>, _>>()?;
         let first = inputs.iter().map(|run| run.first).min().unwrap_or_default();
         let into = Run {
             number,
@@ -373,7 +366,7 @@ fn take(
 }
 
 /// Reads a run from its first list to its last.
-struct RunReader {
+pub(super) struct RunReader {
     range: OwnedRange<&'static [u8; BLOCK_KEY_BYTES], &'static [u8]>,
     /// The key of the block that has to come.
     next: BlockKey,
@@ -391,16 +384,24 @@ struct Lists {
 }
 
 impl RunReader {
+    /// At the first list of a run.
+    pub(super) fn new(blocks: &BlocksSnapshot, number: u32, without_ids: bool) -> Result<Self, ReadError> {
+        let range = blocks.range_owned::<&BlockKey>(&first_key(number)..=&block_key(number, Key::MAX, u64::MAX))?;
+        let mut reader = Self { range, next: first_key(number), lists: Lists::default(), at: 0, without_ids };
+        reader.settle()?;
+        Ok(reader)
+    }
+
     fn key(&self) -> Option<Key> {
         self.lists.lists.get(self.at).map(|(key, ..)| *key)
     }
 
-    fn list(&self) -> Option<ListRef<'_>> {
+    pub(super) fn list(&self) -> Option<ListRef<'_>> {
         let (key, last, positions) = self.lists.lists.get(self.at)?;
         Some(ListRef { key: *key, positions: &self.lists.positions[positions.clone()], last: *last })
     }
 
-    fn advance(&mut self) -> Result<(), ReadError> {
+    pub(super) fn advance(&mut self) -> Result<(), ReadError> {
         self.at += 1;
         self.settle()
     }

@@ -19,6 +19,7 @@ mod recent;
 mod record;
 mod row;
 mod schema;
+pub mod tools;
 mod writer;
 
 use std::path::Path;
@@ -28,7 +29,7 @@ use std::thread::JoinHandle;
 
 use ::redb::Database;
 use chat_protocol::{ConversationId, Seq};
-use parking_lot::RwLock;
+use parking_lot::{Mutex, RwLock};
 
 use self::index::Index;
 use self::key::Keys;
@@ -66,8 +67,8 @@ impl Default for RedbOptions {
 #[derive(Debug)]
 pub struct RedbLog {
     shared: Arc<Shared>,
-    writer: Option<JoinHandle<()>>,
-    indexer: Option<JoinHandle<()>>,
+    writer: Mutex<Option<JoinHandle<()>>>,
+    indexer: Mutex<Option<JoinHandle<()>>>,
 }
 
 /// What callers, reads and the writer share.
@@ -104,8 +105,9 @@ impl RedbLog {
             failure: OnceLock::new(),
         });
         let indexer = indexer::start(Arc::clone(&shared), indexer, opener.clone())?;
-        let mut log = Self { shared, writer: None, indexer: Some(indexer) };
-        log.writer = Some(writer::start(Arc::clone(&log.shared), opener, prepared.tail)?);
+        let log = Self { shared, writer: Mutex::default(), indexer: Mutex::new(Some(indexer)) };
+        let writer = writer::start(Arc::clone(&log.shared), opener, prepared.tail)?;
+        *log.writer.lock() = Some(writer);
         Ok(log)
     }
 }
@@ -132,23 +134,32 @@ impl Shared {
     }
 }
 
-impl Drop for RedbLog {
-    fn drop(&mut self) {
+impl RedbLog {
+    /// Writes what was noted and what is not indexed, ends the threads and releases the files; blocks for some commits. Whoever comes later is
+    /// told that the log is closed. Dropping the log does the same.
+    pub fn close(&self) {
         self.shared.queue.close();
-        let ended = self.writer.take().map(JoinHandle::join);
-        if ended.is_some_and(|ended| ended.is_err()) {
-            tracing::error!("the log's writer panicked");
-        }
+        join("writer", &self.writer);
         self.shared.index.close();
-        let ended = self.indexer.take().map(JoinHandle::join);
-        if ended.is_some_and(|ended| ended.is_err()) {
-            tracing::error!("the log's indexer panicked");
-        }
+        join("indexer", &self.indexer);
         for database in [&self.shared.database, &self.shared.index.database] {
             if let Some(Err(error)) = database.write().take().map(Database::close) {
                 tracing::warn!(%error, "the log was not closed cleanly: it will be repaired when it is opened again");
             }
         }
+    }
+}
+
+fn join(name: &str, thread: &Mutex<Option<JoinHandle<()>>>) {
+    let ended = thread.lock().take().map(JoinHandle::join);
+    if ended.is_some_and(|ended| ended.is_err()) {
+        tracing::error!("the log's {name} panicked");
+    }
+}
+
+impl Drop for RedbLog {
+    fn drop(&mut self) {
+        self.close();
     }
 }
 

@@ -14,7 +14,7 @@ use ::redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageEr
 
 use super::super::Position;
 use super::RedbOptions;
-use super::index::Index;
+use super::index::{Index, Run};
 use super::indexer::{Indexer, Runs, read_runs};
 use super::key::Keys;
 use super::reader::ReadError;
@@ -87,11 +87,11 @@ impl Opener {
         &self.folder
     }
 
-    fn log_file(&self) -> PathBuf {
+    pub(super) fn log_file(&self) -> PathBuf {
         self.folder.join(LOG_FILE_NAME)
     }
 
-    fn index_file(&self) -> PathBuf {
+    pub(super) fn index_file(&self) -> PathBuf {
         self.folder.join(INDEX_FILE_NAME)
     }
 
@@ -194,13 +194,24 @@ impl Opener {
             let reason = "it has tables but says no format version".to_owned();
             return Err(OpenError::Corrupt { file, reason });
         }
-        // A new file's name is on disk only once its folder is, and the folder's own name only once its parent is.
+        self.sync_folder()
+    }
+
+    /// A new file's name is on disk only once its folder is, and the folder's own name only once its parent is.
+    pub(super) fn sync_folder(&self) -> Result<(), OpenError> {
         for folder in [Some(self.folder.as_path()), self.folder.parent()].into_iter().flatten() {
             let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
             let synced = fs::File::open(folder).and_then(|folder| folder.sync_all());
-            synced.map_err(|error| OpenError::Io { file: file.clone(), reason: error.to_string() })?;
+            synced.map_err(|error| OpenError::Io { file: self.log_file(), reason: error.to_string() })?;
         }
         Ok(())
+    }
+
+    /// The index as it is, with its runs; `None` if it is not this log's.
+    pub(super) fn read_index_file(&self, prepared: &Prepared) -> Result<Option<(Database, Vec<Run>)>, OpenError> {
+        let index = self.open_index_file()?;
+        let runs = read_index(&index, prepared).map_err(|error| unreadable(&self.index_file(), error))?;
+        Ok(runs.map(|runs| (index, runs.listed)))
     }
 
     /// Opens the index and brings it up to the end of the log. One that does not fit the log is made anew.

@@ -81,9 +81,12 @@ impl Shared {
     }
 
     fn snapshot<T>(&self, read: impl FnOnce(&ReadTransaction) -> Result<T, ReadError>) -> Result<T, ReadError> {
+        read(&self.begin_read()?)
+    }
+
+    pub(super) fn begin_read(&self) -> Result<ReadTransaction, ReadError> {
         let database = self.database.read();
-        let snapshot = database.as_ref().ok_or_else(|| self.closed())?.begin_read()?;
-        read(&snapshot)
+        Ok(database.as_ref().ok_or_else(|| self.closed())?.begin_read()?)
     }
 
     pub(super) fn closed(&self) -> ReadError {

@@ -672,3 +672,138 @@ proptest! {
         });
     }
 }
+
+/// What the tools say of a log, as they print it.
+fn verified(folder: &Path) -> tools::Verified {
+    tools::verify(folder, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap()
+}
+
+#[tokio::test]
+async fn a_log_is_verified_and_what_is_wrong_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    fill(folder.path(), 50).await;
+    let sound = verified(folder.path());
+    assert_eq!((sound.entries, sound.conversations, sound.indexed), (100, 2, 100));
+    assert_eq!(sound.problems, Vec::<String>::new());
+    change(folder.path(), |writing| {
+        let mut rows = writing.open_table(schema::ROWS).unwrap();
+        let (first, row) = {
+            let last = rows.last().unwrap().unwrap();
+            (last.0.value(), last.1.value().to_vec())
+        };
+        let mut damaged = row;
+        *damaged.last_mut().unwrap() ^= 1;
+        rows.insert(first, damaged.as_slice()).unwrap();
+        let mut sessions = writing.open_table(schema::SESSIONS).unwrap();
+        let key = schema::session_key(&phone());
+        sessions.insert(key.as_slice(), record::encode_session(&key, &at(999)).as_slice()).unwrap();
+    });
+    let damaged = verified(folder.path());
+    let said = damaged.problems.join("\n");
+    for part in [
+        "log.redb, table rows, key 100: the checksum does not match",
+        "session of bob/phone: its cursor 999 is behind the end",
+    ] {
+        assert!(said.contains(part), "{part} is missing in:\n{said}");
+    }
+}
+
+#[tokio::test]
+async fn an_index_that_says_something_else_is_noticed() {
+    let folder = tempfile::tempdir().unwrap();
+    fill(folder.path(), 20).await;
+    // The log of another history, with the same secret: as long, but not the same.
+    let secrets: Vec<u64> = {
+        let database = Database::open(folder.path().join("log.redb")).unwrap();
+        let meta = database.begin_read().unwrap().open_table(schema::META).unwrap();
+        schema::SECRET_KEYS.iter().map(|key| meta.get(key).unwrap().unwrap().value()).collect()
+    };
+    let other = tempfile::tempdir().unwrap();
+    drop(open(other.path()));
+    change(other.path(), |writing| {
+        let mut meta = writing.open_table(schema::META).unwrap();
+        for (key, secret) in schema::SECRET_KEYS.iter().zip(&secrets) {
+            meta.insert(key, secret).unwrap();
+        }
+    });
+    fs::remove_file(index_of(other.path())).unwrap();
+    let log = open(other.path());
+    log.append((1..=40).map(|seq| message("eve", "bob", seq, "x")).collect()).await.unwrap();
+    drop(log);
+    fs::copy(index_of(folder.path()), index_of(other.path())).unwrap();
+    let said = verified(other.path()).problems.join("\n");
+    assert!(said.contains("index.redb: what it says of entries 1 to "), "{said}");
+}
+
+#[tokio::test]
+async fn a_backup_of_a_log_in_use_is_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let (copy, restored) = (folder.path().join("copy"), folder.path().join("restored"));
+    let log = Arc::new(RedbLog::open(folder.path().join("log"), SMALL).unwrap());
+    log.put_session(&phone(), at(0)).await.unwrap();
+    let writing = {
+        let log = Arc::clone(&log);
+        tokio::spawn(async move {
+            for seq in 1..=300 {
+                log.append(vec![message("alice", "bob", seq, &"x".repeat(2_000))]).await.unwrap();
+            }
+        })
+    };
+    let acknowledged = loop {
+        let head = log.head().0;
+        if head >= 50 {
+            break head;
+        }
+        tokio::task::yield_now().await;
+    };
+    let copied = {
+        let (log, copy) = (Arc::clone(&log), copy.clone());
+        let go_on = |_, _| std::ops::ControlFlow::Continue(());
+        tokio::task::spawn_blocking(move || log.backup(&copy, &mut { go_on })).await.unwrap().unwrap()
+    };
+    writing.await.unwrap();
+    assert!((acknowledged..=300).contains(&copied), "{copied}");
+    let again = log.backup(&copy, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap_err();
+    assert!(matches!(again, tools::ToolError::LogThere { .. }), "{again:?}");
+    drop(log);
+
+    tools::restore(&copy, &restored, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap();
+    let log = open(&restored);
+    assert_eq!(log.head(), Position(copied));
+    let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+    assert_eq!(page.entries.len() as u64, copied);
+    assert!(log.session(&phone()).await.unwrap().is_some());
+    let mut exported = 0;
+    drop(log);
+    let take = |entry: &Entry| {
+        exported += 1;
+        assert_eq!(entry.seq.get(), exported);
+        Ok(())
+    };
+    tools::export(&restored, take, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap();
+    assert_eq!(exported, copied);
+}
+
+#[tokio::test]
+async fn a_backup_that_is_broken_off_leaves_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = RedbLog::open(folder.path().join("log"), SMALL).unwrap();
+    log.append(vec![message("alice", "bob", 1, "x")]).await.unwrap();
+    let copy = folder.path().join("copy");
+    let error = log.backup(&copy, &mut |_, _| std::ops::ControlFlow::Break(())).unwrap_err();
+    assert!(matches!(error, tools::ToolError::Interrupted), "{error:?}");
+    assert_eq!(fs::read_dir(&copy).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn compacting_gives_room_back_and_changes_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let filled = fill(folder.path(), 100).await;
+    let size = |name: &str| fs::metadata(folder.path().join(name)).unwrap().len();
+    let before = size("log.redb") + size("index.redb");
+    let bytes = tools::compact(folder.path(), &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap();
+    let after = size("log.redb") + size("index.redb");
+    assert!(bytes > 0 && after < before, "{before} to {after}, {bytes} given back");
+    assert_eq!(everything_of(&open(folder.path()), &["alice", "bob", "eve"]).await, filled);
+    assert_eq!(verified(folder.path()).problems, Vec::<String>::new());
+}

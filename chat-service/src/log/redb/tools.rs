@@ -1,0 +1,472 @@
+//! What an operator does to a log besides serving from it: verify, export, copy, compact.
+//!
+//! All but copying want the log for themselves. Each goes through the log from its first position to its last and tells how far it is;
+//! the one that is told may say that it is enough, and then nothing is left half done.
+
+use std::fs;
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+
+use ::redb::{CompactionError, Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable};
+use chat_protocol::UserId;
+use rustc_hash::FxHashMap;
+
+use super::super::{Device, Entry, Position, Side};
+use super::index::Run;
+use super::indexer::RunReader;
+use super::key::{Key, Keys};
+use super::open::{OpenError, Opener, Prepared};
+use super::posting::{Last, ListRef};
+use super::reader::ReadError;
+use super::record::decode_session;
+use super::row;
+use super::schema::{BLOCKS, DELIVERED, META, ROWS, SESSIONS};
+use super::{RedbLog, RedbOptions};
+
+/// Rows that one transaction of a copy writes: 4 MB.
+const COPY_ROWS: usize = 256;
+/// Problems that are listed; of more there is only the number.
+const PROBLEMS_LISTED_MAX: usize = 1_000;
+
+/// How far a tool is: positions done, and positions in all. To break is to stop.
+pub type Progress<'a> = &'a mut dyn FnMut(u64, u64) -> ControlFlow<()>;
+
+/// Why a tool did not do its work.
+#[derive(Debug, thiserror::Error)]
+pub enum ToolError {
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    #[error("there is no log in {}", folder.display())]
+    NoLog { folder: PathBuf },
+    #[error("there is a log in {} already", folder.display())]
+    LogThere { folder: PathBuf },
+    #[error("reading the log: {0}")]
+    Read(String),
+    #[error("{what}: {cause}")]
+    Write { what: String, cause: String },
+    /// The one that was told the progress had enough; nothing was changed.
+    #[error("interrupted")]
+    Interrupted,
+}
+
+impl From<ReadError> for ToolError {
+    fn from(error: ReadError) -> Self {
+        Self::Read(error.to_string())
+    }
+}
+
+/// What [`verify`] found.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Verified {
+    pub entries: u64,
+    pub conversations: u64,
+    pub sessions: u64,
+    /// Entries that the index has.
+    pub indexed: u64,
+    /// Sentences that say what is wrong and where, at most a thousand.
+    pub problems: Vec<String>,
+    /// How many there are.
+    pub problems_in_all: u64,
+}
+
+impl Verified {
+    fn problem(&mut self, problem: impl Into<String>) {
+        self.problems_in_all += 1;
+        if self.problems.len() < PROBLEMS_LISTED_MAX {
+            self.problems.push(problem.into());
+        }
+    }
+}
+
+fn existing(folder: &Path) -> Result<Opener, ToolError> {
+    let opener = Opener::new(folder, RedbOptions::default());
+    if opener.log_file().is_file() { Ok(opener) } else { Err(ToolError::NoLog { folder: folder.to_owned() }) }
+}
+
+/// Walks the whole log: pages, checksums, seqs without gaps, times that do not run backwards, cursors in range; and the index beside it.
+/// Memory grows with the number of conversations, some 50 bytes each.
+pub fn verify(folder: &Path, progress: Progress<'_>) -> Result<Verified, ToolError> {
+    let opener = existing(folder)?;
+    let mut found = Verified::default();
+    let mut log = opener.open_log_file()?;
+    match log.check_integrity() {
+        Ok(true) => {}
+        Ok(false) => found.problem("log.redb: pages were damaged and could be repaired"),
+        Err(error) => {
+            found.problem(format!("log.redb: {error}"));
+            return Ok(found);
+        }
+    }
+    let prepared = opener.prepare_log(&log)?;
+    opener.say_who_holds_it();
+    let index = index_of(&opener, &prepared, &mut found);
+    let snapshot = log.begin_read().map_err(ReadError::from)?;
+    verify_entries(&snapshot, &prepared, index.as_ref(), &mut found, progress)?;
+    verify_cursors(&snapshot, prepared.last, &mut found)?;
+    Ok(found)
+}
+
+/// The index and its runs, if it is there and can be read.
+fn index_of(opener: &Opener, prepared: &Prepared, found: &mut Verified) -> Option<(Database, Vec<Run>)> {
+    if !opener.index_file().is_file() {
+        return None;
+    }
+    match opener.read_index_file(prepared) {
+        Ok(Some((index, runs))) => {
+            if let Some(run) = runs.last().filter(|run| run.last > prepared.last.0) {
+                found.problem(format!(
+                    "the log ends at {}, but the index has entries up to {}: the log has lost its end",
+                    prepared.last.0, run.last
+                ));
+            }
+            Some((index, runs))
+        }
+        Ok(None) => {
+            found.problem("index.redb: it is another log's, or of another format; it is made anew when chatd starts");
+            None
+        }
+        Err(error) => {
+            found.problem(format!("{error}; the index is made anew when chatd starts"));
+            None
+        }
+    }
+}
+
+/// Postings, added up: the same in the log and in the index, in whatever order they come.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+struct Sum {
+    count: u64,
+    sum: u64,
+}
+
+impl Sum {
+    fn add(&mut self, key: Key, position: u64, seq: u64) {
+        // As splitmix64 does it.
+        let mut mixed = key.random_bits().0 ^ position.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seq.rotate_left(32);
+        mixed = (mixed ^ (mixed >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        self.count += 1;
+        self.sum = self.sum.wrapping_add(mixed ^ (mixed >> 31));
+    }
+}
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Sums {
+    /// Of conversations and streams.
+    always: Sum,
+    /// Of ids, which an index may have dropped.
+    ids: Sum,
+}
+
+impl Sums {
+    fn add_entry(&mut self, keys: &Keys, entry: &Entry) {
+        let position = entry.position.0;
+        self.always.add(keys.conversation(&entry.conversation), position, entry.seq.get());
+        self.always.add(keys.side(&entry.to, Side::Inbox), position, 0);
+        self.always.add(keys.side(&entry.from, Side::Sent), position, 0);
+        if let Some(id) = &entry.id {
+            self.ids.add(keys.id(&entry.conversation, &entry.from, id), position, 0);
+        }
+    }
+
+    fn add_list(&mut self, list: &ListRef<'_>) {
+        let sum = if list.key.is_id() { &mut self.ids } else { &mut self.always };
+        for (position, seq) in list.positions.iter().zip(list.first_seq()..) {
+            sum.add(list.key, *position, if list.key.is_conversation() { seq } else { 0 });
+        }
+    }
+}
+
+fn verify_entries(
+    snapshot: &ReadTransaction,
+    prepared: &Prepared,
+    index: Option<&(Database, Vec<Run>)>,
+    found: &mut Verified,
+    progress: Progress<'_>,
+) -> Result<(), ToolError> {
+    let mut heads: FxHashMap<Key, Last> = FxHashMap::default();
+    let mut runs = index.map(|(_, runs)| runs.iter()).into_iter().flatten().peekable();
+    let mut sums = Sums::default();
+    let mut expected = 1;
+    let rows = snapshot.open_table(ROWS).map_err(ReadError::from)?;
+    for row in rows.iter().map_err(ReadError::from)? {
+        let (first, row) = row.map_err(ReadError::from)?;
+        let first = Position(first.value());
+        if first.0 != expected {
+            found.problem(format!(
+                "log.redb, table rows: entries {expected} to {} are missing",
+                first.0.wrapping_sub(1)
+            ));
+        }
+        expected = row::last(first, row.value()).map_or(first.0, |last| last.0) + 1;
+        for entry in row::entries(first, row.value()) {
+            let entry = match entry {
+                Ok(entry) => entry,
+                Err(broken) => {
+                    found.problem(format!("log.redb, {broken}"));
+                    continue;
+                }
+            };
+            found.entries += 1;
+            let head = heads.entry(prepared.keys.conversation(&entry.conversation)).or_default();
+            if entry.seq.get() != head.seq + 1 {
+                found.problem(format!(
+                    "conversation {}: seq {} at position {} follows {}",
+                    entry.conversation, entry.seq, entry.position.0, head.seq
+                ));
+            }
+            if entry.at.as_ms() < head.at_ms {
+                found.problem(format!(
+                    "conversation {}: the time of seq {} runs backwards",
+                    entry.conversation, entry.seq
+                ));
+            }
+            *head = Last { seq: entry.seq.get(), at_ms: entry.at.as_ms() };
+            sums.add_entry(&prepared.keys, &entry);
+            if let Some((database, _)) = index
+                && let Some(run) = runs.next_if(|run| run.last <= entry.position.0)
+            {
+                match sums_of(database, run) {
+                    Ok(indexed) if indexed.always == sums.always && indexed.ids.count <= sums.ids.count => {
+                        found.indexed += run.last - run.first + 1;
+                    }
+                    Ok(_) => found.problem(format!(
+                        "index.redb: what it says of entries {} to {} is not what the log has",
+                        run.first, run.last
+                    )),
+                    Err(error) => found.problem(format!("index.redb, {error}")),
+                }
+                sums = Sums::default();
+            }
+        }
+        if progress(expected - 1, prepared.last.0).is_break() {
+            return Err(ToolError::Interrupted);
+        }
+    }
+    found.conversations = heads.len() as u64;
+    Ok(())
+}
+
+fn sums_of(index: &Database, run: &Run) -> Result<Sums, ReadError> {
+    let blocks = index.begin_read()?.open_table(BLOCKS)?;
+    let mut reader = RunReader::new(&blocks, run.number, false)?;
+    let mut sums = Sums::default();
+    while let Some(list) = reader.list() {
+        sums.add_list(&list);
+        reader.advance()?;
+    }
+    Ok(sums)
+}
+
+fn verify_cursors(snapshot: &ReadTransaction, last: Position, found: &mut Verified) -> Result<(), ToolError> {
+    let sessions = snapshot.open_table(SESSIONS).map_err(ReadError::from)?;
+    for session in sessions.iter().map_err(ReadError::from)? {
+        let (key, record) = session.map_err(ReadError::from)?;
+        let key = key.value();
+        found.sessions += 1;
+        let device = key.iter().position(|byte| *byte == 0).and_then(|at| {
+            let user = UserId::parse(std::str::from_utf8(&key[..at]).ok()?).ok()?;
+            Some(Device { user, client_id: std::str::from_utf8(&key[at + 1..]).ok()?.into() })
+        });
+        let Some(device) = device else {
+            found.problem(format!("log.redb, table sessions, key {}: it is no device", key.escape_ascii()));
+            continue;
+        };
+        match decode_session(&device, record.value()) {
+            Ok(session) => {
+                for cursor in [session.inbox, session.sent].into_iter().flatten().filter(|cursor| *cursor > last) {
+                    found.problem(format!("session of {device}: its cursor {} is behind the end", cursor.0));
+                }
+            }
+            Err(broken) => found.problem(format!("log.redb, {broken}")),
+        }
+    }
+    let delivered = snapshot.open_table(DELIVERED).map_err(ReadError::from)?;
+    for cursor in delivered.iter().map_err(ReadError::from)? {
+        let (key, position) = cursor.map_err(ReadError::from)?;
+        if position.value() > last.0 {
+            let key = key.value().escape_ascii();
+            found.problem(format!("log.redb, table delivered, key {key}: {} is behind the end", position.value()));
+        }
+    }
+    Ok(())
+}
+
+/// Gives every entry to `take`, in the order of the log.
+pub fn export(
+    folder: &Path,
+    mut take: impl FnMut(&Entry) -> std::io::Result<()>,
+    progress: Progress<'_>,
+) -> Result<u64, ToolError> {
+    let opener = existing(folder)?;
+    let log = opener.open_log_file()?;
+    let prepared = opener.prepare_log(&log)?;
+    opener.say_who_holds_it();
+    let rows = log.begin_read().map_err(ReadError::from)?.open_table(ROWS).map_err(ReadError::from)?;
+    let mut entries = 0;
+    for row in rows.iter().map_err(ReadError::from)? {
+        let (first, row) = row.map_err(ReadError::from)?;
+        for entry in row::entries(Position(first.value()), row.value()) {
+            let entry = entry.map_err(ReadError::from)?;
+            let written = take(&entry);
+            written.map_err(|error| ToolError::Write { what: "writing".to_owned(), cause: error.to_string() })?;
+            entries += 1;
+        }
+        if progress(entries, prepared.last.0).is_break() {
+            return Err(ToolError::Interrupted);
+        }
+    }
+    Ok(entries)
+}
+
+/// Gives room that nothing uses back to the file system. How many bytes that were.
+pub fn compact(folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
+    let opener = existing(folder)?;
+    let log = opener.open_log_file()?;
+    opener.prepare_log(&log)?;
+    opener.say_who_holds_it();
+    let mut given_back = 0;
+    let mut files = vec![(opener.log_file(), log)];
+    if opener.index_file().is_file() {
+        files.push((opener.index_file(), opener.open_index_file()?));
+    }
+    let count = files.len() as u64;
+    for (nth, (file, mut database)) in (0..).zip(files) {
+        let failed = |cause: String| ToolError::Write { what: format!("compacting {}", file.display()), cause };
+        let size = || fs::metadata(&file).map(|metadata| metadata.len()).map_err(|error| failed(error.to_string()));
+        let before = size()?;
+        // Each round moves some pages, and is a commit of its own: to stop between two is safe.
+        loop {
+            if progress(nth, count).is_break() {
+                return Err(ToolError::Interrupted);
+            }
+            match database.compact() {
+                Ok(true) => {}
+                Ok(false) => break,
+                Err(CompactionError::Storage(error)) => return Err(failed(error.to_string())),
+                Err(error) => return Err(failed(error.to_string())),
+            }
+        }
+        drop(database);
+        given_back += before.saturating_sub(size()?);
+    }
+    Ok(given_back)
+}
+
+impl RedbLog {
+    /// Copies the log as it is now into another folder, while it is served from. What is copied is on disk and whole when this
+    /// returns; the index is not copied, and made when the copy is opened. Returns the position of its last entry.
+    pub fn backup(&self, folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
+        let snapshot = self.shared.begin_read()?;
+        copy(&snapshot, folder, progress)
+    }
+}
+
+/// The same for a log that nobody serves from.
+pub fn backup(folder: &Path, to: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
+    let opener = existing(folder)?;
+    let log = opener.open_log_file()?;
+    opener.prepare_log(&log)?;
+    opener.say_who_holds_it();
+    copy(&log.begin_read().map_err(ReadError::from)?, to, progress)
+}
+
+/// Puts a backup into a folder that has no log. The backup is verified first.
+pub fn restore(from: &Path, folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
+    let target = Opener::new(folder, RedbOptions::default());
+    if target.log_file().exists() || target.index_file().exists() {
+        return Err(ToolError::LogThere { folder: folder.to_owned() });
+    }
+    let verified = verify(from, progress)?;
+    if let Some(problem) = verified.problems.first() {
+        return Err(ToolError::Read(format!("{}: {problem}", from.display())));
+    }
+    backup(from, folder, progress)
+}
+
+fn copy(snapshot: &ReadTransaction, folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
+    let opener = Opener::new(folder, RedbOptions::default());
+    opener.make_folder()?;
+    let file = opener.log_file();
+    if file.exists() {
+        return Err(ToolError::LogThere { folder: folder.to_owned() });
+    }
+    let part = file.with_extension("redb.part");
+    let failed = |cause: &dyn std::fmt::Display| ToolError::Write {
+        what: format!("writing {}", part.display()),
+        cause: cause.to_string(),
+    };
+    let copied = copy_tables(snapshot, &part, progress, &failed).and_then(|last| {
+        fs::rename(&part, &file).map_err(|error| failed(&error))?;
+        opener.sync_folder()?;
+        Ok(last)
+    });
+    if copied.is_err() {
+        // What is left of it is of no use; that it cannot be removed is not what went wrong.
+        fs::remove_file(&part).unwrap_or(());
+    }
+    copied
+}
+
+fn copy_tables(
+    snapshot: &ReadTransaction,
+    part: &Path,
+    progress: Progress<'_>,
+    failed: &dyn Fn(&dyn std::fmt::Display) -> ToolError,
+) -> Result<u64, ToolError> {
+    fs::remove_file(part).unwrap_or(());
+    let copy = Database::create(part).map_err(|error| failed(&error))?;
+    let begin = || {
+        let mut writing = copy.begin_write().map_err(|error| failed(&error))?;
+        writing.set_durability(Durability::Immediate).map_err(|error| failed(&error))?;
+        writing.set_quick_repair(true);
+        Ok::<_, ToolError>(writing)
+    };
+    // One macro for tables of different types: copies what is in one, as it is.
+    macro_rules! copy_table {
+        ($writing:expr, $table:expr) => {{
+            let mut target = $writing.open_table($table).map_err(|error| failed(&error))?;
+            let source = snapshot.open_table($table).map_err(ReadError::from)?;
+            for found in source.iter().map_err(ReadError::from)? {
+                let (key, value) = found.map_err(ReadError::from)?;
+                target.insert(key.value(), value.value()).map_err(|error| failed(&error))?;
+            }
+        }};
+    }
+    let writing = begin()?;
+    copy_table!(writing, META);
+    copy_table!(writing, DELIVERED);
+    copy_table!(writing, SESSIONS);
+    writing.open_table(ROWS).map_err(|error| failed(&error))?;
+    writing.commit().map_err(|error| failed(&error))?;
+
+    let source = snapshot.open_table(ROWS).map_err(ReadError::from)?;
+    let last = match source.last().map_err(ReadError::from)? {
+        Some((first, row)) => row::last(Position(first.value()), row.value()).map_err(ReadError::from)?.0,
+        None => 0,
+    };
+    let mut rows = source.iter().map_err(ReadError::from)?;
+    loop {
+        let writing = begin()?;
+        let mut copied = 0;
+        {
+            let mut target = writing.open_table(ROWS).map_err(|error| failed(&error))?;
+            for found in rows.by_ref().take(COPY_ROWS) {
+                let (first, row) = found.map_err(ReadError::from)?;
+                // A copy of something damaged would be no backup.
+                for entry in row::entries(Position(first.value()), row.value()) {
+                    entry.map_err(ReadError::from)?;
+                }
+                target.insert(first.value(), row.value()).map_err(|error| failed(&error))?;
+                copied = first.value();
+            }
+        }
+        writing.commit().map_err(|error| failed(&error))?;
+        if copied == 0 {
+            return Ok(last);
+        }
+        if progress(copied, last).is_break() {
+            return Err(ToolError::Interrupted);
+        }
+    }
+}
