@@ -252,12 +252,18 @@ async fn watch_parts(log: &RedbLog, broker: &Broker<Chat>, metrics: &Metrics) ->
     }
 }
 
+/// SIGXFSZ, on every Linux and BSD: a file would grow beyond the limit of the process (`ulimit -f`).
+const FILE_TOO_LARGE_SIGNAL: i32 = 25;
+
 /// Ends at SIGTERM or SIGINT.
 pub fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
     use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
+    // Listened for, it kills nobody: the write fails instead, and is treated as on a full disk.
+    let too_large = signal(SignalKind::from_raw(FILE_TOO_LARGE_SIGNAL)).context("listening for SIGXFSZ")?;
     Ok(async move {
+        let _too_large = too_large;
         tokio::select! {
             _ = terminate.recv() => {}
             _ = interrupt.recv() => {}

@@ -18,7 +18,7 @@ const SENDERS: usize = 20;
 const WINDOW: usize = 8;
 
 fn kills() -> usize {
-    if std::env::var_os("CHATD_TEST_LONG").is_some_and(|long| long == "1") { 30 } else { 10 }
+    if std::env::var_os("CHATD_TEST_LONG").is_some_and(|long| long == "1") { 100 } else { 20 }
 }
 
 /// What a sender knows: its messages' seqs as far as it was told (MQTT 3.1.1 is not told).
@@ -187,6 +187,9 @@ async fn whatever_was_acknowledged_survives_kill_9_under_load() {
         }
     }
     assert_well(&chatd).await;
+    chatd.kill9().await.unwrap();
+    let (code, problems, said) = chatd.tool(&["verify"]).await.unwrap();
+    assert_eq!((code, problems.as_str()), (Some(0), ""), "{said}");
 }
 
 /// Nobody resends here: what was acknowledged is there, what was not may be.

@@ -22,3 +22,5 @@ mod refusals;
 mod seams;
 #[cfg(test)]
 mod slow;
+#[cfg(test)]
+mod storage;

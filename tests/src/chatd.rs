@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use anyhow::{Context, Result, bail, ensure};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Resource, Rlimit, Signal, kill_process, prlimit};
 use tempfile::TempDir;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt, BufReader};
 use tokio::net::TcpStream;
@@ -101,6 +101,21 @@ impl Chatd {
     fn pid(&self) -> Result<Pid> {
         let number = self.child.id().context("chatd has ended")?;
         Pid::from_raw(number.try_into()?).context("its process id is 0")
+    }
+
+    /// Lets no file of its grow beyond so many bytes, as a full disk does; `None`: as far as the system lets it.
+    pub fn limit_file_bytes(&self, bytes: Option<u64>) -> Result<()> {
+        let unlimited = Rlimit { current: None, maximum: None };
+        prlimit(Some(self.pid()?), Resource::Fsize, Rlimit { current: bytes, ..unlimited })?;
+        Ok(())
+    }
+
+    /// Runs `chatd` with these arguments on the same data; its exit code, standard output and standard error.
+    pub async fn tool(&self, arguments: &[&str]) -> Result<(Option<i32>, String, String)> {
+        let output = command().await?.arg("--data").arg(self.data()).args(arguments).output();
+        let output = timeout(PATIENCE, output).await.context("waiting for a tool")??;
+        let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+        Ok((output.status.code(), text(output.stdout), text(output.stderr)))
     }
 
     /// SIGKILL. Returns when it is gone.
