@@ -182,6 +182,13 @@ impl Journal {
         self.operations.lock().clone()
     }
 
+    /// A file that is there already.
+    pub(super) fn begin_with(&self, path: &Path, bytes: Vec<u8>) {
+        let len = bytes.len() as u64;
+        let whole = [Operation::SetLen(len), Operation::Write { offset: 0, bytes }, Operation::Sync];
+        self.operations.lock().extend(whole.into_iter().map(|operation| (path.to_owned(), operation)));
+    }
+
     fn remember(&self, path: &Path, operation: Operation, operate: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
         let mut operations = self.operations.lock();
         operate()?;

@@ -6,8 +6,10 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 
+use proptest::prelude::*;
+
 use super::disk::{Disk, FaultyDisk, Journal, Operation};
-use super::tests::{EVERYTHING, SMALL, at, inbox, message, phone, user};
+use super::tests::{EVERYTHING, Reopened, SMALL, at, compare, inbox, message, phone, steps, user};
 use super::*;
 use crate::log::Side;
 
@@ -349,4 +351,54 @@ async fn damage_is_found_and_never_hides_a_message() {
     }
     println!("{refused} refused, {found} found by a read, {harmless} harmless");
     assert!(refused + found > 50, "{refused} refused, {found} found");
+}
+
+/// A log whose disk remembers what was written, so that a crash can be made of it.
+struct Crashing {
+    folder: tempfile::TempDir,
+    journal: Arc<Journal>,
+}
+
+impl Crashing {
+    fn new() -> Self {
+        Self { folder: folder(), journal: Arc::default() }
+    }
+}
+
+impl Reopened for Crashing {
+    fn open(&mut self) -> RedbLog {
+        open_on(self.folder.path(), Some(self.journal.clone()), Some(self.journal.clone())).unwrap()
+    }
+
+    fn crash(&mut self, log: RedbLog) -> RedbLog {
+        // Everything that was written is in the page cache, synced or not; what the threads do from now on never happened.
+        let operations = self.journal.operations();
+        drop(log);
+        let mut dice = Dice(1);
+        let written = image(&operations, &mut dice, Some(true));
+        // The journal begins anew, with the files as they are.
+        self.journal = Arc::default();
+        put(&written, self.folder.path());
+        for (path, bytes) in written {
+            self.journal.begin_with(&path, bytes);
+        }
+        self.open()
+    }
+}
+
+/// Cases of each of the two, which run side by side.
+const CASES: u32 = 5_000;
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: CASES, ..ProptestConfig::default() })]
+
+    #[test]
+    fn it_does_what_the_log_in_memory_does(steps in steps()) {
+        compare(&steps, Crashing::new());
+    }
+
+    #[test]
+    fn it_does_what_the_log_in_memory_does_in_other_cases(steps in steps()) {
+        compare(&steps, Crashing::new());
+    }
 }

@@ -537,7 +537,7 @@ async fn a_disk_that_is_gone_ends_the_log_and_dropping_it_does_not_hang() {
 
 /// What may be done to a log.
 #[derive(Clone, Debug)]
-enum Step {
+pub(super) enum Step {
     /// Between two users, with a seq that is off by so much.
     Append(Vec<(u8, u8, u64)>),
     Advance(u8, bool, u64),
@@ -546,9 +546,10 @@ enum Step {
     Delete(u8),
     Flush,
     Reopen,
+    Crash,
 }
 
-fn steps() -> impl Strategy<Value = Vec<Step>> {
+pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
     let off = prop_oneof![9 => Just(0_u64), 1 => Just(1_u64)];
     let entry = (0..4_u8, 1..4_u8, off).prop_map(|(from, by, off)| (from, (from + by) % 4, off));
     let step = prop_oneof![
@@ -559,8 +560,9 @@ fn steps() -> impl Strategy<Value = Vec<Step>> {
         1 => (0..4_u8).prop_map(Step::Delete),
         1 => Just(Step::Flush),
         1 => Just(Step::Reopen),
+        1 => Just(Step::Crash),
     ];
-    prop::collection::vec(step, 1..40)
+    prop::collection::vec(step, 1..24)
 }
 
 fn nth_user(nth: u8) -> UserId {
@@ -615,7 +617,7 @@ async fn step<L: Log>(log: &L, step: &Step) -> String {
             log.delete_session(&nth_device(*nth)).await.unwrap();
             String::new()
         }
-        Step::Flush | Step::Reopen => {
+        Step::Flush | Step::Reopen | Step::Crash => {
             log.flush().await.unwrap();
             String::new()
         }
@@ -649,28 +651,37 @@ async fn everything<L: Log>(log: &L) -> Vec<String> {
     read
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+/// What can be opened again, after a stop or a crash.
+pub(super) trait Reopened {
+    fn open(&mut self) -> RedbLog;
+    /// The process is killed, at a moment when nothing is under way; opened again.
+    fn crash(&mut self, log: RedbLog) -> RedbLog;
+}
 
-    #[test]
-    fn it_does_what_the_log_in_memory_does(steps in steps()) {
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        runtime.block_on(async {
-            let folder = tempfile::tempdir().unwrap();
-            let model = MemoryLog::new();
-            let open = |folder: &Path| RedbLog::open(folder, SMALL).unwrap();
-            let mut log = Some(open(folder.path()));
-            for one in &steps {
-                if matches!(one, Step::Reopen) {
+/// Does the same to a log on disk and to the one in memory, and compares everything after each step.
+pub(super) fn compare(steps: &[Step], mut on_disk: impl Reopened) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    runtime.block_on(async {
+        let model = MemoryLog::new();
+        let mut log = Some(on_disk.open());
+        for one in steps {
+            match one {
+                Step::Reopen => {
                     drop(log.take());
-                    log = Some(open(folder.path()));
+                    log = Some(on_disk.open());
                 }
-                let log = log.as_ref().expect("opened again");
-                assert_eq!(step(log, one).await, step(&model, one).await, "{one:?}");
-                assert_eq!(everything(log).await, everything(&model).await, "{one:?}");
+                Step::Crash => {
+                    let before = log.take().expect("opened again");
+                    before.flush().await.unwrap();
+                    log = Some(on_disk.crash(before));
+                }
+                _ => {}
             }
-        });
-    }
+            let log = log.as_ref().expect("opened again");
+            assert_eq!(step(log, one).await, step(&model, one).await, "{one:?}");
+            assert_eq!(everything(log).await, everything(&model).await, "{one:?}");
+        }
+    });
 }
 
 /// What the tools say of a log, as they print it.
