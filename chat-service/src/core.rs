@@ -8,7 +8,7 @@ use std::sync::Arc;
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use rustc_hash::FxHashMap;
 
-use crate::log::{ConversationHead, Entry, IdKey, NewEntry};
+use crate::log::{Account, ConversationHead, Entry, IdKey, NewEntry, counted_bytes};
 
 /// A message that a user sends, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -38,6 +38,37 @@ pub enum Decision {
     Stored(ConversationHead),
     /// Its id belongs to another text.
     IdConflict,
+    /// The sender's quota is full.
+    SenderFull,
+    /// The conversation's quota is full.
+    ConversationFull,
+}
+
+/// How many bytes may be stored, as [`counted_bytes`] counts them; `None`: no limit.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Quotas {
+    /// Of what one user sent.
+    pub sender_bytes: Option<u64>,
+    pub conversation_bytes: Option<u64>,
+}
+
+impl Quotas {
+    /// Nothing is limited.
+    pub const NONE: Self = Self { sender_bytes: None, conversation_bytes: None };
+
+    /// Accounts of a message that have a limit, with it, and what is decided where it is exceeded.
+    fn of(&self, send: &Send) -> impl Iterator<Item = (Account, u64, Decision)> {
+        let sender = self.sender_bytes.map(|max| (Account::Sender(send.from.clone()), max, Decision::SenderFull));
+        let conversation = self
+            .conversation_bytes
+            .map(|max| (Account::Conversation(send.conversation.clone()), max, Decision::ConversationFull));
+        sender.into_iter().chain(conversation)
+    }
+
+    /// Accounts whose usage decides over a message.
+    pub fn accounts(&self, send: &Send) -> impl Iterator<Item = Account> {
+        self.of(send).map(|(account, ..)| account)
+    }
 }
 
 /// A batch, decided.
@@ -50,13 +81,16 @@ pub struct Plan {
 }
 
 /// Decides a batch. `heads` are the last entries of every conversation in it (absent: none yet); `stored` the entries that already have an
-/// id of the batch.
+/// id of the batch; `usage` what is stored for the accounts that have a limit (absent: nothing).
 pub fn plan(
     batch: &[Send],
     heads: &FxHashMap<ConversationId, ConversationHead>,
     stored: &FxHashMap<IdKey, Entry>,
+    quotas: Quotas,
+    usage: &FxHashMap<Account, u64>,
     now: Timestamp,
 ) -> Plan {
+    let mut used: FxHashMap<Account, u64> = FxHashMap::default();
     let mut plan = Plan { entries: Vec::with_capacity(batch.len()), decisions: Vec::with_capacity(batch.len()) };
     let mut moved: FxHashMap<&ConversationId, ConversationHead> = FxHashMap::default();
     let mut new_ids: FxHashMap<IdKey, usize> = FxHashMap::default();
@@ -77,6 +111,10 @@ pub fn plan(
                 });
                 continue;
             }
+        }
+        if let Some(full) = take(send, quotas, usage, &mut used) {
+            plan.decisions.push(full);
+            continue;
         }
         let before = moved.get(&send.conversation).or_else(|| heads.get(&send.conversation)).copied();
         let head = match before {
@@ -102,6 +140,29 @@ pub fn plan(
     plan
 }
 
+/// Counts a message, or says which quota is full for it.
+fn take(
+    send: &Send,
+    quotas: Quotas,
+    usage: &FxHashMap<Account, u64>,
+    used: &mut FxHashMap<Account, u64>,
+) -> Option<Decision> {
+    let bytes = counted_bytes(&send.text);
+    let total = |account: &Account, used: &FxHashMap<Account, u64>| {
+        let before = used.get(account).or_else(|| usage.get(account)).copied().unwrap_or_default();
+        before.saturating_add(bytes)
+    };
+    let full = quotas.of(send).find(|(account, max, _)| total(account, used) > *max);
+    if let Some((.., decision)) = full {
+        return Some(decision);
+    }
+    for account in quotas.accounts(send) {
+        let total = total(&account, used);
+        used.insert(account, total);
+    }
+    None
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -124,6 +185,44 @@ mod tests {
         }
     }
 
+    fn plan_unlimited(
+        batch: &[Send],
+        heads: &FxHashMap<ConversationId, ConversationHead>,
+        stored: &FxHashMap<IdKey, Entry>,
+        now: Timestamp,
+    ) -> Plan {
+        plan(batch, heads, stored, Quotas::NONE, &FxHashMap::default(), now)
+    }
+
+    #[test]
+    fn a_full_quota_refuses_and_a_smaller_message_may_still_fit() {
+        let texts = ["x".repeat(30), "y".repeat(31), "z".repeat(30)];
+        let batch = [
+            send("alice", "bob", None, &texts[0]),
+            send("alice", "bob", None, &texts[1]),
+            send("alice", "eve", None, &texts[2]),
+            // The quota is alice's, not the conversation's.
+            send("bob", "alice", None, &texts[1]),
+        ];
+        let decide = |quotas, usage: &[(Account, u64)]| {
+            let usage = usage.iter().cloned().collect();
+            plan(&batch, &FxHashMap::default(), &FxHashMap::default(), quotas, &usage, at(5)).decisions
+        };
+        let (alice, both) = (Account::Sender(user("alice")), Account::Conversation(batch[0].conversation.clone()));
+        let room_for_two = 2 * counted_bytes(&texts[0]);
+        let sender = Quotas { sender_bytes: Some(room_for_two), ..Quotas::NONE };
+        let stored = [Decision::Append(0), Decision::SenderFull, Decision::Append(1), Decision::Append(2)];
+        assert_eq!(decide(sender, &[]), stored);
+        let stored = [Decision::SenderFull, Decision::SenderFull, Decision::SenderFull, Decision::Append(0)];
+        assert_eq!(decide(sender, &[(alice, room_for_two)]), stored);
+        let conversation = Quotas { conversation_bytes: Some(room_for_two), ..Quotas::NONE };
+        let stored = [Decision::Append(0), Decision::ConversationFull, Decision::Append(1), Decision::ConversationFull];
+        assert_eq!(decide(conversation, &[]), stored);
+        let stored =
+            [Decision::ConversationFull, Decision::ConversationFull, Decision::Append(0), Decision::ConversationFull];
+        assert_eq!(decide(conversation, &[(both, u64::MAX)]), stored);
+    }
+
     fn at(ms: u64) -> Timestamp {
         Timestamp::from_ms(ms)
     }
@@ -131,7 +230,7 @@ mod tests {
     #[test]
     fn both_directions_share_one_count() {
         let batch = [send("alice", "bob", None, "a"), send("bob", "alice", None, "b"), send("alice", "eve", None, "c")];
-        let plan = plan(&batch, &FxHashMap::default(), &FxHashMap::default(), at(5));
+        let plan = plan_unlimited(&batch, &FxHashMap::default(), &FxHashMap::default(), at(5));
         assert_eq!(plan.entries.iter().map(|e| e.seq.get()).collect::<Vec<_>>(), [1, 2, 1]);
     }
 
@@ -140,7 +239,7 @@ mod tests {
         let batch = [send("alice", "bob", None, "a")];
         let head = ConversationHead { seq: Seq::FIRST, at: at(1_000) };
         let heads = [(batch[0].conversation.clone(), head)].into_iter().collect();
-        let plan = plan(&batch, &heads, &FxHashMap::default(), at(10));
+        let plan = plan_unlimited(&batch, &heads, &FxHashMap::default(), at(10));
         assert_eq!((plan.entries[0].seq.get(), plan.entries[0].at), (2, at(1_000)));
     }
 
@@ -166,7 +265,7 @@ mod tests {
             send("alice", "bob", Some("n"), "new"),
             send("alice", "bob", Some("n"), "not the same"),
         ];
-        let plan = plan(&batch, &FxHashMap::default(), &stored, at(5));
+        let plan = plan_unlimited(&batch, &FxHashMap::default(), &stored, at(5));
         assert_eq!(
             plan.decisions,
             [
@@ -198,7 +297,7 @@ mod tests {
                 })
                 .collect();
             for (chunk, clock) in batch.chunks(9).zip(clocks.iter().cycle()) {
-                let plan = plan(chunk, &heads, &stored, at(*clock));
+                let plan = plan_unlimited(chunk, &heads, &stored, at(*clock));
                 prop_assert_eq!(plan.decisions.len(), chunk.len());
                 for entry in plan.entries {
                     seen.entry(entry.conversation.clone()).or_default().push((entry.seq.get(), entry.at));

@@ -13,6 +13,7 @@ pub mod log;
 pub mod logging;
 pub mod metrics;
 mod refusal;
+pub mod retention;
 pub mod sequencer;
 pub mod server;
 pub mod service;

@@ -31,6 +31,8 @@ pub struct Metrics {
     pub messages_delivered: Counter,
     /// `chatd_messages_duplicate_total`: resends answered with the first seq.
     pub messages_duplicate: Counter,
+    /// `chatd_messages_removed_total`: chat messages removed because of their age.
+    pub messages_removed: Counter,
     /// `chatd_commit_seconds`: writing a batch to the log, fsync included.
     pub commit_seconds: Histogram,
     /// `chatd_commit_messages`: messages in a batch.
@@ -74,6 +76,7 @@ impl Metrics {
             messages_accepted: Counter::default(),
             messages_delivered: Counter::default(),
             messages_duplicate: Counter::default(),
+            messages_removed: Counter::default(),
             commit_seconds: Histogram::new(latency_buckets()),
             commit_messages: Histogram::new(exponential_buckets(1.0, 2.0, 16)),
             publish_to_puback_seconds: Histogram::new(latency_buckets()),
@@ -99,6 +102,7 @@ impl Metrics {
         r.register("messages_accepted", "Chat messages stored", self.messages_accepted.clone());
         r.register("messages_delivered", "Chat messages acknowledged by devices", self.messages_delivered.clone());
         r.register("messages_duplicate", "Resends answered with the first seq", self.messages_duplicate.clone());
+        r.register("messages_removed", "Chat messages removed because of their age", self.messages_removed.clone());
         r.register("refused", "Refused connects, publishes and subscriptions", self.refused.clone());
         r.register_with_unit("commit", "Writing a batch to the log", Unit::Seconds, self.commit_seconds.clone());
         r.register("commit_messages", "Messages in a batch", self.commit_messages.clone());
@@ -165,6 +169,7 @@ mod tests {
         metrics.messages_accepted.inc_by(3);
         metrics.messages_delivered.inc();
         metrics.messages_duplicate.inc();
+        metrics.messages_removed.inc();
         metrics.refused("bad_topic");
         metrics.commit_seconds.observe(0.001);
         metrics.commit_messages.observe(100.0);
@@ -179,6 +184,7 @@ mod tests {
             "chatd_messages_accepted_total 3",
             "chatd_messages_delivered_total 1",
             "chatd_messages_duplicate_total 1",
+            "chatd_messages_removed_total 1",
             "chatd_refused_total{reason=\"bad_topic\"} 1",
             "chatd_commit_seconds_count 1",
             "chatd_commit_seconds_bucket{le=\"0.00005\"} 0",

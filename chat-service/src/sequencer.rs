@@ -13,12 +13,14 @@ use broker::completion::{Reply, complete};
 use broker::live::LiveMessage;
 use broker::service::PublishOutcome;
 use chat_protocol::{ConversationId, ErrorCode, Timestamp};
-use rustc_hash::FxHashMap;
+use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::mpsc;
 
-use crate::core::{self, Decision, Plan, Send};
+use crate::core::{self, Decision, Plan, Quotas, Send};
 use crate::envelope;
-use crate::log::{AppendError, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, Position};
+use crate::log::{
+    Account, AppendError, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, Position, counted_bytes,
+};
 use crate::metrics::Metrics;
 use crate::refusal;
 
@@ -30,6 +32,8 @@ const BATCH_MESSAGES_MAX: usize = 4_096;
 const COMMITTED_BATCHES_MAX: usize = 4;
 /// Conversations whose last entry is kept in memory; when it is full all are forgotten and read again.
 const HEADS_MAX: usize = 200_000;
+/// Accounts whose usage is kept in memory; when it is full all are forgotten and asked again.
+const ACCOUNTS_MAX: usize = 200_000;
 /// Attempts after another writer was first.
 const CONFLICT_RETRIES: usize = 16;
 
@@ -54,13 +58,14 @@ pub async fn run<L: Log>(
     mut queue: mpsc::Receiver<Vec<Submission>>,
     announcer: Announcer,
     metrics: Arc<Metrics>,
+    quotas: Quotas,
     shutdown: impl Future<Output = ()> + std::marker::Send,
 ) {
     let mut shutdown = std::pin::pin!(shutdown);
     let mut open = true;
     let (committed, to_announce) = mpsc::channel(COMMITTED_BATCHES_MAX);
     let announcing = tokio::spawn(announce(to_announce, announcer.clone(), Arc::clone(&metrics)));
-    let mut heads = FxHashMap::default();
+    let mut known = Known { quotas, ..Known::default() };
     let mut gathered: Vec<Vec<Submission>> = Vec::new();
     loop {
         let received = tokio::select! {
@@ -81,7 +86,7 @@ pub async fn run<L: Log>(
             if batch.is_empty() {
                 break;
             }
-            if let Some(done) = write(&*log, &mut heads, batch, &announcer, &metrics).await
+            if let Some(done) = write(&*log, &mut known, batch, &announcer, &metrics).await
                 && committed.send(done).await.is_err()
             {
                 tracing::error!("the announcer has ended");
@@ -95,16 +100,27 @@ pub async fn run<L: Log>(
     }
 }
 
+/// What of the log is kept in memory.
+#[derive(Default)]
+struct Known {
+    heads: FxHashMap<ConversationId, ConversationHead>,
+    quotas: Quotas,
+    /// What is stored for accounts with a limit, as long as nothing is removed.
+    usage: FxHashMap<Account, u64>,
+    /// The log's first position when the usage was asked.
+    usage_since: Position,
+}
+
 async fn write<L: Log>(
     log: &L,
-    heads: &mut FxHashMap<ConversationId, ConversationHead>,
+    known: &mut Known,
     batch: Vec<Submission>,
     announcer: &Announcer,
     metrics: &Metrics,
 ) -> Option<Committed> {
     let sends: Vec<Send> = batch.iter().map(|submission| submission.send.clone()).collect();
     for _ in 0..CONFLICT_RETRIES {
-        let plan = match prepare(log, heads, &sends).await {
+        let plan = match prepare(log, known, &sends).await {
             Ok(plan) => plan,
             Err(error) => {
                 tracing::error!(%error, "a batch could not be prepared");
@@ -127,12 +143,13 @@ async fn write<L: Log>(
                 metrics.commit_seconds.observe(began.elapsed().as_secs_f64());
                 metrics.commit_messages.observe(f64::from(u32::try_from(positions.len()).unwrap_or(u32::MAX)));
                 metrics.messages_accepted.inc_by(positions.len() as u64);
-                remember(heads, &plan.entries);
+                known.remember(&plan.entries);
                 return Some(Committed { batch, plan, positions });
             }
             Err(AppendError::Conflict { conversation, .. }) => {
                 tracing::debug!(%conversation, "another writer was first");
-                heads.remove(&conversation);
+                known.heads.remove(&conversation);
+                known.usage.clear();
             }
             Err(AppendError::Full(reason)) => {
                 tracing::warn!(%reason, "the disk is full: senders are refused");
@@ -141,7 +158,8 @@ async fn write<L: Log>(
             }
             Err(error @ (AppendError::Unknown(_) | AppendError::Failed(_))) => {
                 tracing::error!(%error, "a batch was not written");
-                heads.clear();
+                known.heads.clear();
+                known.usage.clear();
                 // Dropping the replies closes the senders' connections without an acknowledgement.
                 return None;
             }
@@ -151,11 +169,9 @@ async fn write<L: Log>(
     None
 }
 
-async fn prepare<L: Log>(
-    log: &L,
-    heads: &mut FxHashMap<ConversationId, ConversationHead>,
-    sends: &[Send],
-) -> Result<Plan, LogError> {
+async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &[Send]) -> Result<Plan, LogError> {
+    known.load_usage(log, sends).await?;
+    let heads = &mut known.heads;
     let mut unknown: Vec<ConversationId> = sends
         .iter()
         .filter(|send| !heads.contains_key(&send.conversation))
@@ -180,16 +196,50 @@ async fn prepare<L: Log>(
         let found = log.find(keys.clone()).await?;
         keys.into_iter().zip(found).filter_map(|(key, entry)| Some((key, entry?))).collect()
     };
-    Ok(core::plan(sends, heads, &stored, now()))
+    Ok(core::plan(sends, heads, &stored, known.quotas, &known.usage, now()))
 }
 
-fn remember(heads: &mut FxHashMap<ConversationId, ConversationHead>, entries: &[NewEntry]) {
-    for entry in entries {
-        let head = ConversationHead { seq: entry.seq, at: entry.at };
-        match heads.get_mut(&entry.conversation) {
-            Some(known) => *known = head,
-            None => {
-                heads.insert(entry.conversation.clone(), head);
+impl Known {
+    /// Asks what is stored for the accounts of these messages, as far as they have a limit.
+    async fn load_usage<L: Log>(&mut self, log: &L, sends: &[Send]) -> Result<(), LogError> {
+        if self.quotas == Quotas::NONE {
+            return Ok(());
+        }
+        let first = log.first();
+        if first != self.usage_since || self.usage.len() > ACCOUNTS_MAX {
+            self.usage.clear();
+            self.usage_since = first;
+        }
+        let accounts: FxHashSet<Account> = sends
+            .iter()
+            .flat_map(|send| self.quotas.accounts(send))
+            .filter(|account| !self.usage.contains_key(account))
+            .collect();
+        if accounts.is_empty() {
+            return Ok(());
+        }
+        let accounts: Vec<Account> = accounts.into_iter().collect();
+        let stored = log.usage(accounts.clone()).await?;
+        self.usage.extend(accounts.into_iter().zip(stored));
+        Ok(())
+    }
+
+    fn remember(&mut self, entries: &[NewEntry]) {
+        for entry in entries {
+            let head = ConversationHead { seq: entry.seq, at: entry.at };
+            match self.heads.get_mut(&entry.conversation) {
+                Some(known) => *known = head,
+                None => {
+                    self.heads.insert(entry.conversation.clone(), head);
+                }
+            }
+            if self.quotas == Quotas::NONE {
+                continue;
+            }
+            for account in [Account::Conversation(entry.conversation.clone()), Account::Sender(entry.from.clone())] {
+                if let Some(usage) = self.usage.get_mut(&account) {
+                    *usage += counted_bytes(&entry.text);
+                }
             }
         }
     }
@@ -242,9 +292,8 @@ async fn announce(mut committed: mpsc::Receiver<Committed>, announcer: Announcer
                     metrics.messages_duplicate.inc();
                     *head
                 }
-                Decision::IdConflict => {
-                    let reason = "this id was used for another text in this conversation";
-                    let code = ErrorCode::IdConflict;
+                Decision::IdConflict | Decision::SenderFull | Decision::ConversationFull => {
+                    let (code, reason) = refused(*decision);
                     let id = submission.send.id.as_ref().map(|id| id.as_str());
                     refusal::count_and_tell(
                         &announcer,
@@ -272,6 +321,14 @@ async fn announce(mut committed: mpsc::Receiver<Committed>, announcer: Announcer
             announcer.announce(messages);
         }
         complete(outcomes);
+    }
+}
+
+fn refused(decision: Decision) -> (ErrorCode, &'static str) {
+    match decision {
+        Decision::SenderFull => (ErrorCode::QuotaExceeded, "you have as much stored as one user may"),
+        Decision::ConversationFull => (ErrorCode::QuotaExceeded, "this conversation has as much stored as one may"),
+        _ => (ErrorCode::IdConflict, "this id was used for another text in this conversation"),
     }
 }
 

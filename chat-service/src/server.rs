@@ -13,9 +13,11 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin;
+use crate::core::Quotas;
 use crate::http::{self, Readiness};
 use crate::log::{Log, RedbLog, RedbOptions};
 use crate::metrics::Metrics;
+use crate::retention;
 use crate::sequencer;
 use crate::service::{BOUND_FILTER, ChatService};
 use crate::settings::Settings;
@@ -39,6 +41,8 @@ pub struct Server {
     readiness: Readiness,
     metrics: Arc<Metrics>,
     storage: PathBuf,
+    /// Zero: for ever.
+    retention: Duration,
     http_options: http::Options,
     shutdown_timeout: Duration,
 }
@@ -47,9 +51,13 @@ impl Server {
     /// Opens and binds everything, or says what could not be.
     pub async fn start(settings: &Settings) -> anyhow::Result<Self> {
         let limits = &settings.limits;
+        let limit = |bytes| (bytes > 0).then_some(bytes);
+        let quotas =
+            Quotas { sender_bytes: limit(limits.user_bytes), conversation_bytes: limit(limits.conversation_bytes) };
         let log = {
             let path = settings.storage.path.clone();
-            let open = tokio::task::spawn_blocking(move || RedbLog::open(&path, RedbOptions::default()));
+            let options = RedbOptions { counts_usage: quotas != Quotas::NONE, ..RedbOptions::default() };
+            let open = tokio::task::spawn_blocking(move || RedbLog::open(&path, options));
             Arc::new(open.await.context("opening the log")??)
         };
         let metrics = Arc::new(Metrics::new());
@@ -61,6 +69,7 @@ impl Server {
             submissions,
             announcer.clone(),
             Arc::clone(&metrics),
+            quotas,
             told(draining),
         ));
         let service = Arc::new(ChatService::new(
@@ -102,6 +111,7 @@ impl Server {
             readiness,
             metrics,
             storage: settings.storage.path.clone(),
+            retention: settings.storage.retention,
             http_options,
             shutdown_timeout: limits.shutdown_timeout,
         })
@@ -137,6 +147,12 @@ impl Server {
                 None
             }
         };
+        if !self.retention.is_zero() {
+            let (log, metrics) = (Arc::clone(&self.log), Arc::clone(&self.metrics));
+            let removing = retention::run(log, metrics, self.retention, told(stop.subscribe()));
+            // It ends at the stop by itself, between two commits.
+            drop(tokio::spawn(removing));
+        }
         self.readiness.ready();
         tracing::info!("ready");
 

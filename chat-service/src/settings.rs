@@ -25,6 +25,8 @@ const ENVIRONMENT_PREFIX: &str = "CHATD";
 /// What a PUBLISH of a message needs besides its text: topic, id, properties.
 const PACKET_BYTES_BESIDES_TEXT: usize = 1024;
 
+const SECONDS_PER_DAY: u64 = 86_400;
+
 /// Everything that can be set.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
@@ -60,6 +62,10 @@ pub struct StorageSettings {
     /// A folder; relative to the working directory.
     #[serde(deserialize_with = "folder")]
     pub path: PathBuf,
+    /// Zero: for ever.
+    #[serde(rename = "retention_days")]
+    #[serde(deserialize_with = "days_within::<_, 0, 36_500>", serialize_with = "as_days")]
+    pub retention: Duration,
 }
 
 /// Who may connect.
@@ -111,6 +117,12 @@ pub struct Limits {
     /// `u32::MAX`: for ever, as in MQTT 5.
     #[serde(deserialize_with = "within::<_, _, 0, 4_294_967_295>")]
     pub session_expiry_max_s: u32,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 1_125_899_906_842_624>")]
+    pub user_bytes: u64,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 1_125_899_906_842_624>")]
+    pub conversation_bytes: u64,
     #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
     pub retained_messages: usize,
     #[serde(deserialize_with = "within::<_, _, 0, 1_099_511_627_776>")]
@@ -454,6 +466,17 @@ where
 
 fn as_milliseconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_u64(u64::try_from(duration.as_millis()).expect("it was read from a u64 of milliseconds"))
+}
+
+fn days_within<'de, D, const MIN: u64, const MAX: u64>(deserializer: D) -> Result<Duration, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    within::<D, u64, MIN, MAX>(deserializer).map(|days| Duration::from_secs(days * SECONDS_PER_DAY))
+}
+
+fn as_days<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(duration.as_secs() / SECONDS_PER_DAY)
 }
 
 /// Text and nothing else: a number in place of a name is a mistake.

@@ -11,8 +11,8 @@ use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use tokio::task::JoinSet;
 
 use super::{
-    Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, NewEntry, Page, Position, ReadLimit,
-    SessionRecord, Side, Stream, SubscriptionRecord,
+    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, NewEntry, Page, Position, ReadLimit,
+    SessionRecord, Side, Stream, SubscriptionRecord, counted_bytes,
 };
 
 /// A place for a log, empty at first.
@@ -54,6 +54,11 @@ macro_rules! for_each_log_case {
             sessions_end
             client_ids_may_be_anything
             noted_changes_are_made_in_their_order
+            old_entries_are_removed_from_the_beginning
+            a_conversation_without_entries_goes_on
+            entries_are_removed_while_others_are_appended
+            what_is_removed_stays_removed
+            usage_counts_what_is_stored
             entries_survive
             cursors_and_sessions_survive
         }
@@ -610,6 +615,170 @@ pub async fn cursors_and_sessions_survive(store: &impl Store) {
     assert_eq!(delivered(&log, &sent("bob")).await, Position(60));
     log.advance(vec![advance(&inbox("bob"), Some(&phone), 40)]);
     assert_eq!(delivered(&log, &inbox("bob")).await, Position(50));
+}
+
+/// A message of this day.
+fn dated(from: &str, to: &str, seq: u64, day: u64) -> NewEntry {
+    let id = Some(id(&format!("{from}-{seq}")));
+    NewEntry { at: day_begins(day), id, ..message(from, to, seq, &format!("{from} {seq}")) }
+}
+
+/// So late that no id is too old to be found.
+fn day_begins(day: u64) -> Timestamp {
+    Timestamp::from_ms(4_000_000_000_000 + day * 86_400_000)
+}
+
+/// Removes all that is older; how many entries.
+async fn remove_before(log: &impl Log, time: Timestamp) -> u64 {
+    let mut removed = 0;
+    loop {
+        match log.remove_before(time).await.expect("removed") {
+            0 => return removed,
+            some => removed += some,
+        }
+    }
+}
+
+async fn usage(log: &impl Log, conversations: &[&str], senders: &[&str]) -> Vec<u64> {
+    let conversations = conversations.iter().map(|name| Account::Conversation(conversation(name)));
+    let senders = senders.iter().map(|name| Account::Sender(user(name)));
+    log.usage(conversations.chain(senders).collect()).await.expect("counts")
+}
+
+pub async fn old_entries_are_removed_from_the_beginning(store: &impl Store) {
+    let log = store.open().await;
+    assert_eq!((log.first(), remove_before(&log, day_begins(9)).await), (Position(1), 0));
+    let positions = append(
+        &log,
+        &[
+            dated("alice", "bob", 1, 1),
+            dated("alice", "eve", 1, 1),
+            dated("bob", "alice", 2, 2),
+            // The clock was wrong: what comes after is older, so this is, too.
+            dated("eve", "bob", 1, 7),
+            dated("alice", "bob", 3, 3),
+            dated("alice", "bob", 4, 4),
+            dated("eve", "alice", 2, 4),
+        ],
+    )
+    .await;
+    assert_eq!(remove_before(&log, day_begins(1)).await, 0);
+    assert_eq!(remove_before(&log, day_begins(4)).await, 5);
+    assert_eq!((log.first(), log.head()), (positions[5], positions[6]));
+    assert_eq!(texts(&log, "alice:bob").await, ["alice 4"]);
+    assert_eq!(texts(&log, "alice:eve").await, ["eve 2"]);
+    assert_eq!(texts(&log, "bob:eve").await, [""; 0]);
+    assert_eq!(read(&log, &inbox("bob"), Position(0)).await.len(), 1);
+    assert_eq!(read(&log, &sent("alice"), Position(0)).await.len(), 1);
+    assert_eq!(read(&log, &sent("bob"), Position(0)).await, []);
+    let limit = ReadLimit { entries: 1, bytes: usize::MAX };
+    let page = log.read(&inbox("alice"), Position(0), limit).await.expect("a page");
+    assert_eq!((page.entries.len(), page.end), (1, true));
+    let found = find(&log, &[("alice:bob", "alice", "alice-3"), ("alice:bob", "alice", "alice-4")]).await;
+    assert_eq!(found.iter().map(Option::is_some).collect::<Vec<_>>(), [false, true]);
+    for after in 0..4 {
+        let after = Seq::new(after);
+        let page = log.read_conversation(&conversation("alice:bob"), after, EVERYTHING).await.expect("a page");
+        assert_eq!(page.entries.iter().map(|entry| entry.seq.get()).collect::<Vec<_>>(), [4]);
+    }
+    assert_eq!(remove_before(&log, day_begins(4)).await, 0);
+    assert_eq!(remove_before(&log, day_begins(5)).await, 2);
+    assert_eq!((log.first(), log.head()), (Position(positions[6].0 + 1), positions[6]));
+}
+
+pub async fn a_conversation_without_entries_goes_on(store: &impl Store) {
+    let log = store.open().await;
+    append(&log, &[dated("alice", "bob", 1, 1), dated("alice", "bob", 2, 1), dated("alice", "eve", 1, 3)]).await;
+    remove_before(&log, day_begins(2)).await;
+    let head = Some(ConversationHead { seq: number(2), at: day_begins(1) });
+    assert_eq!(heads(&log, &["alice:bob", "bob:eve"]).await, [head, None]);
+    refused(&log, &[dated("bob", "alice", 1, 3)], 1).await;
+    // Everything, and then again.
+    for round in 2..5 {
+        append(&log, &[dated("bob", "alice", round + 1, round)]).await;
+        remove_before(&log, day_begins(round + 1)).await;
+        let head = Some(ConversationHead { seq: number(round + 1), at: day_begins(round) });
+        assert_eq!(heads(&log, &["alice:bob"]).await, [head]);
+        assert_eq!(texts(&log, "alice:bob").await, [""; 0]);
+    }
+}
+
+pub async fn entries_are_removed_while_others_are_appended<S: Store>(store: &S) {
+    let log = Arc::new(store.open().await);
+    let mut tasks = JoinSet::new();
+    for writer in 0..APPENDING_TASKS {
+        let log = Arc::clone(&log);
+        tasks.spawn(async move {
+            let from = format!("writer-{writer}");
+            for seq in 1..=APPENDS_EACH {
+                let position = append(&*log, &[dated(&from, "bob", seq, seq)]).await[0];
+                if seq % 4 == writer % 4 {
+                    remove_before(&*log, day_begins(seq)).await;
+                }
+                let page = read(&*log, &inbox("bob"), Position(0)).await;
+                assert!(page.last().is_none_or(|last| last.position >= position) || log.first() > position);
+                assert!(page.is_sorted_by(|a, b| a.position < b.position));
+                let name = format!("bob:{from}");
+                let rest = log.read_conversation(&conversation(&name), None, EVERYTHING).await.expect("a page");
+                let seqs: Vec<u64> = rest.entries.iter().map(|entry| entry.seq.get()).collect();
+                let expected: Vec<u64> = (seq + 1 - seqs.len() as u64..=seq).collect();
+                assert_eq!(seqs, expected, "a read has a hole");
+            }
+        });
+    }
+    finish(tasks).await;
+    remove_before(&*log, day_begins(APPENDS_EACH + 1)).await;
+    assert_eq!(read(&*log, &inbox("bob"), Position(0)).await, []);
+    for writer in 0..APPENDING_TASKS {
+        let head = heads(&*log, &[&format!("bob:writer-{writer}")]).await[0];
+        assert_eq!(head.map(|head| head.seq.get()), Some(APPENDS_EACH));
+    }
+}
+
+pub async fn what_is_removed_stays_removed(store: &impl Store) {
+    let last = {
+        let log = store.open().await;
+        append(&log, &[dated("alice", "bob", 1, 1), dated("alice", "eve", 1, 1), dated("alice", "eve", 2, 3)]).await;
+        assert_eq!(remove_before(&log, day_begins(2)).await, 2);
+        log.head()
+    };
+    {
+        let log = store.open().await;
+        assert_eq!((log.first(), log.head()), (last, last));
+        assert_eq!(heads(&log, &["alice:bob"]).await[0].map(|head| head.seq.get()), Some(1));
+        assert_eq!(texts(&log, "alice:eve").await, ["alice 2"]);
+        assert_eq!(remove_before(&log, day_begins(4)).await, 1);
+    }
+    let log = store.open().await;
+    assert_eq!((log.first(), log.head()), (Position(last.0 + 1), last));
+    assert_eq!(heads(&log, &["alice:eve"]).await[0].map(|head| head.seq.get()), Some(2));
+    let next = append(&log, &[dated("alice", "eve", 3, 5), dated("alice", "bob", 2, 5)]).await;
+    assert_eq!(next[0], Position(last.0 + 1));
+    assert_eq!(read(&log, &sent("alice"), Position(0)).await.len(), 2);
+}
+
+pub async fn usage_counts_what_is_stored(store: &impl Store) {
+    let message = |from, to, seq, day, text: &str| NewEntry { text: text.into(), ..dated(from, to, seq, day) };
+    let bytes = |texts: &[&str]| texts.iter().map(|text| counted_bytes(text)).sum::<u64>();
+    {
+        let log = store.open().await;
+        assert_eq!(usage(&log, &["alice:bob"], &["alice"]).await, [0, 0]);
+        append(&log, &[message("alice", "bob", 1, 1, "one"), message("bob", "alice", 2, 2, "")]).await;
+        append(&log, &[message("alice", "eve", 1, 2, "three"), message("alice", "bob", 3, 3, "four")]).await;
+        assert_eq!(usage(&log, &["alice:bob"], &[]).await, [bytes(&["one", "", "four"])]);
+        assert_eq!(
+            usage(&log, &["alice:eve", "bob:eve"], &["alice", "bob", "eve"]).await,
+            [bytes(&["three"]), 0, bytes(&["one", "three", "four"]), bytes(&[""]), 0]
+        );
+        remove_before(&log, day_begins(2)).await;
+        assert_eq!(usage(&log, &["alice:bob"], &["alice"]).await, [bytes(&["", "four"]), bytes(&["three", "four"])]);
+    }
+    let log = store.open().await;
+    assert_eq!(usage(&log, &["alice:bob"], &["alice"]).await, [bytes(&["", "four"]), bytes(&["three", "four"])]);
+    append(&log, &[message("bob", "alice", 4, 4, "five")]).await;
+    assert_eq!(usage(&log, &["alice:bob"], &["bob"]).await, [bytes(&["", "four", "five"]), bytes(&["", "five"])]);
+    remove_before(&log, day_begins(5)).await;
+    assert_eq!(usage(&log, &["alice:bob", "alice:eve"], &["alice", "bob"]).await, [0; 4]);
 }
 
 fn user(name: &str) -> UserId {

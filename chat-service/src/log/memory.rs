@@ -5,13 +5,13 @@
 
 use std::sync::Arc;
 
-use chat_protocol::{ConversationId, Seq};
+use chat_protocol::{ConversationId, Seq, Timestamp};
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 
 use super::{
-    Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, Position, ReadLimit,
-    SessionRecord, Side, Stream,
+    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, Position,
+    ReadLimit, SessionRecord, Side, Stream, counted_bytes,
 };
 
 /// A log without a disk.
@@ -22,11 +22,13 @@ pub struct MemoryLog {
 
 #[derive(Debug, Default)]
 struct State {
-    /// The entry at position p is at index p - 1.
+    /// The entry at position p is at index p - 1, removed or not.
     entries: Vec<Entry>,
+    /// So many at the beginning are removed.
+    removed: usize,
     conversations: FxHashMap<ConversationId, Vec<Position>>,
     streams: FxHashMap<Stream, Vec<Position>>,
-    ids: FxHashMap<IdKey, Position>,
+    ids: FxHashMap<IdKey, Vec<Position>>,
     delivered: FxHashMap<Stream, Position>,
     sessions: FxHashMap<Device, SessionRecord>,
 }
@@ -63,7 +65,7 @@ impl State {
         }
         if let Some(id) = &id {
             let key = IdKey { conversation: conversation.clone(), from: from.clone(), id: id.clone() };
-            self.ids.entry(key).or_insert(position);
+            self.ids.entry(key).or_default().push(position);
         }
         self.entries.push(Entry { position, conversation, seq, from, to, id, at, text });
         position
@@ -74,11 +76,15 @@ impl State {
         &self.entries[index]
     }
 
+    fn is_there(&self, position: Position) -> bool {
+        position.0 > self.removed as u64
+    }
+
     /// `positions` are those still to be read.
     fn page(&self, positions: &[Position], limit: ReadLimit) -> Page {
         let mut page = Page { entries: Vec::new(), end: true };
         let mut bytes = 0;
-        for position in positions {
+        for position in positions.iter().filter(|position| self.is_there(**position)) {
             let entry = self.entry(*position);
             if !limit.has_room(page.entries.len(), bytes, entry.text.len()) {
                 page.end = false;
@@ -109,7 +115,11 @@ impl Log for MemoryLog {
 
     async fn find(&self, ids: Vec<IdKey>) -> Result<Vec<Option<Entry>>, LogError> {
         let state = self.state.lock();
-        Ok(ids.iter().map(|key| state.ids.get(key).map(|position| state.entry(*position).clone())).collect())
+        let find = |key: &IdKey| {
+            let position = state.ids.get(key)?.iter().find(|position| state.is_there(**position))?;
+            Some(state.entry(*position).clone())
+        };
+        Ok(ids.iter().map(find).collect())
     }
 
     async fn read(&self, stream: &Stream, after: Position, limit: ReadLimit) -> Result<Page, LogError> {
@@ -134,6 +144,30 @@ impl Log for MemoryLog {
 
     fn head(&self) -> Position {
         Position(self.state.lock().entries.len() as u64)
+    }
+
+    fn first(&self) -> Position {
+        Position(self.state.lock().removed as u64 + 1)
+    }
+
+    async fn remove_before(&self, time: Timestamp) -> Result<u64, LogError> {
+        let mut state = self.state.lock();
+        let there = state.removed;
+        let old = state.entries[there..].iter().rposition(|entry| entry.at < time).map_or(0, |last| last + 1);
+        state.removed += old;
+        Ok(old as u64)
+    }
+
+    async fn usage(&self, accounts: Vec<Account>) -> Result<Vec<u64>, LogError> {
+        let state = self.state.lock();
+        let usage = |account: &Account| {
+            let counts = |entry: &&Entry| match account {
+                Account::Conversation(conversation) => entry.conversation == *conversation,
+                Account::Sender(user) => entry.from == *user,
+            };
+            state.entries[state.removed..].iter().filter(counts).map(|entry| counted_bytes(&entry.text)).sum()
+        };
+        Ok(accounts.iter().map(usage).collect())
     }
 
     fn advance(&self, advances: Vec<Advance>) {

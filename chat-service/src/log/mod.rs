@@ -111,6 +111,23 @@ pub struct Page {
     pub end: bool,
 }
 
+/// Who or what stored bytes are counted for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum Account {
+    /// What is in a conversation.
+    Conversation(ConversationId),
+    /// What a user sent, in all conversations.
+    Sender(UserId),
+}
+
+/// What a message counts besides its text: names, id, time and the index.
+pub const MESSAGE_OVERHEAD_BYTES: u64 = 64;
+
+/// What a message with this text counts for its accounts, in bytes.
+pub fn counted_bytes(text: &str) -> u64 {
+    text.len() as u64 + MESSAGE_OVERHEAD_BYTES
+}
+
 /// A device: a user and a client id.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Device {
@@ -206,7 +223,7 @@ pub trait Log: Send + Sync + 'static {
         conversations: Vec<ConversationId>,
     ) -> impl Future<Output = Result<Vec<Option<ConversationHead>>, LogError>> + Send;
 
-    /// Entries by their senders' ids, in the order asked; kept for at least 7 days.
+    /// Entries by their senders' ids, in the order asked; found for at least 7 days, unless the entry is removed before.
     fn find(&self, ids: Vec<IdKey>) -> impl Future<Output = Result<Vec<Option<Entry>>, LogError>> + Send;
 
     /// Entries of one user's stream after a position. Never blocks the writer.
@@ -227,6 +244,16 @@ pub trait Log: Send + Sync + 'static {
 
     /// Position of the last committed entry, from memory.
     fn head(&self) -> Position;
+
+    /// Position of the first entry that is still there, or of the next one if there is none; from memory.
+    fn first(&self) -> Position;
+
+    /// Removes entries from the beginning of the log: those up to the last that is older than this time, a bounded number at once. How many
+    /// that were; 0 once none is left to remove. Heads stay, so that a conversation without entries goes on with its next seq.
+    fn remove_before(&self, time: Timestamp) -> impl Future<Output = Result<u64, LogError>> + Send;
+
+    /// What is stored for accounts ([`counted_bytes`] of each entry that is there), in the order asked. An error if the log does not count.
+    fn usage(&self, accounts: Vec<Account>) -> impl Future<Output = Result<Vec<u64>, LogError>> + Send;
 
     /// Moves cursors forward. Returns at once; on disk at most a second later (losing that may repeat a delivery, never skip one).
     /// Reads of sessions and cursors see it at once.

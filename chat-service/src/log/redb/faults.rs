@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 
 use super::disk::{Disk, FaultyDisk, Journal, Operation};
-use super::tests::{EVERYTHING, Reopened, SMALL, at, compare, inbox, message, phone, steps, user};
+use super::tests::{EVERYTHING, Reopened, SMALL, at, compare, inbox, message, phone, sent_at, steps, user, verified};
 use super::*;
 use crate::log::Side;
 
@@ -59,6 +59,8 @@ struct Promise {
     acknowledged: u64,
     /// Bob's phone has a session with this cursor or a later one.
     cursor: Option<u64>,
+    /// So many entries are removed, or more.
+    removed: u64,
 }
 
 /// Texts of different lengths, so that rows fill, grow and overflow.
@@ -68,9 +70,11 @@ fn text(position: u64) -> String {
 }
 
 const MESSAGES: u64 = 60;
+/// The last so many stay when old ones are removed.
+const KEPT: u64 = 10;
 
-/// Messages from alice to bob, by one, two and three, and a session of bob's; what was promised after each step.
-async fn script(log: &RedbLog, journal: &Journal) -> Vec<Promise> {
+/// Messages from alice to bob, by one, two and three, and a session of bob's; old ones are removed; what was promised after each step.
+async fn script(log: &RedbLog, journal: &Journal, removes: bool) -> Vec<Promise> {
     let mut promises = vec![Promise::default()];
     let mut promise = Promise::default();
     while promise.acknowledged < MESSAGES {
@@ -83,6 +87,11 @@ async fn script(log: &RedbLog, journal: &Journal) -> Vec<Promise> {
         if to % 5 == 0 {
             log.put_session(&phone(), at(to)).await.unwrap();
             promise = Promise { operations: journal.len(), cursor: Some(to), ..promise };
+            promises.push(promise);
+        }
+        if removes && to > KEPT && to % 4 == 0 {
+            log.remove_before(sent_at(to - KEPT + 1)).await.unwrap();
+            promise = Promise { operations: journal.len(), removed: to - KEPT, ..promise };
             promises.push(promise);
         }
     }
@@ -144,17 +153,20 @@ fn put(files: &BTreeMap<PathBuf, Vec<u8>>, folder: &Path) {
 async fn check(log: &RedbLog, promise: Promise, what: &str) -> u64 {
     let head = log.head().0;
     assert!((promise.acknowledged..=MESSAGES).contains(&head), "{what}: {promise:?}, head {head}");
+    let removed = log.first().0 - 1;
+    assert!(removed >= promise.removed, "{what}: {promise:?}, {removed} removed");
+    assert!(removed == 0 || head - removed >= KEPT, "{what}: {removed} removed of {head}");
     for side in [(user("bob"), Side::Inbox), (user("alice"), Side::Sent)] {
         let stream = Stream { user: side.0, side: side.1 };
         let page = log.read(&stream, Position(0), EVERYTHING).await.unwrap_or_else(|error| panic!("{what}: {error}"));
-        assert_eq!(page.entries.len() as u64, head, "{what}: {stream}");
-        for (entry, seq) in page.entries.iter().zip(1..) {
+        assert_eq!(page.entries.len() as u64, head - removed, "{what}: {stream}");
+        for (entry, seq) in page.entries.iter().zip(removed + 1..) {
             assert_eq!((entry.position.0, entry.seq.get(), &*entry.text), (seq, seq, &*text(seq)), "{what}");
         }
     }
     let conversation = ConversationId::parse("alice:bob").unwrap();
     let page = log.read_conversation(&conversation, None, EVERYTHING).await.unwrap();
-    assert_eq!(page.entries.len() as u64, head, "{what}");
+    assert_eq!(page.entries.len() as u64, head - removed, "{what}");
     let session = log.session(&phone()).await.unwrap();
     assert!(session.and_then(|session| session.inbox) >= promise.cursor.map(Position), "{what}");
     head
@@ -197,6 +209,9 @@ async fn check_image(
     let log = open_on(folder.path(), None, None).unwrap_or_else(|error| panic!("{what}: {error}"));
     let head = check(&log, promise, &what).await;
     log.append(vec![message("alice", "bob", head + 1, "goes on")]).await.unwrap();
+    log.remove_before(sent_at(head)).await.unwrap();
+    drop(log);
+    assert_eq!(verified(folder.path()).problems, [""; 0], "{what}");
 }
 
 /// 1,000 power cuts at random moments, with random parts of what was not synced; and one at every sync, with all of it and nothing of it.
@@ -206,7 +221,7 @@ async fn nothing_acknowledged_is_lost_in_a_power_cut() {
     let folder = folder();
     let journal = Arc::new(Journal::default());
     let log = open_on(folder.path(), Some(journal.clone()), Some(journal.clone())).unwrap();
-    let promises = script(&log, &journal).await;
+    let promises = script(&log, &journal, true).await;
     drop(log);
     let operations = journal.operations();
     let begun = promises[1].operations;
@@ -298,7 +313,7 @@ async fn damage_is_found_and_never_hides_a_message() {
     let mut dice = Dice::new();
     let original = folder();
     let log = open_on(original.path(), None, None).unwrap();
-    script(&log, &Journal::default()).await;
+    script(&log, &Journal::default(), false).await;
     drop(log);
     let files = ["log.redb", "index.redb"].map(|name| (name, fs::read(original.path().join(name)).unwrap()));
     let (mut refused, mut found, mut harmless) = (0, 0, 0);

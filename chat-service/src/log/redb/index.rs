@@ -8,22 +8,28 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
 
-use ::redb::{AccessGuard, Database, ReadOnlyTable, ReadableDatabase};
+use ::redb::{AccessGuard, Database, ReadOnlyTable, ReadTransaction, ReadableDatabase};
 use chat_protocol::{Seq, Timestamp};
 use parking_lot::{Condvar, Mutex, RwLock};
 
 use super::super::{ConversationHead, Position};
+use super::RedbOptions;
 use super::filter::Filter;
 use super::key::Key;
 use super::posting::{BLOCK_KEY_BYTES, BlockKey, BlockReader, Last, ListRef, block_key, first_key};
 use super::reader::ReadError;
 use super::recent::{Posted, Recent};
 use super::record::Broken;
-use super::schema::BLOCKS;
+use super::schema::{BLOCKS, META, USAGE, USAGE_KEYS};
 
 /// The writer waits while the index on disk is so many flushes behind: with the default, at some 64 MB of postings.
 const FLUSHES_BEHIND_MAX: usize = 4;
+
+/// Between two looks at whether the indexer has done what was asked for.
+const ASK_INTERVAL: Duration = Duration::from_millis(50);
 
 /// A run of postings on disk.
 #[derive(Debug)]
@@ -59,12 +65,22 @@ impl State {
     }
 }
 
-/// What the writer and the indexer tell each other.
+/// What the writer, the indexer and the remover tell each other.
 #[derive(Debug, Default)]
 pub(super) struct Signals {
     pub(super) closed: bool,
     /// Why the index cannot be written now.
     stuck: Option<String>,
+    /// To be done by the indexer, which takes it away when it is.
+    discount: Option<Arc<Discount>>,
+}
+
+/// Entries that are about to be removed: accounts and what to take off them, sorted.
+#[derive(Debug)]
+pub(super) struct Discount {
+    pub(super) bytes: Vec<(Key, u64)>,
+    /// Position of the first entry behind them.
+    pub(super) end: u64,
 }
 
 #[derive(Debug)]
@@ -77,6 +93,9 @@ pub(super) struct Index {
     to_writer: Condvar,
     /// Postings in memory go to the disk once they are of so many entries.
     flush_entries: usize,
+    /// Position of the log's first entry: what is before is removed for certain.
+    first: AtomicU64,
+    pub(super) counts_usage: bool,
 }
 
 /// Where in a list to begin.
@@ -88,7 +107,13 @@ pub(super) enum After {
 }
 
 impl After {
-    fn rest<'a>(&self, list: &ListRef<'a>) -> &'a [u64] {
+    /// Positions of entries that are not removed.
+    fn rest<'a>(&self, list: &ListRef<'a>, first: u64) -> &'a [u64] {
+        let rest = self.behind(list);
+        &rest[rest.partition_point(|position| *position < first)..]
+    }
+
+    fn behind<'a>(&self, list: &ListRef<'a>) -> &'a [u64] {
         let had = match self {
             Self::Position(after) => list.positions.partition_point(|position| position <= after),
             Self::Seq(after) => {
@@ -106,11 +131,12 @@ impl After {
         }
     }
 
-    fn may_be_in(&self, run: &Run) -> bool {
-        match self {
+    fn may_be_in(&self, run: &Run, first: u64) -> bool {
+        let may_be = match self {
             Self::Position(after) => run.last > *after,
             Self::Seq(_) => true,
-        }
+        };
+        may_be && run.last >= first
     }
 }
 
@@ -119,7 +145,8 @@ pub(super) fn head(last: Last) -> Option<ConversationHead> {
 }
 
 impl Index {
-    pub(super) fn new(database: Database, runs: Vec<Run>, flush_entries: usize) -> Self {
+    /// `first`: position of the log's first entry.
+    pub(super) fn new(database: Database, runs: Vec<Run>, first: Position, options: &RedbOptions) -> Self {
         Self {
             database: RwLock::new(Some(database)),
             state: RwLock::new(State {
@@ -130,7 +157,9 @@ impl Index {
             signals: Mutex::default(),
             to_indexer: Condvar::new(),
             to_writer: Condvar::new(),
-            flush_entries,
+            flush_entries: options.flush_entries,
+            first: AtomicU64::new(first.0),
+            counts_usage: options.counts_usage,
         }
     }
 
@@ -160,14 +189,27 @@ impl Index {
         Ok(heads)
     }
 
-    /// Positions of a key, in their order: as many as wanted, or all there are.
-    pub(super) fn positions(&self, key: Key, after: After, wanted: usize) -> Result<Vec<u64>, ReadError> {
+    /// Positions of a key from `first` on, in their order: as many as wanted, or all there are.
+    pub(super) fn positions(
+        &self,
+        key: Key,
+        after: After,
+        first: Position,
+        wanted: usize,
+    ) -> Result<Vec<u64>, ReadError> {
+        let first = first.0;
         let state = self.state.read();
-        let newest: Vec<u64> =
-            state.active.get(key).map_or(&[][..], |list| after.rest(&list)).iter().copied().take(wanted).collect();
+        let newest: Vec<u64> = state
+            .active
+            .get(key)
+            .map_or(&[][..], |list| after.rest(&list, first))
+            .iter()
+            .copied()
+            .take(wanted)
+            .collect();
         let frozen = state.frozen.clone();
         let runs: Vec<Arc<Run>> =
-            state.runs.iter().filter(|run| after.may_be_in(run) && run.filter.may_have(key)).cloned().collect();
+            state.runs.iter().filter(|run| after.may_be_in(run, first) && run.filter.may_have(key)).cloned().collect();
         let blocks = if runs.is_empty() { None } else { Some(self.blocks()?) };
         drop(state);
 
@@ -175,7 +217,7 @@ impl Index {
         if let Some(blocks) = blocks {
             for run in runs {
                 blocks.lists(run.number, key, after.order(), |list| {
-                    found.extend_from_slice(after.rest(&list));
+                    found.extend_from_slice(after.rest(&list, first));
                     if found.len() < wanted { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
                 })?;
                 if found.len() >= wanted {
@@ -184,18 +226,41 @@ impl Index {
             }
         }
         if let Some(list) = frozen.as_ref().and_then(|frozen| frozen.get(key)) {
-            found.extend_from_slice(after.rest(&list));
+            found.extend_from_slice(after.rest(&list, first));
         }
         found.extend(newest);
         found.truncate(wanted);
         Ok(found)
     }
 
+    /// What is stored for accounts, by their keys.
+    pub(super) fn usage(&self, keys: &[Key]) -> Result<Vec<u64>, ReadError> {
+        let state = self.state.read();
+        let active: Vec<u64> = keys.iter().map(|key| state.active.bytes(*key)).collect();
+        let frozen = state.frozen.clone();
+        let snapshot = self.snapshot()?;
+        drop(state);
+        // What is frozen may be on disk already.
+        let end = snapshot.open_table(META)?.get(USAGE_KEYS[1])?.map(|end| end.value());
+        let end = end.ok_or_else(|| Broken::at("meta", USAGE_KEYS[1].as_bytes(), "it is missing"))?;
+        let frozen = frozen.filter(|frozen| frozen.range().1 >= end);
+        let usage = snapshot.open_table(USAGE)?;
+        let add = |(key, active): (&Key, u64)| {
+            let stored = usage.get(&key.to_bytes())?.map_or(0, |bytes| bytes.value());
+            Ok(stored + frozen.as_ref().map_or(0, |frozen| frozen.bytes(*key)) + active)
+        };
+        keys.iter().zip(active).map(add).collect()
+    }
+
     /// Reads of the blocks as they are now. Whoever holds the state knows that its runs are there.
     fn blocks(&self) -> Result<Blocks, ReadError> {
+        Ok(Blocks(self.snapshot()?.open_table(BLOCKS)?))
+    }
+
+    pub(super) fn snapshot(&self) -> Result<ReadTransaction, ReadError> {
         let database = self.database.read();
         let database = database.as_ref().ok_or_else(|| ReadError::Closed("the index is closed".to_owned()))?;
-        Ok(Blocks(database.begin_read()?.open_table(BLOCKS)?))
+        Ok(database.begin_read()?)
     }
 
     // ---- the writer's side --------------------------------------------------------------------------------------------
@@ -240,6 +305,58 @@ impl Index {
         self.state.read().active.entries() < self.flush_entries * (FLUSHES_BEHIND_MAX - 1)
     }
 
+    // ---- the remover's side -------------------------------------------------------------------------------------------
+
+    /// Waits until everything up to a position is on disk. `Err` with the reason if that cannot be now.
+    pub(super) fn wait_until_indexed(&self, position: Position) -> Result<(), String> {
+        self.wait_until(|index, _| {
+            let indexed = index.indexed() >= position;
+            if !indexed {
+                index.state.write().freeze(1);
+            }
+            indexed
+        })
+    }
+
+    /// Waits until it is on disk that the accounts have less. `Err` with the reason if that cannot be now.
+    pub(super) fn discount(&self, discount: Discount) -> Result<(), String> {
+        let discount = Arc::new(discount);
+        self.signals.lock().discount = Some(Arc::clone(&discount));
+        let done = self
+            .wait_until(|_, signals| signals.discount.as_ref().is_none_or(|current| !Arc::ptr_eq(current, &discount)));
+        if done.is_err() {
+            self.signals.lock().discount = None;
+        }
+        done
+    }
+
+    fn wait_until(&self, is_done: impl Fn(&Self, &Signals) -> bool) -> Result<(), String> {
+        let mut signals = self.signals.lock();
+        loop {
+            if is_done(self, &signals) {
+                return Ok(());
+            }
+            if signals.closed {
+                return Err("the log is closed".to_owned());
+            }
+            if let Some(reason) = &signals.stuck {
+                return Err(reason.clone());
+            }
+            self.to_indexer.notify_one();
+            // What was asked for may have to be asked for again.
+            self.to_writer.wait_for(&mut signals, ASK_INTERVAL);
+        }
+    }
+
+    /// Everything before this position is removed from the log.
+    pub(super) fn removed_before(&self, first: Position) {
+        self.first.store(first.0, Ordering::Release);
+    }
+
+    pub(super) fn first(&self) -> u64 {
+        self.first.load(Ordering::Acquire)
+    }
+
     // ---- the indexer's side -------------------------------------------------------------------------------------------
 
     pub(super) fn frozen(&self) -> Option<Arc<Recent>> {
@@ -264,8 +381,33 @@ impl Index {
         // The indexer is who calls: it looks again before it waits.
         state.freeze(self.flush_entries);
         drop(state);
+        self.unstuck();
+    }
+
+    /// The index can be written again.
+    pub(super) fn unstuck(&self) {
         self.signals.lock().stuck = None;
         self.to_writer.notify_all();
+    }
+
+    pub(super) fn to_discount(&self) -> Option<Arc<Discount>> {
+        self.signals.lock().discount.clone()
+    }
+
+    pub(super) fn discounted(&self) {
+        self.signals.lock().discount = None;
+        self.to_writer.notify_all();
+    }
+
+    /// Whether the indexer has something to do at once.
+    pub(super) fn has_work(&self, signals: &Signals) -> bool {
+        signals.discount.is_some() || self.frozen().is_some()
+    }
+
+    /// These runs are gone.
+    pub(super) fn retired(&self, numbers: &[u32]) {
+        let mut state = self.state.write();
+        state.runs = state.runs.iter().filter(|run| !numbers.contains(&run.number)).cloned().collect();
     }
 
     /// Runs were merged into this one, which is on disk.

@@ -14,7 +14,7 @@ use ::redb::{
 
 use super::Shared;
 use super::filter::Filter;
-use super::index::{Index, Run};
+use super::index::{Discount, Index, Run};
 use super::key::Key;
 use super::open::{OpenError, Opener};
 use super::posting::{
@@ -24,7 +24,7 @@ use super::posting::{
 use super::reader::ReadError;
 use super::recent::Recent;
 use super::record::{self, Broken, put_number};
-use super::schema::{BLOCKS, FILTERS, RUNS};
+use super::schema::{BLOCKS, FILTERS, META, RUNS, USAGE, USAGE_KEYS};
 
 /// So many runs of a level become one of the next.
 const MERGED_RUNS: usize = 8;
@@ -60,16 +60,53 @@ impl Indexer {
     pub(super) fn flush(&mut self) -> Result<bool, ReadError> {
         let Some(frozen) = self.index.frozen() else { return Ok(false) };
         let number = self.next_number;
-        let (transaction, run) = self.write(|transaction| write_run(transaction, number, &frozen))?;
+        let counts_usage = self.index.counts_usage;
+        let (transaction, run) = self.write(|transaction| {
+            if counts_usage {
+                count(transaction, &frozen)?;
+            }
+            write_run(transaction, number, &frozen)
+        })?;
         transaction.commit()?;
         self.next_number += 1;
         self.index.flushed(run);
         Ok(true)
     }
 
+    /// Takes off accounts what is about to be removed, if something is.
+    fn discount(&mut self) -> Result<bool, ReadError> {
+        let Some(discount) = self.index.to_discount() else { return Ok(false) };
+        let (transaction, ()) = self.write(|transaction| take_off(transaction, &discount))?;
+        transaction.commit()?;
+        self.index.discounted();
+        Ok(true)
+    }
+
+    /// Runs whose entries are all removed are no longer listed. The last stays: it says how far the index is.
+    fn retire(&mut self) -> Result<(), ReadError> {
+        let (runs, first) = (self.index.runs(), self.index.first());
+        let retired: Vec<u32> =
+            runs.iter().rev().skip(1).filter(|run| run.last < first).map(|run| run.number).collect();
+        if retired.is_empty() {
+            return Ok(());
+        }
+        let (transaction, ()) = self.write(|transaction| {
+            let mut runs = transaction.open_table(RUNS)?;
+            for number in &retired {
+                runs.remove(number)?;
+            }
+            Ok(())
+        })?;
+        transaction.commit()?;
+        self.index.retired(&retired);
+        self.rubbish.extend(retired);
+        Ok(())
+    }
+
     /// One step of what can wait. `false` if there is nothing to do.
     fn tidy(&mut self) -> Result<bool, ReadError> {
         if self.merge.is_none() {
+            self.retire()?;
             self.merge = self.plan()?;
         }
         if let Some(mut merge) = self.merge.take() {
@@ -145,8 +182,36 @@ impl Indexer {
         self.next_number += 1;
         let database = self.index.database.read();
         let database = database.as_ref().ok_or_else(|| ReadError::Closed("the index is closed".to_owned()))?;
-        Merge::new(database, number, level + 1, inputs).map(Some)
+        Merge::new(database, number, level + 1, inputs, self.index.first()).map(Some)
     }
+}
+
+/// Adds what entries count to their accounts.
+fn count(transaction: &WriteTransaction, recent: &Recent) -> Result<(), ReadError> {
+    let mut counted: Vec<(Key, u64)> = recent.counted().collect();
+    counted.sort_unstable();
+    let mut usage = transaction.open_table(USAGE)?;
+    for (key, bytes) in counted {
+        let key = key.to_bytes();
+        let before = usage.get(&key)?.map_or(0, |before| before.value());
+        usage.insert(&key, before + bytes)?;
+    }
+    transaction.open_table(META)?.insert(USAGE_KEYS[1], recent.range().1 + 1)?;
+    Ok(())
+}
+
+fn take_off(transaction: &WriteTransaction, discount: &Discount) -> Result<(), ReadError> {
+    let mut usage = transaction.open_table(USAGE)?;
+    for (key, bytes) in &discount.bytes {
+        let key = key.to_bytes();
+        let before = usage.get(&key)?.map_or(0, |before| before.value());
+        match before.saturating_sub(*bytes) {
+            0 => drop(usage.remove(&key)?),
+            left => drop(usage.insert(&key, left)?),
+        }
+    }
+    transaction.open_table(META)?.insert(USAGE_KEYS[0], discount.end)?;
+    Ok(())
 }
 
 fn write_run(transaction: &WriteTransaction, number: u32, recent: &Recent) -> Result<Run, ReadError> {
@@ -278,12 +343,19 @@ struct Merge {
 }
 
 impl Merge {
-    fn new(database: &Database, number: u32, level: u32, inputs: Vec<Arc<Run>>) -> Result<Self, ReadError> {
+    /// `first_entry`: what is before is removed and left out.
+    fn new(
+        database: &Database,
+        number: u32,
+        level: u32,
+        inputs: Vec<Arc<Run>>,
+        first_entry: u64,
+    ) -> Result<Self, ReadError> {
         let horizon_ms = now_ms().saturating_sub(u64::try_from(ID_LIFETIME.as_millis()).unwrap_or(u64::MAX));
         let blocks = database.begin_read()?.open_table(BLOCKS)?;
         let readers = inputs
             .iter()
-            .map(|run| RunReader::new(&blocks, run.number, run.at_ms_max < horizon_ms))
+            .map(|run| RunReader::new(&blocks, run.number, run.at_ms_max < horizon_ms, first_entry))
             .collect::<Result<Vec<_>, _>>()?;
         let first = inputs.iter().map(|run| run.first).min().unwrap_or_default();
         let into = Run {
@@ -375,6 +447,8 @@ pub(super) struct RunReader {
     at: usize,
     /// Its ids are older than they have to be.
     without_ids: bool,
+    /// Entries before are removed.
+    first_entry: u64,
 }
 
 #[derive(Default)]
@@ -385,9 +459,15 @@ struct Lists {
 
 impl RunReader {
     /// At the first list of a run.
-    pub(super) fn new(blocks: &BlocksSnapshot, number: u32, without_ids: bool) -> Result<Self, ReadError> {
+    pub(super) fn new(
+        blocks: &BlocksSnapshot,
+        number: u32,
+        without_ids: bool,
+        first_entry: u64,
+    ) -> Result<Self, ReadError> {
         let range = blocks.range_owned::<&BlockKey>(&first_key(number)..=&block_key(number, Key::MAX, u64::MAX))?;
-        let mut reader = Self { range, next: first_key(number), lists: Lists::default(), at: 0, without_ids };
+        let (next, lists) = (first_key(number), Lists::default());
+        let mut reader = Self { range, next, lists, at: 0, without_ids, first_entry };
         reader.settle()?;
         Ok(reader)
     }
@@ -398,7 +478,14 @@ impl RunReader {
 
     pub(super) fn list(&self) -> Option<ListRef<'_>> {
         let (key, last, positions) = self.lists.lists.get(self.at)?;
-        Some(ListRef { key: *key, positions: &self.lists.positions[positions.clone()], last: *last })
+        let positions = &self.lists.positions[positions.clone()];
+        let removed = positions.partition_point(|position| *position < self.first_entry);
+        Some(ListRef { key: *key, positions: &positions[removed..], last: *last })
+    }
+
+    /// All entries of the list are removed.
+    fn is_removed(&self) -> bool {
+        self.list().is_some_and(|list| list.positions.is_empty())
     }
 
     pub(super) fn advance(&mut self) -> Result<(), ReadError> {
@@ -411,6 +498,7 @@ impl RunReader {
         loop {
             match self.key() {
                 Some(key) if self.without_ids && key.is_id() => self.at += 1,
+                Some(_) if self.is_removed() => self.at += 1,
                 Some(_) => return Ok(()),
                 None => {
                     let found = self.range.next().transpose()?;
@@ -470,16 +558,22 @@ impl Drop for Ending {
 
 fn run(shared: &Shared, mut indexer: Indexer, opener: &Opener) {
     let index = Arc::clone(&shared.index);
+    let mut was_stuck = false;
     loop {
         let closed = index.is_closed();
         if closed {
             index.freeze_rest();
         }
-        let done = indexer.flush().and_then(|flushed| Ok(flushed || (!closed && indexer.tidy()?)));
+        let done =
+            indexer.flush().and_then(|flushed| Ok(flushed || indexer.discount()? || (!closed && indexer.tidy()?)));
+        if was_stuck && done.is_ok() {
+            index.unstuck();
+            was_stuck = false;
+        }
         match done {
             Ok(true) => {}
             Ok(false) if closed => return,
-            Ok(false) => index.wait_for_work(|index, signals| !signals.closed && index.frozen().is_none(), None),
+            Ok(false) => index.wait_for_work(|index, signals| !signals.closed && !index.has_work(signals), None),
             Err(error) if closed => {
                 tracing::warn!(%error, "the index was not written to its end: it will catch up");
                 return;
@@ -487,6 +581,7 @@ fn run(shared: &Shared, mut indexer: Indexer, opener: &Opener) {
             Err(error) if error.is_full() => {
                 tracing::warn!(%error, "no space left for the index");
                 index.stuck(error.to_string());
+                was_stuck = true;
                 if let Err(error) = indexer.reopen(opener) {
                     shared.fail(format!("the index: {error}"));
                     return;

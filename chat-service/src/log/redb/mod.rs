@@ -17,6 +17,7 @@ mod posting;
 mod reader;
 mod recent;
 mod record;
+mod remover;
 mod row;
 mod schema;
 pub mod tools;
@@ -28,7 +29,7 @@ use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use ::redb::Database;
-use chat_protocol::{ConversationId, Seq};
+use chat_protocol::{ConversationId, Seq, Timestamp};
 use parking_lot::{Mutex, RwLock};
 
 use self::index::Index;
@@ -37,8 +38,8 @@ pub use self::open::OpenError;
 use self::open::Opener;
 use self::writer::Queue;
 use super::{
-    Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, Position, ReadLimit,
-    SessionRecord, Stream,
+    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, Position,
+    ReadLimit, SessionRecord, Stream,
 };
 
 /// How to open a [`RedbLog`].
@@ -50,11 +51,14 @@ pub struct RedbOptions {
     pub index_cache_bytes: usize,
     /// Entries whose postings gather in memory before they go to the index on disk. Past four times as many, appends wait.
     pub flush_entries: usize,
+    /// Whether [`Log::usage`] can be asked. Counting costs the index some µs an entry.
+    pub counts_usage: bool,
 }
 
 impl RedbOptions {
     /// What [`RedbOptions::default`] gives.
-    pub const DEFAULT: Self = Self { log_cache_bytes: 32 << 20, index_cache_bytes: 32 << 20, flush_entries: 32_768 };
+    pub const DEFAULT: Self =
+        Self { log_cache_bytes: 32 << 20, index_cache_bytes: 32 << 20, flush_entries: 32_768, counts_usage: false };
 }
 
 impl Default for RedbOptions {
@@ -81,6 +85,9 @@ struct Shared {
     keys: Keys,
     queue: Queue,
     head: AtomicU64,
+    /// Position of the first entry that reads may find.
+    first: AtomicU64,
+    removing: tokio::sync::Mutex<()>,
     failure: OnceLock<String>,
 }
 
@@ -102,6 +109,8 @@ impl RedbLog {
             keys: prepared.keys,
             queue: Queue::default(),
             head: AtomicU64::new(prepared.last.0),
+            first: AtomicU64::new(prepared.first.0),
+            removing: tokio::sync::Mutex::default(),
             failure: OnceLock::new(),
         });
         let indexer = indexer::start(Arc::clone(&shared), indexer, opener.clone())?;
@@ -115,6 +124,15 @@ impl RedbLog {
 impl Shared {
     fn head(&self) -> Position {
         Position(self.head.load(Ordering::Acquire))
+    }
+
+    fn first(&self) -> Position {
+        Position(self.first.load(Ordering::Acquire))
+    }
+
+    /// Reads find nothing before this position.
+    fn hide_before(&self, first: Position) {
+        self.first.store(first.0, Ordering::Release);
     }
 
     /// Only the writer calls it, after a commit.
@@ -199,6 +217,21 @@ impl Log for RedbLog {
 
     fn head(&self) -> Position {
         self.shared.head()
+    }
+
+    fn first(&self) -> Position {
+        self.shared.first()
+    }
+
+    async fn remove_before(&self, time: Timestamp) -> Result<u64, LogError> {
+        let removed = self.shared.remove_before(time).await;
+        removed.map_err(|cause| LogError { what: "removing old entries".to_owned(), cause })
+    }
+
+    async fn usage(&self, accounts: Vec<Account>) -> Result<Vec<u64>, LogError> {
+        let lookups = accounts.len();
+        let what = format!("looking up what is stored for {lookups} accounts");
+        self.shared.lookup(lookups, what, move |shared| shared.usage(&accounts)).await
     }
 
     fn advance(&self, advances: Vec<Advance>) {

@@ -22,13 +22,17 @@ use super::recent::Posted;
 use super::record::Broken;
 use super::row::{self, Tail};
 use super::schema::{
-    BLOCKS, DELIVERED, FILTERS, FORMAT_KEY, INDEX_FORMAT, LOG_FORMAT, META, ROWS, RUNS, SECRET_KEYS, SESSIONS,
+    BLOCKS, DELIVERED, FILTERS, FIRST_KEY, FORMAT_KEY, HEADS, INDEX_FORMAT, LOG_FORMAT, META, ROWS, RUNS, SECRET_KEYS,
+    SESSIONS, USAGE, USAGE_KEYS,
 };
 
 const LOG_FILE_NAME: &str = "log.redb";
 const INDEX_FILE_NAME: &str = "index.redb";
+const FORMAT_1_FILE_NAME: &str = "chat.redb";
 /// Says which process opened the log last, for the one that finds it locked.
 const HOLDER_FILE_NAME: &str = "chat.pid";
+/// A log of this version lacks the table of heads.
+const FORMAT_WITHOUT_HEADS: u64 = 2;
 /// From one line about catching up to the next.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -44,6 +48,9 @@ pub enum OpenError {
     /// A newer program wrote it.
     #[error("{} has format version {found}, this program knows up to {known}: use a newer version of it", file.display())]
     NewerFormat { file: PathBuf, found: String, known: u64 },
+    /// A program before the first release wrote it.
+    #[error("{} has format version 1, which no release had and this program cannot read: move it away to begin anew", file.display())]
+    Format1 { file: PathBuf },
     /// The log ends before what the index has of it.
     #[error(
         "{} ends at {last} but had {indexed} messages once: its end is lost, or an older copy was put back; if that was meant, remove {}",
@@ -101,6 +108,10 @@ impl Opener {
     }
 
     pub(super) fn open_log_file(&self) -> Result<Database, OpenError> {
+        let of_format_1 = self.folder.join(FORMAT_1_FILE_NAME);
+        if of_format_1.exists() && !self.log_file().exists() {
+            return Err(OpenError::Format1 { file: of_format_1 });
+        }
         self.open_file(
             &self.log_file(),
             self.options.log_cache_bytes,
@@ -161,6 +172,10 @@ impl Opener {
         let file = self.log_file();
         match format(log).map_err(|error| unreadable(&file, error))? {
             Some(LOG_FORMAT) => {}
+            Some(FORMAT_WITHOUT_HEADS) => {
+                tracing::info!(file = %file.display(), from = FORMAT_WITHOUT_HEADS, to = LOG_FORMAT, "bringing the log to this format");
+                add_heads(log).map_err(|error| unreadable(&file, error))?;
+            }
             Some(found) if found > LOG_FORMAT => {
                 return Err(OpenError::NewerFormat { file, found: found.to_string(), known: LOG_FORMAT });
             }
@@ -185,6 +200,7 @@ impl Opener {
             }
             drop(meta);
             writing.open_table(ROWS)?;
+            writing.open_table(HEADS)?;
             writing.open_table(DELIVERED)?;
             writing.open_table(SESSIONS)?;
             writing.commit()?;
@@ -210,7 +226,7 @@ impl Opener {
     /// The index as it is, with its runs; `None` if it is not this log's.
     pub(super) fn read_index_file(&self, prepared: &Prepared) -> Result<Option<(Database, Vec<Run>)>, OpenError> {
         let index = self.open_index_file()?;
-        let runs = read_index(&index, prepared).map_err(|error| unreadable(&self.index_file(), error))?;
+        let runs = read_index(&index, prepared, None).map_err(|error| unreadable(&self.index_file(), error))?;
         Ok(runs.map(|runs| (index, runs.listed)))
     }
 
@@ -218,13 +234,13 @@ impl Opener {
     pub(super) fn open_index(&self, log: &Database, prepared: &Prepared) -> Result<(Arc<Index>, Indexer), OpenError> {
         let file = self.index_file();
         let opened = self.open_index_file().and_then(|index| {
-            let runs = read_index(&index, prepared).map_err(|error| unreadable(&file, error))?;
+            let runs = self.read_index(&index, prepared).map_err(|error| unreadable(&file, error))?;
             Ok((index, runs))
         });
         let (index, runs) = match opened {
             Ok((index, Some(runs))) => (index, runs),
             Ok((index, None)) => {
-                tracing::warn!(file = %file.display(), "the index is not this log's, or of another format: making it anew");
+                tracing::warn!(file = %file.display(), "the index is not this log's, of another format, or without counts that are wanted: making it anew");
                 drop(index);
                 self.make_index_anew(prepared)?
             }
@@ -242,17 +258,21 @@ impl Opener {
                 indexed: run.last,
             });
         }
-        let index = Arc::new(Index::new(index, runs.listed, self.options.flush_entries));
+        let index = Arc::new(Index::new(index, runs.listed, prepared.first, &self.options));
         let mut indexer = Indexer::new(Arc::clone(&index), runs.rubbish);
         catch_up(log, &index, &mut indexer, prepared).map_err(|error| unreadable(&self.log_file(), error))?;
         Ok((index, indexer))
+    }
+
+    fn read_index(&self, index: &Database, prepared: &Prepared) -> Result<Option<Runs>, ReadError> {
+        read_index(index, prepared, Some(self.options.counts_usage))
     }
 
     fn make_index_anew(&self, prepared: &Prepared) -> Result<(Database, Runs), OpenError> {
         let file = self.index_file();
         fs::remove_file(&file).map_err(|error| OpenError::Io { file: file.clone(), reason: error.to_string() })?;
         let index = self.open_index_file()?;
-        let runs = read_index(&index, prepared).map_err(|error| unreadable(&file, error))?;
+        let runs = self.read_index(&index, prepared).map_err(|error| unreadable(&file, error))?;
         Ok((index, runs.unwrap_or_default()))
     }
 
@@ -281,6 +301,8 @@ type Disk = Option<Arc<dyn super::disk::Disk>>;
 pub(super) struct Prepared {
     /// Position of the last entry.
     pub(super) last: Position,
+    /// Position of the first entry that is not removed; the next one if all are.
+    pub(super) first: Position,
     pub(super) tail: Tail,
     pub(super) keys: Keys,
     secret: [u64; 2],
@@ -296,14 +318,16 @@ pub(super) fn read_prepared(log: &Database) -> Result<Prepared, ReadError> {
         let missing = || Broken::at("meta", key.as_bytes(), "it is missing");
         *number = found.ok_or_else(missing)?.value();
     }
+    // 0 is no position, and would be damage.
+    let first = Position(meta.get(FIRST_KEY)?.map_or(1, |first| first.value()).max(1));
     let (last, tail) = match reading.open_table(ROWS)?.last()? {
-        None => (Position::default(), Tail::default()),
+        None => (Position(first.0 - 1), Tail::default()),
         Some((first, row)) => {
             let first = Position(first.value());
             (row::last(first, row.value())?, Tail::of(first, row.value()))
         }
     };
-    Ok(Prepared { last, tail, keys: Keys::new((secret[0], secret[1])), secret })
+    Ok(Prepared { last, first, tail, keys: Keys::new((secret[0], secret[1])), secret })
 }
 
 /// `None` in a new file.
@@ -316,8 +340,19 @@ fn format(database: &Database) -> Result<Option<u64>, ReadError> {
     }
 }
 
-/// The runs of an index, whose tables are made if it is new; `None` if it is another log's or has another format.
-fn read_index(index: &Database, prepared: &Prepared) -> Result<Option<Runs>, ReadError> {
+/// Brings a log of format 2 to the one after.
+fn add_heads(log: &Database) -> Result<(), ReadError> {
+    let mut writing = log.begin_write()?;
+    writing.set_quick_repair(true);
+    writing.open_table(HEADS)?;
+    writing.open_table(META)?.insert(FORMAT_KEY, LOG_FORMAT)?;
+    writing.commit()?;
+    Ok(())
+}
+
+/// The runs of an index, whose tables are made if it is new; `None` if it is another log's, has another format, or does not count what is
+/// to be counted (`None`: as it is).
+fn read_index(index: &Database, prepared: &Prepared, counts_usage: Option<bool>) -> Result<Option<Runs>, ReadError> {
     let known =
         [(FORMAT_KEY, INDEX_FORMAT), (SECRET_KEYS[0], prepared.secret[0]), (SECRET_KEYS[1], prepared.secret[1])];
     if format(index)?.is_none() {
@@ -334,6 +369,13 @@ fn read_index(index: &Database, prepared: &Prepared) -> Result<Option<Runs>, Rea
         writing.open_table(RUNS)?;
         writing.open_table(BLOCKS)?;
         writing.open_table(FILTERS)?;
+        writing.open_table(USAGE)?;
+        if counts_usage == Some(true) {
+            let mut meta = writing.open_table(META)?;
+            for key in USAGE_KEYS {
+                meta.insert(key, prepared.first.0)?;
+            }
+        }
         writing.commit()?;
     }
     let meta = index.begin_read()?.open_table(META)?;
@@ -342,7 +384,28 @@ fn read_index(index: &Database, prepared: &Prepared) -> Result<Option<Runs>, Rea
             return Ok(None);
         }
     }
-    Ok(Some(read_runs(index)?))
+    let counts = meta.get(USAGE_KEYS[0])?.is_some();
+    match counts_usage {
+        Some(true) if !counts => return Ok(None),
+        Some(false) if counts => {
+            // Nobody keeps it up: it must not be believed later.
+            let mut writing = index.begin_write()?;
+            writing.set_quick_repair(true);
+            let mut meta = writing.open_table(META)?;
+            for key in USAGE_KEYS {
+                meta.remove(key)?;
+            }
+            drop(meta);
+            writing.open_table(USAGE)?.retain(|_, _| false)?;
+            writing.commit()?;
+        }
+        _ => {}
+    }
+    let runs = read_runs(index)?;
+    if let Some(run) = runs.listed.first().filter(|run| run.first > prepared.first.0) {
+        return Err(Broken::at("runs", &run.number.to_be_bytes(), "there is none before it").into());
+    }
+    Ok(Some(runs))
 }
 
 /// Indexes what the log has and the index has not.

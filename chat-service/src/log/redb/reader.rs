@@ -9,13 +9,14 @@ use ::redb::{OwnedAccessGuard, ReadOnlyTable, ReadTransaction, ReadableDatabase,
 use chat_protocol::{ConversationId, Seq};
 
 use super::super::{
-    ConversationHead, Device, Entry, IdKey, LogError, Page, Position, ReadLimit, SessionRecord, Side, Stream,
+    Account, ConversationHead, Device, Entry, IdKey, LogError, Page, Position, ReadLimit, SessionRecord, Side, Stream,
 };
 use super::Shared;
 use super::index::After;
-use super::record::{Broken, decode_session};
+use super::key::Key;
+use super::record::{Broken, decode_head, decode_session};
 use super::row;
-use super::schema::{DELIVERED, ROWS, SESSIONS, delivered_key, session_key};
+use super::schema::{DELIVERED, HEADS, ROWS, SESSIONS, delivered_key, session_key};
 
 /// Up to so many point lookups (measured at 1 to 2 µs each) are done where the caller stands; moving to another thread costs
 /// some 10 µs.
@@ -137,20 +138,61 @@ impl Shared {
         conversations: &[ConversationId],
     ) -> Result<Vec<Option<ConversationHead>>, ReadError> {
         let keys: Vec<_> = conversations.iter().map(|conversation| self.keys.conversation(conversation)).collect();
-        self.index.heads(&keys)
+        let mut heads = self.index.heads(&keys)?;
+        let missing = conversations.iter().zip(&mut heads).filter(|(_, head)| head.is_none());
+        self.noted_heads(missing)?;
+        Ok(heads)
+    }
+
+    /// Heads of conversations whose entries are all removed.
+    pub(super) fn noted_heads<'a>(
+        &self,
+        missing: impl Iterator<Item = (&'a ConversationId, &'a mut Option<ConversationHead>)>,
+    ) -> Result<(), ReadError> {
+        // Asked after the index was: entries go from there only when their heads are noted.
+        if self.first() == Position(1) {
+            return Ok(());
+        }
+        let mut noted = None;
+        for (conversation, head) in missing {
+            let noted = match &mut noted {
+                Some(noted) => noted,
+                none => none.insert(self.begin_read()?.open_table(HEADS)?),
+            };
+            let key = conversation.to_string();
+            if let Some(record) = noted.get(key.as_str())? {
+                *head = Some(decode_head(key.as_bytes(), record.value())?);
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn usage(&self, accounts: &[Account]) -> Result<Vec<u64>, ReadError> {
+        if !self.index.counts_usage {
+            return Err(ReadError::Closed("nothing is counted: it was opened without".to_owned()));
+        }
+        let key = |account: &Account| match account {
+            Account::Conversation(conversation) => self.keys.conversation(conversation),
+            Account::Sender(user) => self.keys.side(user, Side::Sent),
+        };
+        self.index.usage(&accounts.iter().map(key).collect::<Vec<_>>())
     }
 
     pub(super) fn find(&self, ids: &[IdKey]) -> Result<Vec<Option<Entry>>, ReadError> {
         let mut entries = None;
         let find = |id: &IdKey| {
             let key = self.keys.id(&id.conversation, &id.from, &id.id);
-            let positions = self.index.positions(key, After::Position(0), usize::MAX)?;
+            let positions = self.index.positions(key, After::Position(0), self.first(), usize::MAX)?;
             for position in positions {
                 let entries = match &mut entries {
                     Some(entries) => entries,
                     none => none.insert(Entries::of(self)?),
                 };
-                let entry = entries.get(Position(position))?;
+                let entry = match entries.get(Position(position)) {
+                    // Removed just now.
+                    Err(_) if position < self.first().0 => continue,
+                    entry => entry?,
+                };
                 if entry.id.as_ref() == Some(&id.id) && entry.from == id.from && entry.conversation == id.conversation {
                     return Ok(Some(entry));
                 }
@@ -167,8 +209,7 @@ impl Shared {
         };
         // A page has one at least; another says whether it is the end.
         let wanted = limit.entries.max(1).saturating_add(1);
-        let positions = self.index.positions(self.keys.stream(stream), After::Position(after.0), wanted)?;
-        self.fill(&positions, limit, |_, entry| of(entry))
+        self.page_of(self.keys.stream(stream), After::Position(after.0), wanted, limit, |_, entry| of(entry))
     }
 
     pub(super) fn conversation(
@@ -181,11 +222,35 @@ impl Shared {
         let after = after.map_or(0, Seq::get);
         // A page has one at least; another says whether it is the end.
         let wanted = limit.entries.max(1).saturating_add(1);
-        let positions = self.index.positions(key, After::Seq(after), wanted)?;
-        let of = |nth: u64, entry: &Entry| {
-            entry.conversation == *conversation && Some(entry.seq.get()) == after.checked_add(nth + 1)
+        let of = |before: Option<&Entry>, entry: &Entry| {
+            let follows = match before {
+                Some(before) => entry.seq == before.seq.next(),
+                None if self.first() == Position(1) => Some(entry.seq.get()) == after.checked_add(1),
+                // Those between are removed.
+                None => entry.seq.get() > after,
+            };
+            entry.conversation == *conversation && follows
         };
-        self.fill(&positions, limit, of)
+        self.page_of(key, After::Seq(after), wanted, limit, of)
+    }
+
+    fn page_of(
+        &self,
+        key: Key,
+        after: After,
+        wanted: usize,
+        limit: ReadLimit,
+        is_meant: impl Fn(Option<&Entry>, &Entry) -> bool,
+    ) -> Result<Page, ReadError> {
+        loop {
+            let first = self.first();
+            let positions = self.index.positions(key, after, first, wanted)?;
+            match self.fill(&positions, limit, &is_meant) {
+                // Removed between the look at the index and the look at the log.
+                Err(_) if self.first() != first => {}
+                page => return page,
+            }
+        }
     }
 
     /// A page of the entries at these positions, which is the end if there is no more. Each has to be what the index says it is.
@@ -193,7 +258,7 @@ impl Shared {
         &self,
         positions: &[u64],
         limit: ReadLimit,
-        is_meant: impl Fn(u64, &Entry) -> bool,
+        is_meant: impl Fn(Option<&Entry>, &Entry) -> bool,
     ) -> Result<Page, ReadError> {
         if positions.is_empty() {
             return Ok(Page { entries: Vec::new(), end: true });
@@ -201,9 +266,9 @@ impl Shared {
         let mut page = Page { entries: Vec::with_capacity(positions.len().min(limit.entries)), end: true };
         let mut bytes = 0;
         let mut entries = Entries::of(self)?;
-        for (nth, position) in (0..).zip(positions) {
+        for position in positions {
             let entry = entries.get(Position(*position))?;
-            if !is_meant(nth, &entry) {
+            if !is_meant(page.entries.last(), &entry) {
                 return Err(Broken::entry(entry.position, "the index takes it for another entry").into());
             }
             if !limit.has_room(page.entries.len(), bytes, entry.text.len()) {

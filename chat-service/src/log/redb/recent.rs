@@ -4,7 +4,7 @@
 
 use rustc_hash::FxHashMap;
 
-use super::super::{ConversationHead, Entry, NewEntry, Position, Side};
+use super::super::{ConversationHead, Entry, NewEntry, Position, Side, counted_bytes};
 use super::key::{Key, Keys};
 use super::posting::{Last, ListRef};
 
@@ -22,6 +22,8 @@ pub(super) struct Recent {
 struct RecentList {
     positions: Positions,
     last: Last,
+    /// What the entries count; 0 where nobody asks.
+    bytes: u64,
 }
 
 /// Most lists are short: one position needs no memory of its own.
@@ -56,6 +58,7 @@ pub(super) struct Posted {
     sent: Key,
     id: Option<Key>,
     last: Last,
+    bytes: u64,
 }
 
 impl Posted {
@@ -67,6 +70,7 @@ impl Posted {
             sent: keys.side(&new.from, Side::Sent),
             id: new.id.as_ref().map(|id| keys.id(&new.conversation, &new.from, id)),
             last: Last { seq: new.seq.get(), at_ms: new.at.as_ms() },
+            bytes: counted_bytes(&new.text),
         }
     }
 
@@ -78,7 +82,13 @@ impl Posted {
             sent: keys.side(&entry.from, Side::Sent),
             id: entry.id.as_ref().map(|id| keys.id(&entry.conversation, &entry.from, id)),
             last: Last { seq: entry.seq.get(), at_ms: entry.at.as_ms() },
+            bytes: counted_bytes(&entry.text),
         }
+    }
+
+    /// Keys of the accounts that the entry counts for, and what it counts.
+    pub(super) fn counted(&self) -> [(Key, u64); 2] {
+        [(self.conversation, self.bytes), (self.sent, self.bytes)]
     }
 }
 
@@ -91,23 +101,24 @@ impl Recent {
         self.entries += 1;
         self.last = posted.position;
         self.at_ms_max = self.at_ms_max.max(posted.last.at_ms);
-        self.push(posted.conversation, posted.position, posted.last);
-        self.push(posted.inbox, posted.position, Last::default());
-        self.push(posted.sent, posted.position, Last::default());
+        self.push(posted.conversation, posted.position, posted.last, posted.bytes);
+        self.push(posted.inbox, posted.position, Last::default(), 0);
+        self.push(posted.sent, posted.position, Last::default(), posted.bytes);
         if let Some(id) = posted.id {
-            self.push(id, posted.position, Last::default());
+            self.push(id, posted.position, Last::default(), 0);
         }
     }
 
-    fn push(&mut self, key: Key, position: u64, last: Last) {
+    fn push(&mut self, key: Key, position: u64, last: Last, bytes: u64) {
         match self.lists.entry(key) {
             std::collections::hash_map::Entry::Occupied(list) => {
                 let list = list.into_mut();
                 list.positions.push(position);
                 list.last = last;
+                list.bytes += bytes;
             }
             std::collections::hash_map::Entry::Vacant(place) => {
-                place.insert(RecentList { positions: Positions::One(position), last });
+                place.insert(RecentList { positions: Positions::One(position), last, bytes });
             }
         }
     }
@@ -136,6 +147,16 @@ impl Recent {
 
     pub(super) fn head(&self, key: Key) -> Option<ConversationHead> {
         super::index::head(self.get(key)?.last)
+    }
+
+    /// What a conversation's or a sender's entries count, in bytes.
+    pub(super) fn bytes(&self, key: Key) -> u64 {
+        self.lists.get(&key).map_or(0, |list| list.bytes)
+    }
+
+    /// The same for all that count something.
+    pub(super) fn counted(&self) -> impl Iterator<Item = (Key, u64)> {
+        self.lists.iter().filter(|(_, list)| list.bytes > 0).map(|(key, list)| (*key, list.bytes))
     }
 
     /// All lists, in the order of their keys.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 
-use super::super::{Device, Entry, NewEntry, Position, SessionRecord, SubscriptionRecord};
+use super::super::{ConversationHead, Device, Entry, NewEntry, Position, SessionRecord, SubscriptionRecord};
 use super::schema;
 
 /// The version that this code writes, and the only one so far.
@@ -74,6 +74,27 @@ pub(super) fn decode_entry(position: Position, record: &[u8]) -> Result<Entry, B
         })
     };
     entry().map_err(broken)
+}
+
+/// A conversation's head, ready to be stored under [`schema::head_key`].
+pub(super) fn encode_head(key: &[u8], head: ConversationHead) -> Vec<u8> {
+    let mut record = Vec::new();
+    begin(&mut record);
+    put_number(&mut record, head.seq.get());
+    put_number(&mut record, head.at.as_ms());
+    seal(key, &mut record);
+    record
+}
+
+pub(super) fn decode_head(key: &[u8], record: &[u8]) -> Result<ConversationHead, Broken> {
+    let broken = |reason: String| Broken::at("heads", key, reason);
+    let mut body = open(key, record).map_err(broken)?;
+    let mut head = || -> Result<ConversationHead, String> {
+        let (seq, at) = (body.number()?, body.number()?);
+        body.finish()?;
+        Ok(ConversationHead { seq: Seq::new(seq).ok_or("seq 0")?, at: Timestamp::from_ms(at) })
+    };
+    head().map_err(broken)
 }
 
 const HAS_ENDED: u64 = 1;
@@ -201,6 +222,10 @@ impl<'a> Body<'a> {
 
     pub(super) fn is_empty(&self) -> bool {
         self.0.is_empty()
+    }
+
+    pub(super) fn rest(&self) -> &'a [u8] {
+        self.0
     }
 
     pub(super) fn bytes(&mut self, length: usize) -> Result<&'a [u8], String> {

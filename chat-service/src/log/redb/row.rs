@@ -19,6 +19,11 @@ pub(super) struct Tail {
 }
 
 impl Tail {
+    /// Whether it is the row that begins here.
+    pub(super) fn begins_at(&self, first: Position) -> bool {
+        !self.bytes.is_empty() && self.first == first.0
+    }
+
     /// The last row of a log, if it may grow.
     pub(super) fn of(first: Position, row: &[u8]) -> Self {
         if row.len() < ROW_BYTES[ROW_BYTES.len() - 1] {
@@ -122,6 +127,17 @@ fn records(first: Position, row: &[u8]) -> impl Iterator<Item = Result<(Position
         }
         Some(record.map(|record| (at, record)))
     })
+}
+
+/// The row without its entries before a position, which must be in it.
+pub(super) fn rest(first: Position, row: &[u8], position: Position) -> Result<&[u8], Broken> {
+    let mut body = Body::new(row);
+    for at in first.0..position.0 {
+        body.number()
+            .and_then(|length| body.bytes(usize::try_from(length).map_err(|_| "an entry is too long")?))
+            .map_err(|reason| Broken::entry(Position(at), format!("the row is damaged: {reason}")))?;
+    }
+    if body.is_empty() { Err(Broken::entry(position, "there is none")) } else { Ok(body.rest()) }
 }
 
 /// The position of the last entry of a row.

@@ -7,16 +7,22 @@
 use ::redb::TableDefinition;
 
 use super::super::{Device, Side, Stream};
+use super::key::KEY_BYTES;
 use super::posting::BLOCK_KEY_BYTES;
 
-/// The version of the log's layout that this code reads and writes. Version 1 was `chat.redb`, a file with an index of its own.
-pub(super) const LOG_FORMAT: u64 = 2;
+/// The version of the log's layout that this code reads and writes. Version 2 had no [`HEADS`] and no [`FIRST_KEY`], and is brought up to this
+/// one; version 1 was `chat.redb`, a file with an index of its own.
+pub(super) const LOG_FORMAT: u64 = 3;
 /// The version of the index's layout that this code reads and writes. Another one is made anew.
 pub(super) const INDEX_FORMAT: u64 = 1;
 /// The key in [`META`] of the version of the file's layout.
 pub(super) const FORMAT_KEY: &str = "format";
 /// The keys in [`META`] of the log's secret, from which the index's keys are made. An index belongs to the log with the same.
 pub(super) const SECRET_KEYS: [&str; 2] = ["secret_0", "secret_1"];
+/// The log's key in [`META`] of the position of its first entry; everything before is removed.
+pub(super) const FIRST_KEY: &str = "first";
+/// The index's key in [`META`] of the first position that [`USAGE`] counts, and of the first that it does not count any more. There if it counts.
+pub(super) const USAGE_KEYS: [&str; 2] = ["usage_first", "usage_end"];
 
 type Bytes = &'static [u8];
 
@@ -29,6 +35,8 @@ pub(super) const ROWS: TableDefinition<'static, u64, Bytes> = TableDefinition::n
 pub(super) const DELIVERED: TableDefinition<'static, Bytes, u64> = TableDefinition::new("delivered");
 /// Log: user and client id → session record.
 pub(super) const SESSIONS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("sessions");
+/// Log: conversation → head, for those whose entries are removed; behind what the entries say if there are any again.
+pub(super) const HEADS: TableDefinition<'static, &'static str, Bytes> = TableDefinition::new("heads");
 
 /// Index: number of a run → what it is.
 pub(super) const RUNS: TableDefinition<'static, u32, Bytes> = TableDefinition::new("runs");
@@ -37,6 +45,8 @@ pub(super) const BLOCKS: TableDefinition<'static, &'static [u8; BLOCK_KEY_BYTES]
     TableDefinition::new("blocks");
 /// Index: run and number of the part → part of the run's filter.
 pub(super) const FILTERS: TableDefinition<'static, (u32, u32), Bytes> = TableDefinition::new("filters");
+/// Index: key of a conversation or a sender → bytes that are stored for it.
+pub(super) const USAGE: TableDefinition<'static, &'static [u8; KEY_BYTES], u64> = TableDefinition::new("usage");
 
 const SEPARATOR: u8 = 0;
 

@@ -37,10 +37,10 @@ crate::log_conformance_tests!(OnDisk::new());
 pub(super) const EVERYTHING: ReadLimit = ReadLimit { entries: usize::MAX, bytes: usize::MAX };
 
 /// So few entries in memory that a handful of messages makes runs and merges.
-pub(super) const SMALL: RedbOptions = RedbOptions { flush_entries: 3, ..RedbOptions::DEFAULT };
+pub(super) const SMALL: RedbOptions = RedbOptions { flush_entries: 3, counts_usage: true, ..RedbOptions::DEFAULT };
 
 fn open(folder: &Path) -> RedbLog {
-    RedbLog::open(folder, RedbOptions::default()).unwrap()
+    RedbLog::open(folder, RedbOptions { counts_usage: true, ..RedbOptions::default() }).unwrap()
 }
 
 pub(super) fn user(name: &str) -> UserId {
@@ -50,6 +50,11 @@ pub(super) fn user(name: &str) -> UserId {
 /// So late that no id is too old to be kept.
 const LATE_MS: u64 = 4_000_000_000_000;
 
+/// The time of a message with this seq.
+pub(super) fn sent_at(seq: u64) -> Timestamp {
+    Timestamp::from_ms(LATE_MS + seq)
+}
+
 pub(super) fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
     let (from, to) = (user(from), user(to));
     NewEntry {
@@ -58,7 +63,7 @@ pub(super) fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
         from,
         to,
         id: Some(MessageId::parse(&format!("m-{seq}")).unwrap()),
-        at: Timestamp::from_ms(LATE_MS + seq),
+        at: sent_at(seq),
         text: text.into(),
     }
 }
@@ -97,7 +102,37 @@ fn a_newer_format_is_refused() {
     let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
     assert!(matches!(error, OpenError::NewerFormat { .. }), "{error:?}");
     let sentence = error.to_string();
-    assert!(sentence.contains("log.redb has format version 3, this program knows up to 2"), "{sentence}");
+    assert!(sentence.contains("log.redb has format version 4, this program knows up to 3"), "{sentence}");
+}
+
+/// Written by the program that had it: 20 messages from alice, one a commit, then 20 from eve, and a session that stands at 9.
+const LOG_OF_FORMAT_2: &[u8] = include_bytes!("testdata/format-2.redb");
+
+#[tokio::test]
+async fn a_log_of_format_2_is_brought_to_this_one() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("log.redb"), LOG_OF_FORMAT_2).unwrap();
+    for _ in 0..2 {
+        let log = open(folder.path());
+        let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+        assert_eq!(page.entries.len(), 40);
+        assert_eq!((&*page.entries[19].text, page.entries[19].seq.get()), ("text 20", 20));
+        assert_eq!((page.entries[39].from.as_str(), page.entries[39].seq.get()), ("eve", 20));
+        assert_eq!(log.session(&phone()).await.unwrap().unwrap().inbox, Some(Position(9)));
+    }
+    assert_eq!(verified(folder.path()).problems, [""; 0]);
+    let log = open(folder.path());
+    assert_eq!(log.remove_before(sent_at(21)).await.unwrap(), 40);
+    assert_eq!(log.append(vec![message("alice", "bob", 21, "on")]).await.unwrap(), [Position(41)]);
+}
+
+#[test]
+fn a_log_of_format_1_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::write(folder.path().join("chat.redb"), b"whatever it was").unwrap();
+    let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::Format1 { .. }), "{error:?}");
+    assert!(!folder.path().join("log.redb").exists());
 }
 
 #[test]
@@ -544,6 +579,8 @@ pub(super) enum Step {
     Put(u8, Option<u64>),
     End(u8, u64),
     Delete(u8),
+    /// What is older than so many ms after the first.
+    Remove(u64),
     Flush,
     Reopen,
     Crash,
@@ -558,6 +595,7 @@ pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (0..4_u8, prop::option::of(0..40_u64)).prop_map(|(user, inbox)| Step::Put(user, inbox)),
         1 => (0..4_u8, 0..40_u64).prop_map(|(user, at_ms)| Step::End(user, at_ms)),
         1 => (0..4_u8).prop_map(Step::Delete),
+        1 => (0..6_u64).prop_map(Step::Remove),
         1 => Just(Step::Flush),
         1 => Just(Step::Reopen),
         1 => Just(Step::Crash),
@@ -617,6 +655,7 @@ async fn step<L: Log>(log: &L, step: &Step) -> String {
             log.delete_session(&nth_device(*nth)).await.unwrap();
             String::new()
         }
+        Step::Remove(after) => log.remove_before(sent_at(*after)).await.unwrap().to_string(),
         Step::Flush | Step::Reopen | Step::Crash => {
             log.flush().await.unwrap();
             String::new()
@@ -626,7 +665,7 @@ async fn step<L: Log>(log: &L, step: &Step) -> String {
 
 /// All that can be read.
 async fn everything<L: Log>(log: &L) -> Vec<String> {
-    let mut read = vec![format!("{:?}", log.head())];
+    let mut read = vec![format!("{:?} {:?}", log.first(), log.head())];
     for nth in 0..4 {
         read.push(format!("{:?}", log.session(&nth_device(nth)).await.unwrap()));
         for side in [Side::Inbox, Side::Sent] {
@@ -640,6 +679,8 @@ async fn everything<L: Log>(log: &L) -> Vec<String> {
         for other in nth + 1..4 {
             let conversation = ConversationId::between(&nth_user(nth), &nth_user(other)).unwrap();
             read.push(format!("{:?}", log.heads(vec![conversation.clone()]).await.unwrap()));
+            let accounts = vec![Account::Conversation(conversation.clone()), Account::Sender(nth_user(nth))];
+            read.push(format!("{:?}", log.usage(accounts).await.unwrap()));
             read.push(format!("{:?}", log.read_conversation(&conversation, Seq::new(2), EVERYTHING).await.unwrap()));
             for from in [nth_user(nth), nth_user(other)] {
                 let id = MessageId::parse("m-2").unwrap();
@@ -685,7 +726,7 @@ pub(super) fn compare(steps: &[Step], mut on_disk: impl Reopened) {
 }
 
 /// What the tools say of a log, as they print it.
-fn verified(folder: &Path) -> tools::Verified {
+pub(super) fn verified(folder: &Path) -> tools::Verified {
     tools::verify(folder, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap()
 }
 
@@ -817,4 +858,50 @@ async fn compacting_gives_room_back_and_changes_nothing() {
     assert!(bytes > 0 && after < before, "{before} to {after}, {bytes} given back");
     assert_eq!(everything_of(&open(folder.path()), &["alice", "bob", "eve"]).await, filled);
     assert_eq!(verified(folder.path()).problems, Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn room_of_removed_entries_is_used_again() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = RedbLog::open(folder.path(), RedbOptions { flush_entries: 100, ..RedbOptions::default() }).unwrap();
+    let size = || -> u64 {
+        ["log.redb", "index.redb"].map(|name| fs::metadata(folder.path().join(name)).unwrap().len()).iter().sum()
+    };
+    let text = "x".repeat(1_000);
+    let mut sizes = Vec::new();
+    // Each round stores 2 MB and removes the 2 MB before.
+    for round in 0..30 {
+        for hundred in 0..20 {
+            let first = round * 2_000 + hundred * 100 + 1;
+            log.append((first..first + 100).map(|seq| message("alice", "bob", seq, &text)).collect()).await.unwrap();
+        }
+        while log.remove_before(sent_at((round * 2_000).saturating_sub(1))).await.unwrap() > 0 {}
+        sizes.push(size());
+    }
+    assert!(sizes[29] <= sizes[7] * 5 / 4, "{sizes:?}");
+    assert!(sizes[29] < 24 << 20, "{sizes:?}");
+    drop(log);
+    assert_eq!(verified(folder.path()).problems, [""; 0]);
+}
+
+#[tokio::test]
+async fn what_was_counted_is_right_after_counting_was_off() {
+    let folder = tempfile::tempdir().unwrap();
+    let accounts = || vec![Account::Sender(user("alice")), Account::Sender(user("bob"))];
+    let usage = async |counts_usage| {
+        let log = RedbLog::open(folder.path(), RedbOptions { flush_entries: 3, counts_usage, ..RedbOptions::DEFAULT });
+        let log = log.unwrap();
+        let head = log.heads(vec![ConversationId::parse("alice:bob").unwrap()]).await.unwrap()[0];
+        let next = head.map_or(1, |head| head.seq.get() + 1);
+        log.append((next..next + 10).map(|seq| message("alice", "bob", seq, "text")).collect()).await.unwrap();
+        log.remove_before(sent_at(next - next.min(3))).await.unwrap();
+        log.usage(accounts()).await.map_err(|error| error.to_string())
+    };
+    let one = 4 + crate::log::MESSAGE_OVERHEAD_BYTES;
+    assert_eq!(usage(true).await, Ok(vec![10 * one, 0]));
+    let error = usage(false).await.unwrap_err();
+    assert!(error.contains("looking up what is stored for 2 accounts"), "{error}");
+    // 8 to 17 of the 20 before, and 10 more.
+    assert_eq!(usage(true).await, Ok(vec![(30 - 17) * one, 0]));
+    assert_eq!(verified(folder.path()).problems, [""; 0]);
 }

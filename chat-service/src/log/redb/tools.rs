@@ -8,7 +8,7 @@ use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use ::redb::{CompactionError, Database, Durability, ReadTransaction, ReadableDatabase, ReadableTable};
-use chat_protocol::UserId;
+use chat_protocol::{ConversationId, UserId};
 use rustc_hash::FxHashMap;
 
 use super::super::{Device, Entry, Position, Side};
@@ -18,9 +18,10 @@ use super::key::{Key, Keys};
 use super::open::{OpenError, Opener, Prepared};
 use super::posting::{Last, ListRef};
 use super::reader::ReadError;
-use super::record::decode_session;
+use super::recent::Posted;
+use super::record::{decode_head, decode_session};
 use super::row;
-use super::schema::{BLOCKS, DELIVERED, META, ROWS, SESSIONS};
+use super::schema::{BLOCKS, DELIVERED, FIRST_KEY, HEADS, META, ROWS, SESSIONS, USAGE, USAGE_KEYS};
 use super::{RedbLog, RedbOptions};
 
 /// Rows that one transaction of a copy writes: 4 MB.
@@ -187,7 +188,12 @@ fn verify_entries(
     let mut heads: FxHashMap<Key, Last> = FxHashMap::default();
     let mut runs = index.map(|(_, runs)| runs.iter()).into_iter().flatten().peekable();
     let mut sums = Sums::default();
-    let mut expected = 1;
+    let begin = prepared.first.0;
+    // Only what is removed.
+    while runs.next_if(|run| run.last < begin).is_some() {}
+    let noted = noted_heads(snapshot, &prepared.keys, found)?;
+    let mut usage = index.map(|(index, _)| Usage::of(index)).transpose()?.flatten();
+    let mut expected = begin;
     let rows = snapshot.open_table(ROWS).map_err(ReadError::from)?;
     for row in rows.iter().map_err(ReadError::from)? {
         let (first, row) = row.map_err(ReadError::from)?;
@@ -208,7 +214,13 @@ fn verify_entries(
                 }
             };
             found.entries += 1;
-            let head = heads.entry(prepared.keys.conversation(&entry.conversation)).or_default();
+            let key = prepared.keys.conversation(&entry.conversation);
+            let head = heads.entry(key).or_insert_with(|| {
+                // Of a conversation that goes on the beginning may be removed, but no more.
+                let noted = noted.get(&key).copied().unwrap_or_default();
+                let before = if begin > 1 { entry.seq.get().saturating_sub(1).max(noted.seq) } else { 0 };
+                Last { seq: before, at_ms: noted.at_ms }
+            });
             if entry.seq.get() != head.seq + 1 {
                 found.problem(format!(
                     "conversation {}: seq {} at position {} follows {}",
@@ -223,12 +235,15 @@ fn verify_entries(
             }
             *head = Last { seq: entry.seq.get(), at_ms: entry.at.as_ms() };
             sums.add_entry(&prepared.keys, &entry);
+            if let Some(usage) = &mut usage {
+                usage.add(&prepared.keys, &entry);
+            }
             if let Some((database, _)) = index
                 && let Some(run) = runs.next_if(|run| run.last <= entry.position.0)
             {
-                match sums_of(database, run) {
+                match sums_of(database, run, begin) {
                     Ok(indexed) if indexed.always == sums.always && indexed.ids.count <= sums.ids.count => {
-                        found.indexed += run.last - run.first + 1;
+                        found.indexed += run.last - run.first.max(begin) + 1;
                     }
                     Ok(_) => found.problem(format!(
                         "index.redb: what it says of entries {} to {} is not what the log has",
@@ -243,13 +258,83 @@ fn verify_entries(
             return Err(ToolError::Interrupted);
         }
     }
-    found.conversations = heads.len() as u64;
+    found.conversations = heads.keys().chain(noted.keys().filter(|key| !heads.contains_key(key))).count() as u64;
+    if let (Some(usage), Some((index, _))) = (usage, index) {
+        usage.compare(index, found)?;
+    }
     Ok(())
 }
 
-fn sums_of(index: &Database, run: &Run) -> Result<Sums, ReadError> {
+/// Heads of conversations whose entries were all removed.
+fn noted_heads(
+    snapshot: &ReadTransaction,
+    keys: &Keys,
+    found: &mut Verified,
+) -> Result<FxHashMap<Key, Last>, ToolError> {
+    let mut heads = FxHashMap::default();
+    let noted = snapshot.open_table(HEADS).map_err(ReadError::from)?;
+    for head in noted.iter().map_err(ReadError::from)? {
+        let (conversation, record) = head.map_err(ReadError::from)?;
+        let conversation = conversation.value();
+        match (ConversationId::parse(conversation), decode_head(conversation.as_bytes(), record.value())) {
+            (Ok(id), Ok(head)) => {
+                heads.insert(keys.conversation(&id), Last { seq: head.seq.get(), at_ms: head.at.as_ms() });
+            }
+            (Err(error), _) => found.problem(format!("log.redb, table heads, key {conversation}: {error}")),
+            (_, Err(broken)) => found.problem(format!("log.redb, {broken}")),
+        }
+    }
+    Ok(heads)
+}
+
+/// What is stored for accounts, added up from the log.
+struct Usage {
+    /// Positions that the index counts.
+    counted: std::ops::Range<u64>,
+    bytes: FxHashMap<Key, u64>,
+}
+
+impl Usage {
+    /// `None` if the index does not count.
+    fn of(index: &Database) -> Result<Option<Self>, ReadError> {
+        let meta = index.begin_read()?.open_table(META)?;
+        let [Some(first), Some(end)] = [meta.get(USAGE_KEYS[0])?, meta.get(USAGE_KEYS[1])?] else { return Ok(None) };
+        Ok(Some(Self { counted: first.value()..end.value(), bytes: FxHashMap::default() }))
+    }
+
+    fn add(&mut self, keys: &Keys, entry: &Entry) {
+        if self.counted.contains(&entry.position.0) {
+            for (key, bytes) in Posted::of(keys, entry).counted() {
+                *self.bytes.entry(key).or_default() += bytes;
+            }
+        }
+    }
+
+    fn compare(mut self, index: &Database, found: &mut Verified) -> Result<(), ReadError> {
+        let stored = index.begin_read()?.open_table(USAGE)?;
+        for account in stored.iter()? {
+            let (key, bytes) = account?;
+            let expected = self.bytes.remove(&Key::from_bytes(*key.value())).unwrap_or_default();
+            if expected != bytes.value() {
+                let key = key.value().escape_ascii();
+                found.problem(format!(
+                    "index.redb, table usage, key {key}: it says {} bytes, the log has {expected}",
+                    bytes.value()
+                ));
+            }
+        }
+        for key in self.bytes.keys() {
+            let key = key.to_bytes();
+            found.problem(format!("index.redb, table usage, key {}: it is missing", key.escape_ascii()));
+        }
+        Ok(())
+    }
+}
+
+/// `first`: position of the log's first entry.
+fn sums_of(index: &Database, run: &Run, first: u64) -> Result<Sums, ReadError> {
     let blocks = index.begin_read()?.open_table(BLOCKS)?;
-    let mut reader = RunReader::new(&blocks, run.number, false)?;
+    let mut reader = RunReader::new(&blocks, run.number, false, first)?;
     let mut sums = Sums::default();
     while let Some(list) = reader.list() {
         sums.add_list(&list);
@@ -408,6 +493,11 @@ fn copy(snapshot: &ReadTransaction, folder: &Path, progress: Progress<'_>) -> Re
     copied
 }
 
+/// Position of the first entry that is not removed.
+fn first_of(snapshot: &ReadTransaction) -> Result<u64, ReadError> {
+    Ok(snapshot.open_table(META)?.get(FIRST_KEY)?.map_or(1, |first| first.value()))
+}
+
 fn copy_tables(
     snapshot: &ReadTransaction,
     part: &Path,
@@ -437,13 +527,14 @@ fn copy_tables(
     copy_table!(writing, META);
     copy_table!(writing, DELIVERED);
     copy_table!(writing, SESSIONS);
+    copy_table!(writing, HEADS);
     writing.open_table(ROWS).map_err(|error| failed(&error))?;
     writing.commit().map_err(|error| failed(&error))?;
 
     let source = snapshot.open_table(ROWS).map_err(ReadError::from)?;
     let last = match source.last().map_err(ReadError::from)? {
         Some((first, row)) => row::last(Position(first.value()), row.value()).map_err(ReadError::from)?.0,
-        None => 0,
+        None => first_of(snapshot)? - 1,
     };
     let mut rows = source.iter().map_err(ReadError::from)?;
     loop {

@@ -11,6 +11,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ::redb::{Database, Durability, ReadableTable, WriteTransaction};
+use chat_protocol::ConversationId;
 use parking_lot::{Condvar, Mutex};
 use rustc_hash::FxHashMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
@@ -22,9 +23,10 @@ use super::notes::{Notes, SessionNote};
 use super::open::{OpenError, Opener, read_prepared};
 use super::reader::{ReadError, stored_session};
 use super::recent::Posted;
-use super::record::encode_session;
-use super::row::{Packer, Tail};
-use super::schema::{DELIVERED, ROWS, SESSIONS, delivered_key, session_key};
+use super::record::{encode_head, encode_session};
+use super::remover::Removal;
+use super::row::{self, Packer, Tail};
+use super::schema::{DELIVERED, FIRST_KEY, HEADS, META, ROWS, SESSIONS, delivered_key, session_key};
 
 /// Text, and a little per entry, that may wait for the writer; past that callers wait for room.
 const QUEUED_BYTES_MAX: u32 = 64 << 20;
@@ -66,6 +68,11 @@ enum Command {
         room: OwnedSemaphorePermit,
     },
     Sync {
+        answer: oneshot::Sender<Result<(), String>>,
+        room: OwnedSemaphorePermit,
+    },
+    Remove {
+        removal: Removal,
         answer: oneshot::Sender<Result<(), String>>,
         room: OwnedSemaphorePermit,
     },
@@ -213,19 +220,25 @@ impl Shared {
 
     /// Returns when everything noted before is on disk.
     pub(super) async fn sync(&self, what: String) -> Result<(), LogError> {
-        let cause = match self.queue.room(QUEUED_ENTRY_BYTES).await {
-            Some(room) => {
-                let (answer, answered) = oneshot::channel();
-                self.queue.push(Command::Sync { answer, room });
-                match answered.await {
-                    Ok(Ok(())) => return Ok(()),
-                    Ok(Err(cause)) => cause,
-                    Err(_) => "the log's writer has ended".to_owned(),
-                }
-            }
-            None => self.failure().unwrap_or("the log is closed").to_owned(),
+        let done = self.command(|answer, room| Command::Sync { answer, room }).await;
+        done.map_err(|cause| LogError { what, cause })
+    }
+
+    /// Returns when the entries are gone.
+    pub(super) async fn remove(&self, removal: Removal) -> Result<(), String> {
+        self.command(|answer, room| Command::Remove { removal, answer, room }).await
+    }
+
+    async fn command(
+        &self,
+        make: impl FnOnce(oneshot::Sender<Result<(), String>>, OwnedSemaphorePermit) -> Command,
+    ) -> Result<(), String> {
+        let Some(room) = self.queue.room(QUEUED_ENTRY_BYTES).await else {
+            return Err(self.failure().unwrap_or("the log is closed").to_owned());
         };
-        Err(LogError { what, cause })
+        let (answer, answered) = oneshot::channel();
+        self.queue.push(make(answer, room));
+        answered.await.unwrap_or_else(|_| Err("the log's writer has ended".to_owned()))
     }
 }
 
@@ -334,13 +347,22 @@ impl Writer {
         let transaction = self.begin().map_err(before_commit)?;
         let batches = work.commands.iter().filter_map(|command| match command {
             Command::Append { batch, .. } => Some(batch.as_slice()),
-            Command::Sync { .. } => None,
+            Command::Sync { .. } | Command::Remove { .. } => None,
+        });
+        let mut removals = work.commands.iter().filter_map(|command| match command {
+            Command::Remove { removal, .. } => Some(removal),
+            Command::Append { .. } | Command::Sync { .. } => None,
         });
         let staged = self.check(batches).map_err(before_commit)?;
-        if staged.entries.is_empty() && work.notes.is_empty() {
+        if staged.entries.is_empty() && work.notes.is_empty() && removals.clone().next().is_none() {
             return Ok(staged.outcomes);
         }
-        let tail = self.insert(&transaction, &staged).map_err(before_commit)?;
+        let mut tail = None;
+        for removal in removals.clone() {
+            tail = self.remove(&transaction, removal).map_err(before_commit)?;
+        }
+        let inserted = self.insert(&transaction, tail.as_ref().unwrap_or(&self.tail), &staged);
+        let tail = inserted.map_err(before_commit)?.or(tail);
         write_notes(&transaction, &work.notes).map_err(before_commit)?;
         transaction.commit().map_err(Fault::in_commit)?;
         if let Some(tail) = tail {
@@ -349,6 +371,9 @@ impl Writer {
         self.heads.extend(staged.heads);
         self.shared.index.add(&staged.posted);
         self.shared.committed_up_to(staged.last);
+        if let Some(removal) = removals.next_back() {
+            self.shared.index.removed_before(removal.first);
+        }
         Ok(staged.outcomes)
     }
 
@@ -409,7 +434,7 @@ fn answer(commands: Vec<Command>, outcomes: Vec<Result<Range<u64>, AppendError>>
                 let outcome = outcomes.next().expect("every batch has an outcome");
                 answer.send(outcome.map(|positions| positions.map(Position).collect())).unwrap_or(());
             }
-            Command::Sync { answer, room } => {
+            Command::Sync { answer, room } | Command::Remove { answer, room, .. } => {
                 drop(room);
                 answer.send(Ok(())).unwrap_or(());
             }
@@ -421,7 +446,9 @@ fn refuse(commands: Vec<Command>, fault: &Fault) {
     for command in commands {
         match command {
             Command::Append { answer, .. } => drop(answer.send(Err(fault.append_error()))),
-            Command::Sync { answer, .. } => drop(answer.send(Err(fault.reason.clone()))),
+            Command::Sync { answer, .. } | Command::Remove { answer, .. } => {
+                drop(answer.send(Err(fault.reason.clone())));
+            }
         }
     }
 }
@@ -441,7 +468,7 @@ impl Writer {
     fn check<'a>(&mut self, batches: impl Iterator<Item = &'a [NewEntry]> + Clone) -> Result<Staged<'a>, ReadError> {
         let keys: Vec<Key> =
             batches.clone().flatten().map(|new| self.shared.keys.conversation(&new.conversation)).collect();
-        self.know_heads(&keys)?;
+        self.know_heads(batches.clone().flatten().map(|new| &new.conversation), &keys)?;
         let mut staged = Staged {
             entries: Vec::with_capacity(keys.len()),
             posted: Vec::with_capacity(keys.len()),
@@ -460,9 +487,14 @@ impl Writer {
     }
 
     /// Looks up the heads that are not known yet.
-    fn know_heads(&mut self, keys: &[Key]) -> Result<(), ReadError> {
-        let unknown = |heads: &FxHashMap<Key, ConversationHead>| -> Vec<Key> {
-            keys.iter().filter(|key| !heads.contains_key(key)).copied().collect()
+    fn know_heads<'a>(
+        &mut self,
+        conversations: impl Iterator<Item = &'a ConversationId> + Clone,
+        keys: &[Key],
+    ) -> Result<(), ReadError> {
+        let unknown = |heads: &FxHashMap<Key, ConversationHead>| -> Vec<(&'a ConversationId, Key)> {
+            let all = conversations.clone().zip(keys.iter().copied());
+            all.filter(|(_, key)| !heads.contains_key(key)).collect()
         };
         let mut missing = unknown(&self.heads);
         if missing.is_empty() {
@@ -472,8 +504,11 @@ impl Writer {
             self.heads.clear();
             missing = unknown(&self.heads);
         }
-        let found = self.shared.index.heads(&missing)?;
-        self.heads.extend(missing.into_iter().zip(found).filter_map(|(key, head)| Some((key, head?))));
+        let (conversations, keys): (Vec<&ConversationId>, Vec<Key>) = missing.into_iter().unzip();
+        let mut found = self.shared.index.heads(&keys)?;
+        let emptied = conversations.into_iter().zip(&mut found).filter(|(_, head)| head.is_none());
+        self.shared.noted_heads(emptied)?;
+        self.heads.extend(keys.into_iter().zip(found).filter_map(|(key, head)| Some((key, head?))));
         Ok(())
     }
 
@@ -501,12 +536,42 @@ impl Writer {
         Ok(first..staged.last.0 + 1)
     }
 
+    /// Removes rows from the beginning of the log. The new tail if the old one was touched.
+    fn remove(&self, transaction: &WriteTransaction, removal: &Removal) -> Result<Option<Tail>, ReadError> {
+        let mut heads = transaction.open_table(HEADS)?;
+        for (conversation, head) in &removal.heads {
+            let key = conversation.to_string();
+            heads.insert(key.as_str(), encode_head(key.as_bytes(), *head).as_slice())?;
+        }
+        let first = removal.first;
+        transaction.open_table(META)?.insert(FIRST_KEY, first.0)?;
+        let mut rows = transaction.open_table(ROWS)?;
+        // The row that the first entry is in keeps that and what is behind it.
+        let cut = match rows.range(..first.0)?.next_back().transpose()? {
+            Some((begin, row)) if row::last(Position(begin.value()), row.value())? >= first => {
+                Some((Position(begin.value()), row::rest(Position(begin.value()), row.value(), first)?.to_vec()))
+            }
+            _ => None,
+        };
+        rows.retain_in(..first.0, |_, _| false)?;
+        let Some((begin, rest)) = cut else {
+            return Ok((first.0 > self.shared.head().0).then(Tail::default));
+        };
+        rows.insert(first.0, rest.as_slice())?;
+        Ok(self.tail.begins_at(begin).then(|| Tail::of(first, &rest)))
+    }
+
     /// Adds rows to the end of the log. The new tail, unless there was nothing to add.
-    fn insert(&self, transaction: &WriteTransaction, staged: &Staged<'_>) -> Result<Option<Tail>, ReadError> {
+    fn insert(
+        &self,
+        transaction: &WriteTransaction,
+        tail: &Tail,
+        staged: &Staged<'_>,
+    ) -> Result<Option<Tail>, ReadError> {
         if staged.entries.is_empty() {
             return Ok(None);
         }
-        let mut packer = Packer::new(&self.tail, self.shared.head());
+        let mut packer = Packer::new(tail, self.shared.head());
         staged.entries.iter().for_each(|new| packer.push(new));
         let mut rows = transaction.open_table(ROWS)?;
         let tail = packer.finish(|first, row| {
