@@ -1,9 +1,14 @@
 //! The disk under a real chatd, and the tools for what lies on it.
 
-use end_to_end::packet::{Packet, Publish};
-use end_to_end::{Chatd, Connect, Options};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use crate::chat::{assert_well, listener, seqs};
+use chat_protocol::{ConversationId, Seq, Timestamp, UserId};
+use chat_service::log::{Log, NewEntry, RedbLog, RedbOptions};
+use end_to_end::packet::{Packet, Publish};
+use end_to_end::{Chatd, Connect, Options, PATIENCE, eventually};
+
+use crate::chat::{assert_well, listener, seqs, texts};
 
 /// Longer than what one message takes of the files' reserve, so that the disk is soon full.
 fn long(number: u64) -> String {
@@ -125,4 +130,100 @@ async fn what_is_damaged_is_named_and_verify_says_no() {
     assert_eq!(bob.ping().await.unwrap(), []);
     let log = chatd.log().unwrap();
     assert!(log.contains("table rows, key 7: the checksum does not match"), "{log}");
+}
+
+/// What a message counts besides its text, as config/chatd.toml says.
+const MESSAGE_BYTES: usize = 64;
+
+#[tokio::test]
+async fn a_full_quota_refuses_the_sender() {
+    let text = "x".repeat(1_000 - MESSAGE_BYTES);
+    let options = Options::default().set("limits.user_bytes", 5_000).set("limits.conversation_bytes", 3_000);
+    let mut chatd = Chatd::start_with(options).await.unwrap();
+    let mut bob = listener(&chatd, Connect::v5("bob", "bob-phone")).await.unwrap();
+    let mut alice = Connect::v5("alice", "alice-phone").to(&chatd).await.unwrap();
+    for number in 1..=3 {
+        assert_eq!(alice.say_as("alice", "bob", &format!("m-{number}"), &text).await.unwrap().seq, Some(number));
+    }
+    // Full to the last byte: not even the shortest fits, from neither side; what is stored is still known.
+    for _ in 0..2 {
+        let ack = alice.say("alice", "bob", "y").await.unwrap();
+        assert_eq!((ack.code, ack.seq), (0x97, None));
+        let reason = ack.reason.unwrap_or_default();
+        assert!(reason.starts_with("quota_exceeded: this conversation "), "{reason}");
+        assert_eq!(bob.say("bob", "alice", "y").await.unwrap().code, 0x97);
+        assert_eq!(alice.say_as("alice", "bob", "m-3", &text).await.unwrap().seq, Some(3));
+        // Other conversations go on, up to the sender's own quota.
+        assert_eq!(bob.say("bob", "carol", "y").await.unwrap().code, 0x10);
+        chatd.kill9().await.unwrap();
+        chatd.restart().await.unwrap();
+        bob = listener(&chatd, Connect::v5("bob", "bob-phone")).await.unwrap();
+        alice = Connect::v5("alice", "alice-phone").to(&chatd).await.unwrap();
+    }
+    for number in 1..=2 {
+        assert_eq!(alice.say("alice", "carol", &text).await.unwrap().seq, Some(number));
+    }
+    let reason = alice.say("alice", "dave", "y").await.unwrap().reason.unwrap_or_default();
+    assert!(reason.starts_with("quota_exceeded: you "), "{reason}");
+    // MQTT 3.1.1 is told by the event.
+    let mut old = Connect::v4("alice", "alice-laptop").to(&chatd).await.unwrap();
+    old.subscribe("chat/alice/event/error", 1).await.unwrap();
+    old.publish(Publish::new("chat/alice/out/dave/m-9", "y", 1)).await.unwrap();
+    let event = old.acked_message_on("chat/alice/event/error").await.unwrap().json();
+    assert_eq!((&event["code"], &event["id"]), (&"quota_exceeded".into(), &"m-9".into()));
+    assert_well(&chatd).await;
+}
+
+#[tokio::test]
+async fn senders_in_one_write_share_their_quota() {
+    let options = Options::default().set("limits.conversation_bytes", 100 * (MESSAGE_BYTES + 4));
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let mut bob = listener(&chatd, Connect::v5("bob", "bob-phone")).await.unwrap();
+    let mut alice = Connect::v5("alice", "alice-phone").to(&chatd).await.unwrap();
+    let acks = alice.publish_all((0..150).map(|_| Publish::new("chat/alice/out/bob", "four", 1))).await.unwrap();
+    assert_eq!(acks.iter().filter(|ack| ack.seq.is_some()).count(), 100);
+    assert_eq!(acks.iter().filter(|ack| ack.code == 0x97).count(), 50);
+    assert_eq!(seqs(&bob.acked_messages(100).await.unwrap()), (1..=100).collect::<Vec<_>>());
+}
+
+/// Puts messages of days ago into a data folder that no chatd has open.
+async fn put_old_messages(folder: &Path, days_ago: &[u64]) {
+    let log = RedbLog::open(folder, RedbOptions::default()).unwrap();
+    let (alice, bob) = (UserId::parse("alice").unwrap(), UserId::parse("bob").unwrap());
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let entry = |(seq, days): (u64, &u64)| NewEntry {
+        conversation: ConversationId::between(&alice, &bob).unwrap(),
+        seq: Seq::new(seq).unwrap(),
+        from: alice.clone(),
+        to: bob.clone(),
+        id: None,
+        at: Timestamp::from_ms(u64::try_from((now - Duration::from_secs(days * 86_400)).as_millis()).unwrap()),
+        text: format!("{days} days ago").into(),
+    };
+    log.append((1..).zip(days_ago).map(entry).collect()).await.unwrap();
+}
+
+#[tokio::test]
+async fn messages_older_than_the_retention_are_removed() {
+    let mut chatd = Chatd::start_with(Options::default().set("storage.retention_days", 7)).await.unwrap();
+    let bob = Connect::v5("bob", "bob-phone").persistent();
+    listener(&chatd, bob.clone()).await.unwrap().leave().await.unwrap();
+    assert!(chatd.terminate().await.unwrap().success());
+    put_old_messages(&chatd.data(), &[30, 9, 8, 6, 1]).await;
+    chatd.restart().await.unwrap();
+    eventually("three messages are removed", PATIENCE, async || {
+        chatd.metric("chatd_messages_removed_total").await.is_ok_and(|removed| removed > 2.5)
+    })
+    .await;
+    let mut bob = bob.to(&chatd).await.unwrap();
+    let got = bob.acked_messages(2).await.unwrap();
+    assert_eq!((texts(&got), seqs(&got)), (vec!["6 days ago".to_owned(), "1 days ago".to_owned()], vec![4, 5]));
+    let mut alice = Connect::v5("alice", "alice-phone").to(&chatd).await.unwrap();
+    assert_eq!(alice.say("alice", "bob", "now").await.unwrap().seq, Some(6));
+    assert_eq!(seqs(&[bob.acked_message().await.unwrap()]), [6]);
+    assert!(chatd.terminate().await.unwrap().success());
+    let (code, problems, said) = chatd.tool(&["verify"]).await.unwrap();
+    assert_eq!((code, problems.as_str()), (Some(0), ""), "{said}");
+    let (_, exported, _) = chatd.tool(&["export"]).await.unwrap();
+    assert_eq!(exported.lines().count(), 3);
 }

@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::io::{Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
@@ -34,6 +35,12 @@ pub(crate) struct Options {
     /// Gives every message an id, and looks each up before it is stored, as the server does.
     #[arg(long)]
     ids: bool,
+    /// Counts what is stored for every conversation and sender, as quotas need it.
+    #[arg(long)]
+    counts_usage: bool,
+    /// Removes old messages meanwhile, as retention does, so that about so many stay.
+    #[arg(long)]
+    keep: Option<u64>,
     /// Folder for the log, made if missing and kept; else a temporary one.
     #[arg(long)]
     folder: Option<PathBuf>,
@@ -50,6 +57,8 @@ struct Report {
     /// The same, from tenth to tenth of the messages.
     appended_per_s_by_tenth: Vec<f64>,
     slowest_batch_ms: f64,
+    removed: u64,
+    slowest_removal_ms: f64,
     cpu_us_per_message: f64,
     lone_append_us: f64,
     page_of_25_us: f64,
@@ -68,10 +77,19 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let folder = options.folder.clone().unwrap_or_else(|| temporary.path().to_owned());
     std::fs::create_dir_all(&folder)?;
     let mut report = Report { fdatasync_us: fdatasync(&folder)?, message_bytes: options.bytes, ..Report::default() };
-    let log = Arc::new(RedbLog::open(&folder, RedbOptions::default())?);
+    let redb = RedbOptions { counts_usage: options.counts_usage, ..RedbOptions::default() };
+    let log = Arc::new(RedbLog::open(&folder, redb)?);
     ensure!(log.head() == Position(0), "the folder has a log already");
 
+    let removed = Arc::new((AtomicU64::new(0), AtomicU64::new(0)));
+    let removing = options.keep.map(|keep| tokio::spawn(remove(Arc::clone(&log), keep, Arc::clone(&removed))));
     append(&log, &options, &mut report).await?;
+    if let Some(removing) = removing {
+        removing.abort();
+        ensure!(removing.await.is_err_and(|error| error.is_cancelled()), "removing failed");
+    }
+    report.removed = removed.0.load(Ordering::Relaxed);
+    report.slowest_removal_ms = removed.1.load(Ordering::Relaxed) as f64 / 1e3;
     read(&log, &options, &mut report).await?;
     drop(log);
     let size = |name: &str| -> Result<f64> {
@@ -106,6 +124,25 @@ fn fdatasync(folder: &Path) -> Result<f64> {
     Ok(median(times))
 }
 
+/// Messages are a millisecond apart.
+fn written_at(nth: u64) -> Timestamp {
+    Timestamp::from_ms(1_795_456_800_000 + nth)
+}
+
+/// Removes old messages, step by step, until it is aborted. How many, and how long the longest step took.
+async fn remove(log: Arc<RedbLog>, keep: u64, removed: Arc<(AtomicU64, AtomicU64)>) -> Result<()> {
+    loop {
+        let began = Instant::now();
+        let step = log.remove_before(written_at(log.head().0.saturating_sub(keep))).await?;
+        removed.0.fetch_add(step, Ordering::Relaxed);
+        if step > 0 {
+            removed.1.fetch_max(u64::try_from(began.elapsed().as_micros())?, Ordering::Relaxed);
+        }
+        // As retention does it, and not idle too long.
+        tokio::time::sleep(began.elapsed().max(Duration::from_millis(1))).await;
+    }
+}
+
 /// Who writes what: conversations at random, each with its next seq.
 struct Writer {
     seqs: Vec<u64>,
@@ -132,7 +169,7 @@ impl Writer {
             from,
             to,
             id: self.ids.then(|| MessageId::parse(&format!("m-{}", self.written))).transpose()?,
-            at: Timestamp::from_ms(1_795_456_800_000 + self.written),
+            at: written_at(self.written),
             text: Arc::clone(&self.text),
         })
     }
@@ -256,6 +293,12 @@ fn print(report: &Report, json: bool) -> Result<()> {
     let tenths: Vec<String> = report.appended_per_s_by_tenth.iter().map(|rate| format!("{:.0}k", rate / 1e3)).collect();
     println!("  from tenth to tenth           {}", tenths.join(" "));
     println!("  the slowest batch             {:9.1} ms", report.slowest_batch_ms);
+    if report.removed > 0 {
+        println!(
+            "  removed meanwhile             {:9} messages, the slowest step {:.1} ms",
+            report.removed, report.slowest_removal_ms
+        );
+    }
     println!("  processor time                {:9.2} us a message", report.cpu_us_per_message);
     println!(
         "lone append                     {:9.0} us, {:.1} fdatasyncs",

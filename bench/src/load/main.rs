@@ -1,6 +1,7 @@
 //! `chat-bench`: load for MQTT brokers, verified while it is measured, and a measure of the log alone.
 
 mod client;
+mod drain;
 mod log;
 mod mqtt;
 mod pairs;
@@ -14,6 +15,8 @@ use clap::Parser;
 enum Mode {
     /// Pairs of a sender and a receiver on any MQTT broker: throughput and latency.
     Pairs(pairs::Options),
+    /// A backlog that one device of chatd's gets.
+    Drain(drain::Options),
     /// The log alone, without MQTT.
     Log(log::Options),
 }
@@ -24,6 +27,7 @@ async fn main() -> anyhow::Result<()> {
     raise_file_limit();
     match Mode::parse() {
         Mode::Pairs(options) => pairs::run(options).await,
+        Mode::Drain(options) => drain::run(options).await,
         Mode::Log(options) => log::run(options).await,
     }
 }

@@ -564,8 +564,9 @@ fn run(shared: &Shared, mut indexer: Indexer, opener: &Opener) {
         if closed {
             index.freeze_rest();
         }
-        let done =
-            indexer.flush().and_then(|flushed| Ok(flushed || indexer.discount()? || (!closed && indexer.tidy()?)));
+        let done = indexer
+            .discount()
+            .and_then(|discounted| Ok(discounted || indexer.flush()? || (!closed && indexer.tidy()?)));
         if was_stuck && done.is_ok() {
             index.unstuck();
             was_stuck = false;

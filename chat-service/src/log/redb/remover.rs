@@ -19,8 +19,9 @@ use super::recent::Posted;
 use super::row;
 use super::schema::{META, ROWS, USAGE_KEYS};
 
-/// Bytes of rows that one step looks at: some ms of the writer's time to remove.
-const STEP_BYTES: usize = 512 * 1024;
+/// Bytes of rows and entries that one step looks at: what the writer removes in some ms, and in 20 if each was of a conversation of its own.
+const STEP_BYTES: usize = 2 * 1024 * 1024;
+const STEP_ENTRIES: usize = 8_192;
 
 /// What the writer is to remove.
 #[derive(Debug)]
@@ -82,7 +83,7 @@ impl Shared {
                 }
             }
             bytes += row.value().len();
-            if bytes >= STEP_BYTES {
+            if bytes >= STEP_BYTES || entries.len() >= STEP_ENTRIES {
                 break;
             }
         }
