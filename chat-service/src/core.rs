@@ -3,12 +3,10 @@
 //! Pure: no clock, no log, no task. The sequencer loads what [`plan`] needs and carries out what it says. Invariants: seq counts 1, 2, 3, … in
 //! a conversation; `at` never runs backwards in it; a resend (same sender, conversation and id) is the same message.
 
-use std::sync::Arc;
-
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use rustc_hash::FxHashMap;
 
-use crate::log::{Account, ConversationHead, Entry, IdKey, NewEntry, counted_bytes};
+use crate::log::{Account, Body, ConversationHead, Entry, IdKey, NewEntry};
 
 /// A message that a user sends, checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -17,7 +15,9 @@ pub struct Send {
     pub from: UserId,
     pub to: UserId,
     pub id: Option<MessageId>,
-    pub text: Arc<str>,
+    pub body: Body,
+    /// The receiver has blocked the sender.
+    pub withheld: bool,
 }
 
 impl Send {
@@ -44,7 +44,7 @@ pub enum Decision {
     ConversationFull,
 }
 
-/// How many bytes may be stored, as [`counted_bytes`] counts them; `None`: no limit.
+/// How many bytes may be stored, as [`Body::counted_bytes`] counts them; `None`: no limit.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Quotas {
     /// Of what one user sent.
@@ -98,13 +98,13 @@ pub fn plan(
         let key = send.id_key();
         if let Some(key) = &key {
             if let Some(&index) = new_ids.get(key) {
-                let same = plan.entries[index].text == send.text;
+                let same = plan.entries[index].body == send.body;
                 plan.decisions.push(if same { Decision::SameAsNew(index) } else { Decision::IdConflict });
                 continue;
             }
             if let Some(entry) = stored.get(key) {
                 let head = ConversationHead { seq: entry.seq, at: entry.at };
-                plan.decisions.push(if entry.text == send.text {
+                plan.decisions.push(if entry.body == send.body || matches!(entry.body, Body::Erased { .. }) {
                     Decision::Stored(head)
                 } else {
                     Decision::IdConflict
@@ -133,7 +133,8 @@ pub fn plan(
             to: send.to.clone(),
             id: send.id.clone(),
             at: head.at,
-            text: Arc::clone(&send.text),
+            body: send.body.clone(),
+            withheld: send.withheld,
         });
         plan.decisions.push(Decision::Append(index));
     }
@@ -147,7 +148,7 @@ fn take(
     usage: &FxHashMap<Account, u64>,
     used: &mut FxHashMap<Account, u64>,
 ) -> Option<Decision> {
-    let bytes = counted_bytes(&send.text);
+    let bytes = send.body.counted_bytes();
     let total = |account: &Account, used: &FxHashMap<Account, u64>| {
         let before = used.get(account).or_else(|| usage.get(account)).copied().unwrap_or_default();
         before.saturating_add(bytes)
@@ -181,7 +182,8 @@ mod tests {
             from,
             to,
             id: id.map(|id| MessageId::parse(id).expect("a valid id")),
-            text: text.into(),
+            body: text.into(),
+            withheld: false,
         }
     }
 
@@ -209,7 +211,7 @@ mod tests {
             plan(&batch, &FxHashMap::default(), &FxHashMap::default(), quotas, &usage, at(5)).decisions
         };
         let (alice, both) = (Account::Sender(user("alice")), Account::Conversation(batch[0].conversation.clone()));
-        let room_for_two = 2 * counted_bytes(&texts[0]);
+        let room_for_two = 2 * Body::from(texts[0].as_str()).counted_bytes();
         let sender = Quotas { sender_bytes: Some(room_for_two), ..Quotas::NONE };
         let stored = [Decision::Append(0), Decision::SenderFull, Decision::Append(1), Decision::Append(2)];
         assert_eq!(decide(sender, &[]), stored);
@@ -254,7 +256,8 @@ mod tests {
             to: first.to.clone(),
             id: first.id.clone(),
             at: at(1),
-            text: "a".into(),
+            body: "a".into(),
+            withheld: false,
         };
         let stored = [(first.id_key().expect("has an id"), entry)].into_iter().collect();
         let batch = [
@@ -306,7 +309,7 @@ mod tests {
                         let key = IdKey { conversation: entry.conversation.clone(), from: entry.from.clone(), id: id.clone() };
                         let entry = Entry {
                             position: Position(0), conversation: entry.conversation, seq: entry.seq, from: entry.from,
-                            to: entry.to, id: entry.id, at: entry.at, text: entry.text,
+                            to: entry.to, id: entry.id, at: entry.at, body: entry.body, withheld: entry.withheld,
                         };
                         prop_assert!(stored.insert(key, entry).is_none(), "an id was stored twice");
                     }

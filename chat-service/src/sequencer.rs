@@ -18,9 +18,7 @@ use tokio::sync::mpsc;
 
 use crate::core::{self, Decision, Plan, Quotas, Send};
 use crate::envelope;
-use crate::log::{
-    Account, AppendError, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, Position, counted_bytes,
-};
+use crate::log::{Account, AppendError, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, Position};
 use crate::metrics::Metrics;
 use crate::refusal;
 
@@ -238,7 +236,7 @@ impl Known {
             }
             for account in [Account::Conversation(entry.conversation.clone()), Account::Sender(entry.from.clone())] {
                 if let Some(usage) = self.usage.get_mut(&account) {
-                    *usage += counted_bytes(&entry.text);
+                    *usage += entry.body.counted_bytes();
                 }
             }
         }
@@ -346,7 +344,7 @@ fn push_live(
         return;
     }
     let payload = envelope::encode(entry);
-    let properties = envelope::properties(entry.seq, &entry.from, entry.id.as_ref());
+    let properties = envelope::properties(&entry.body, entry.seq, &entry.from, entry.id.as_ref());
     let properties: Vec<(&str, &str)> = properties.iter().map(|(key, value)| (*key, value.as_str())).collect();
     let position = broker::service::Position(position.0);
     let received_us = announcer.micros(received_at);

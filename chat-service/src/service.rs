@@ -88,7 +88,7 @@ impl<L: Log> ChatService<L> {
         }
         let text = std::str::from_utf8(&publish.payload)
             .map_err(|error| (ErrorCode::NotUtf8, format!("the payload is not UTF-8 text: {error}"), told_id))?;
-        Ok(ChatSend { conversation, from, to, id, text: text.into() })
+        Ok(ChatSend { conversation, from, to, id, body: text.into(), withheld: false })
     }
 
     fn stream(topic: &str) -> Result<Stream, ServiceError> {
@@ -235,7 +235,7 @@ impl<L: Log> Service for ChatService<L> {
             .map(|entry| Delivery {
                 position: Position(entry.position.0),
                 payload: envelope::encode_stored(entry),
-                properties: envelope::properties(entry.seq, &entry.from, entry.id.as_ref()).into(),
+                properties: envelope::properties(&entry.body, entry.seq, &entry.from, entry.id.as_ref()).into(),
             })
             .collect();
         Ok(Page { deliveries, end: page.end })

@@ -7,9 +7,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::{ConversationId, MessageId, Seq, Timestamp, UserId};
 
-/// A text, borrowed, to be encoded.
+/// An entry, borrowed, to be encoded.
 #[derive(Clone, Copy, Debug)]
-pub struct TextEntry<'a> {
+pub struct EntryRef<'a> {
     pub conversation: &'a ConversationId,
     pub seq: Seq,
     pub from: &'a UserId,
@@ -17,11 +17,36 @@ pub struct TextEntry<'a> {
     /// Absent where the sender chose none.
     pub id: Option<&'a MessageId>,
     pub at: Timestamp,
-    pub text: &'a str,
+    pub kind: KindRef<'a>,
+}
+
+/// What kind of entry it is, borrowed.
+#[derive(Clone, Copy, Debug)]
+pub enum KindRef<'a> {
+    /// A text.
+    Text(&'a str),
+    /// The text of entry `target` is now another.
+    Edit { target: Seq, text: &'a str },
+    /// The text of entry `target` is gone.
+    Unsend { target: Seq },
+    /// Was a text or an edit; its words are erased.
+    Erased,
+}
+
+impl KindRef<'_> {
+    /// Its name on the wire.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Text(_) => "text",
+            Self::Edit { .. } => "edit",
+            Self::Unsend { .. } => "unsend",
+            Self::Erased => "erased",
+        }
+    }
 }
 
 #[derive(Serialize)]
-struct TextEnvelope<'a> {
+struct AnyEnvelopeRef<'a> {
     v: u8,
     kind: &'static str,
     conversation: &'a ConversationId,
@@ -31,23 +56,33 @@ struct TextEnvelope<'a> {
     #[serde(skip_serializing_if = "Option::is_none")]
     id: Option<&'a MessageId>,
     at: Timestamp,
-    text: &'a str,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    target: Option<Seq>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    text: Option<&'a str>,
 }
 
-/// The bytes of a text's envelope.
-pub fn encode_text(entry: &TextEntry<'_>) -> Vec<u8> {
+/// The bytes of an entry's envelope.
+pub fn encode(entry: &EntryRef<'_>) -> Vec<u8> {
+    let (target, text) = match entry.kind {
+        KindRef::Text(text) => (None, Some(text)),
+        KindRef::Edit { target, text } => (Some(target), Some(text)),
+        KindRef::Unsend { target } => (Some(target), None),
+        KindRef::Erased => (None, None),
+    };
     // The members without the text take at most about 480 bytes; most texts need no escapes.
-    let mut bytes = Vec::with_capacity(192 + entry.text.len());
-    let envelope = TextEnvelope {
+    let mut bytes = Vec::with_capacity(192 + text.map_or(0, str::len));
+    let envelope = AnyEnvelopeRef {
         v: 1,
-        kind: "text",
+        kind: entry.kind.name(),
         conversation: entry.conversation,
         seq: entry.seq,
         from: entry.from,
         to: entry.to,
         id: entry.id,
         at: entry.at,
-        text: entry.text,
+        target,
+        text,
     };
     serde_json::to_writer(&mut bytes, &envelope)
         .expect("strings and numbers always encode, and a vector takes all bytes");
@@ -63,6 +98,8 @@ pub enum Kind {
     Edit { target: Seq, text: String },
     /// The text of entry `target` is gone.
     Unsend { target: Seq },
+    /// Was a text or an edit; its words are erased.
+    Erased,
     /// A kind that this version does not know.
     Other(String),
 }
@@ -112,6 +149,7 @@ impl Envelope {
             "text" => Kind::Text(text()?),
             "edit" => Kind::Edit { target: target()?, text: text()? },
             "unsend" => Kind::Unsend { target: target()? },
+            "erased" => Kind::Erased,
             other => Kind::Other(other.to_owned()),
         };
         Ok(Self {
@@ -146,6 +184,7 @@ mod tests {
         let seventeen = Seq::new(17).expect("not 0");
         assert_eq!(decode_fixture("edit").kind, Kind::Edit { target: seventeen, text: "hello!".to_owned() });
         assert_eq!(decode_fixture("unsend").kind, Kind::Unsend { target: seventeen });
+        assert_eq!(decode_fixture("erased").kind, Kind::Erased);
         assert_eq!(decode_fixture("unknown-kind").kind, Kind::Other("reaction".to_owned()));
         assert_eq!(decode_fixture("unknown-member").kind, Kind::Text("hello".to_owned()));
     }
@@ -153,20 +192,37 @@ mod tests {
     #[test]
     fn the_encoder_writes_the_sample_to_the_byte() {
         let (alice, bob) = (UserId::parse("alice").expect("valid"), UserId::parse("bob").expect("valid"));
-        let entry = TextEntry {
+        let entry = EntryRef {
             conversation: &ConversationId::between(&alice, &bob).expect("two users"),
             seq: Seq::new(17).expect("not 0"),
             from: &alice,
             to: &bob,
             id: Some(&MessageId::parse("m-001").expect("valid")),
             at: Timestamp::from_ms(1_795_456_800_123),
-            text: "hello",
+            kind: KindRef::Text("hello"),
         };
         let sample = include_str!("../fixtures/text.json");
-        assert_eq!(String::from_utf8(encode_text(&entry)).expect("JSON is UTF-8"), sample.trim_end());
+        assert_eq!(String::from_utf8(encode(&entry)).expect("JSON is UTF-8"), sample.trim_end());
         let sample = include_str!("../fixtures/text-without-id.json");
-        let entry = TextEntry { id: None, ..entry };
-        assert_eq!(String::from_utf8(encode_text(&entry)).expect("JSON is UTF-8"), sample.trim_end());
+        let entry = EntryRef { id: None, ..entry };
+        assert_eq!(String::from_utf8(encode(&entry)).expect("JSON is UTF-8"), sample.trim_end());
+        let target = Seq::new(17).expect("not 0");
+        for (seq, id, at, kind, sample) in [
+            (
+                18,
+                "m-002",
+                1_795_456_860_001,
+                KindRef::Edit { target, text: "hello!" },
+                include_str!("../fixtures/edit.json"),
+            ),
+            (19, "m-003", 1_795_456_890_001, KindRef::Unsend { target }, include_str!("../fixtures/unsend.json")),
+            (17, "m-001", 1_795_456_800_123, KindRef::Erased, include_str!("../fixtures/erased.json")),
+        ] {
+            let id = MessageId::parse(id).expect("valid");
+            let (seq, at) = (Seq::new(seq).expect("not 0"), Timestamp::from_ms(at));
+            let entry = EntryRef { id: Some(&id), seq, at, kind, ..entry };
+            assert_eq!(String::from_utf8(encode(&entry)).expect("JSON is UTF-8"), sample.trim_end());
+        }
     }
 
     proptest! {
@@ -175,8 +231,9 @@ mod tests {
             let (alice, bob) = (UserId::parse("alice").expect("valid"), UserId::parse("bob").expect("valid"));
             let conversation = ConversationId::between(&alice, &bob).expect("two users");
             let seq = Seq::new(seq).expect("not 0");
-            let entry = TextEntry { conversation: &conversation, seq, from: &bob, to: &alice, id: None, at: Timestamp::from_ms(at), text: &text };
-            let decoded = Envelope::decode(&encode_text(&entry)).expect("own encoding");
+            let kind = KindRef::Text(&text);
+            let entry = EntryRef { conversation: &conversation, seq, from: &bob, to: &alice, id: None, at: Timestamp::from_ms(at), kind };
+            let decoded = Envelope::decode(&encode(&entry)).expect("own encoding");
             prop_assert_eq!(decoded.kind, Kind::Text(text));
             prop_assert_eq!((decoded.seq, decoded.at.as_ms()), (seq, at));
         }

@@ -9,7 +9,7 @@ mod name;
 mod number;
 pub mod topic;
 
-pub use envelope::{Envelope, InvalidEnvelope, Kind, TextEntry, encode_text};
+pub use envelope::{EntryRef, Envelope, InvalidEnvelope, Kind, KindRef, encode};
 pub use error::{ErrorCode, ErrorEvent};
 pub use name::{ConversationId, InvalidName, MessageId, SameUser, UserId};
 pub use number::{Seq, Timestamp};

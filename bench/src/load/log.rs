@@ -170,7 +170,8 @@ impl Writer {
             to,
             id: self.ids.then(|| MessageId::parse(&format!("m-{}", self.written))).transpose()?,
             at: written_at(self.written),
-            text: Arc::clone(&self.text),
+            body: Arc::clone(&self.text).into(),
+            withheld: false,
         })
     }
 }

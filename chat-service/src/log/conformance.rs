@@ -11,8 +11,8 @@ use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use tokio::task::JoinSet;
 
 use super::{
-    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, NewEntry, Page, Position, ReadLimit,
-    SessionRecord, Side, Stream, SubscriptionRecord, counted_bytes,
+    Account, Advance, AppendError, Body, ConversationHead, Device, Entry, IdKey, Log, NewEntry, Page, PeerRecord,
+    Position, ReadLimit, SessionRecord, Side, Stream, SubscriptionRecord,
 };
 
 /// A place for a log, empty at first.
@@ -59,6 +59,12 @@ macro_rules! for_each_log_case {
             entries_are_removed_while_others_are_appended
             what_is_removed_stays_removed
             usage_counts_what_is_stored
+            a_conversation_is_one_of_both_users
+            records_about_peers_are_kept
+            what_is_withheld_is_in_the_conversation_only
+            changes_are_found_by_their_target
+            erased_words_are_gone_and_the_entry_stays
+            the_first_entry_after_a_position_is_found
             entries_survive
             cursors_and_sessions_survive
         }
@@ -250,7 +256,7 @@ pub async fn streams_hold_a_users_side_only(store: &impl Store) {
     ];
     for (stream, texts) in expected {
         let entries = read(&log, &stream, Position(0)).await;
-        let read: Vec<&str> = entries.iter().map(|entry| &*entry.text).collect();
+        let read: Vec<&str> = entries.iter().map(|entry| entry.body.text()).collect();
         assert_eq!(read, texts, "{stream}");
         assert!(entries.is_sorted_by_key(|entry| entry.position));
     }
@@ -268,7 +274,7 @@ pub async fn streams_of_similar_names_do_not_mix(store: &impl Store) {
     }
     for name in names {
         let entries = read(&log, &inbox(name), Position(0)).await;
-        assert_eq!(entries.iter().map(|entry| &*entry.text).collect::<Vec<_>>(), [name]);
+        assert_eq!(entries.iter().map(|entry| entry.body.text()).collect::<Vec<_>>(), [name]);
         let conversation = ConversationId::between(&user("zoe"), &user(name)).expect("two users");
         assert_eq!(texts(&log, &conversation.to_string()).await, [name, "back"]);
     }
@@ -354,7 +360,10 @@ pub async fn a_read_sees_what_was_committed_before_it<S: Store>(store: &S) {
                 let position = append(&*log, &[message(&from, "bob", seq, &from)]).await[0];
                 assert!(log.head() >= position, "the head is behind an answered append");
                 let page = read(&*log, &inbox("bob"), Position(position.0 - 1)).await;
-                assert_eq!(page.first().map(|entry| (entry.position, &*entry.text)), Some((position, from.as_str())));
+                assert_eq!(
+                    page.first().map(|entry| (entry.position, entry.body.text())),
+                    Some((position, from.as_str()))
+                );
                 let head = log.head();
                 let all = read(&*log, &inbox("bob"), Position(0)).await;
                 assert!(all.last().expect("entries").position >= head, "a read does not reach the head");
@@ -419,7 +428,7 @@ pub async fn appends_to_one_conversation_at_once<S: Store>(store: &S) {
     let count = APPENDING_TASKS * APPENDS_EACH;
     assert_eq!(all.iter().map(|entry| entry.seq.get()).collect::<Vec<_>>(), (1..=count).collect::<Vec<_>>());
     assert!(all.is_sorted_by(|a, b| a.position < b.position));
-    assert_eq!(all.iter().map(|entry| &*entry.text).collect::<BTreeSet<_>>().len() as u64, count);
+    assert_eq!(all.iter().map(|entry| entry.body.text()).collect::<BTreeSet<_>>().len() as u64, count);
 }
 
 pub async fn cursors_only_advance(store: &impl Store) {
@@ -758,8 +767,9 @@ pub async fn what_is_removed_stays_removed(store: &impl Store) {
 }
 
 pub async fn usage_counts_what_is_stored(store: &impl Store) {
-    let message = |from, to, seq, day, text: &str| NewEntry { text: text.into(), ..dated(from, to, seq, day) };
-    let bytes = |texts: &[&str]| texts.iter().map(|text| counted_bytes(text)).sum::<u64>();
+    let message =
+        |from, to, seq, day, text: &str| NewEntry { body: text.into(), withheld: false, ..dated(from, to, seq, day) };
+    let bytes = |texts: &[&str]| texts.iter().map(|text| Body::from(*text).counted_bytes()).sum::<u64>();
     {
         let log = store.open().await;
         assert_eq!(usage(&log, &["alice:bob"], &["alice"]).await, [0, 0]);
@@ -779,6 +789,157 @@ pub async fn usage_counts_what_is_stored(store: &impl Store) {
     assert_eq!(usage(&log, &["alice:bob"], &["bob"]).await, [bytes(&["", "four", "five"]), bytes(&["", "five"])]);
     remove_before(&log, day_begins(5)).await;
     assert_eq!(usage(&log, &["alice:bob", "alice:eve"], &["alice", "bob"]).await, [0; 4]);
+}
+
+async fn peers(log: &impl Log, name: &str) -> Vec<(String, PeerRecord)> {
+    let peers = log.peers(&user(name)).await.expect("peers");
+    peers.into_iter().map(|(peer, record)| (peer.as_str().to_owned(), record)).collect()
+}
+
+pub async fn a_conversation_is_one_of_both_users(store: &impl Store) {
+    let nothing = PeerRecord::default();
+    {
+        let log = store.open().await;
+        assert_eq!(peers(&log, "alice").await, []);
+        append(&log, &[message("alice", "bob", 1, "a"), message("eve", "alice", 1, "b")]).await;
+        append(&log, &[message("al", "bob", 1, "c"), message("bob", "alice", 2, "d")]).await;
+        assert_eq!(peers(&log, "alice").await, [("bob".to_owned(), nothing), ("eve".to_owned(), nothing)]);
+    }
+    let log = store.open().await;
+    assert_eq!(peers(&log, "bob").await, [("al".to_owned(), nothing), ("alice".to_owned(), nothing)]);
+    assert_eq!(peers(&log, "al").await, [("bob".to_owned(), nothing)]);
+    assert_eq!(log.peer(&user("eve"), &user("alice")).await.expect("a record"), Some(nothing));
+    assert_eq!(log.peer(&user("eve"), &user("bob")).await.expect("none"), None);
+    remove_before(&log, Timestamp::from_ms(u64::MAX)).await;
+    assert_eq!(peers(&log, "al").await, [("bob".to_owned(), nothing)], "also without entries");
+}
+
+pub async fn records_about_peers_are_kept(store: &impl Store) {
+    let (alice, bob, eve) = (user("alice"), user("bob"), user("eve"));
+    let of_alice;
+    {
+        let log = store.open().await;
+        append(&log, &[message("alice", "bob", 1, "a"), message("alice", "bob", 2, "b")]).await;
+        let head = log.head();
+        log.advance_read(&bob, &alice, number(2));
+        of_alice = PeerRecord { read: 2, blocked_at_ms: None, changed: head };
+        assert_eq!(log.peer(&bob, &alice).await.expect("a record"), Some(of_alice));
+        append(&log, &[message("alice", "bob", 3, "c")]).await;
+        log.advance_read(&bob, &alice, number(1));
+        assert_eq!(log.peer(&bob, &alice).await.expect("a record"), Some(of_alice), "only advances");
+        assert_eq!(log.peer(&alice, &bob).await.expect("a record"), Some(PeerRecord::default()), "is bob's alone");
+        log.set_blocked(&bob, &eve, Some(77)).await.expect("blocked");
+        log.note_seen(&bob, 5_000);
+        log.note_seen(&bob, 4_000);
+        for seq in [2, 3, 2, 300] {
+            log.hide(&bob, &alice, number(seq)).await.expect("hidden");
+        }
+        log.flush().await.expect("on disk");
+    }
+    let log = store.open().await;
+    let blocked = PeerRecord { read: 0, blocked_at_ms: Some(77), changed: log.head() };
+    assert_eq!(peers(&log, "bob").await, [("alice".to_owned(), of_alice), ("eve".to_owned(), blocked)]);
+    assert_eq!(log.last_seen(&bob).await.expect("a time"), Some(5_000));
+    assert_eq!(log.last_seen(&alice).await.expect("none"), None);
+    let hidden = async |from, to| {
+        let hidden = log.hidden(&bob, &alice, number(from)..=number(to)).await.expect("hidden");
+        hidden.into_iter().map(|(seq, _)| seq.get()).collect::<Vec<_>>()
+    };
+    assert_eq!((hidden(1, 3).await, hidden(3, 1_000).await, hidden(4, 5).await), (vec![2, 3], vec![3, 300], vec![]));
+    assert_eq!(log.hidden(&alice, &bob, number(1)..=number(9)).await.expect("hidden"), []);
+    log.set_blocked(&bob, &eve, None).await.expect("no longer blocked");
+    log.advance_read(&bob, &eve, number(9));
+    let read = PeerRecord { read: 9, blocked_at_ms: None, changed: log.head() };
+    assert_eq!(log.peer(&bob, &eve).await.expect("a record"), Some(read));
+    append(&log, &[message("eve", "bob", 1, "a")]).await;
+    assert_eq!(log.peer(&bob, &eve).await.expect("a record"), Some(read), "what is on record stays");
+}
+
+pub async fn what_is_withheld_is_in_the_conversation_only(store: &impl Store) {
+    let log = store.open().await;
+    let withheld = NewEntry { withheld: true, ..message("alice", "bob", 2, "b") };
+    append(&log, &[message("alice", "bob", 1, "a"), withheld, message("alice", "bob", 3, "c")]).await;
+    let seqs = |entries: &[Entry]| entries.iter().map(|entry| entry.seq.get()).collect::<Vec<_>>();
+    assert_eq!(seqs(&read(&log, &inbox("bob"), Position(0)).await), [1, 3]);
+    assert_eq!(seqs(&read(&log, &sent("alice"), Position(0)).await), [1, 2, 3]);
+    let page = log.read_conversation(&conversation("alice:bob"), None, EVERYTHING).await.expect("a page");
+    assert_eq!(page.entries.iter().map(|entry| entry.withheld).collect::<Vec<_>>(), [false, true, false]);
+}
+
+fn change(from: &str, to: &str, seq: u64, body: Body) -> NewEntry {
+    NewEntry { body, ..message(from, to, seq, "") }
+}
+
+pub async fn changes_are_found_by_their_target(store: &impl Store) {
+    let edit = |target, text: &str| Body::Edit { target: number(target), text: text.into() };
+    {
+        let log = store.open().await;
+        append(&log, &[message("alice", "bob", 1, "a"), message("alice", "bob", 2, "b")]).await;
+        append(&log, &[change("alice", "bob", 3, edit(1, "a2")), change("alice", "bob", 4, edit(2, "b2"))]).await;
+        append(&log, &[message("alice", "eve", 1, "c"), change("alice", "eve", 2, edit(1, "c2"))]).await;
+    }
+    let log = store.open().await;
+    let unsend = Body::Unsend { target: number(1) };
+    append(&log, &[change("alice", "bob", 5, edit(1, "a3")), change("alice", "bob", 6, unsend.clone())]).await;
+    let targets = vec![number(1), number(2), number(3)];
+    let changes = log.changes(&conversation("alice:bob"), targets).await.expect("changes");
+    let bodies: Vec<Vec<Body>> =
+        changes.into_iter().map(|changes| changes.into_iter().map(|entry| entry.body).collect()).collect();
+    assert_eq!(bodies, [vec![edit(1, "a2"), edit(1, "a3"), unsend], vec![edit(2, "b2")], vec![]]);
+}
+
+pub async fn erased_words_are_gone_and_the_entry_stays(store: &impl Store) {
+    let long = "words that go ".repeat(100);
+    let before;
+    {
+        let log = store.open().await;
+        // Over several rows.
+        let texts: Vec<NewEntry> = (1..=40).map(|seq| message("alice", "bob", seq, &long)).collect();
+        let positions = append(&log, &texts).await;
+        let edit = Body::Edit { target: number(3), text: "edited".into() };
+        let edited = append(&log, &[change("alice", "bob", 41, edit)]).await;
+        let unsent = append(&log, &[change("alice", "bob", 42, Body::Unsend { target: number(3) })]).await;
+        before = usage(&log, &["alice:bob"], &["alice"]).await;
+        let erased = vec![positions[2], edited[0], positions[39], unsent[0], Position(999)];
+        log.erase(erased.clone()).await.expect("erased");
+        log.erase(erased).await.expect("nothing left to erase");
+        append(&log, &[message("alice", "bob", 43, "after")]).await;
+    }
+    let log = store.open().await;
+    let page = log.read_conversation(&conversation("alice:bob"), None, EVERYTHING).await.expect("a page");
+    assert_eq!(page.entries.iter().map(|entry| entry.seq.get()).collect::<Vec<_>>(), (1..=43).collect::<Vec<_>>());
+    for entry in &page.entries {
+        let expected = match entry.seq.get() {
+            3 | 40 => Body::Erased { bytes: long.len() as u64 },
+            41 => Body::Erased { bytes: 6 },
+            42 => Body::Unsend { target: number(3) },
+            43 => "after".into(),
+            _ => long.as_str().into(),
+        };
+        assert_eq!(entry.body, expected, "seq {}", entry.seq);
+    }
+    let after = Body::from("after").counted_bytes();
+    let now = usage(&log, &["alice:bob"], &["alice"]).await;
+    assert_eq!(now, before.iter().map(|bytes| bytes + after).collect::<Vec<_>>(), "the room is still taken");
+    let changes = log.changes(&conversation("alice:bob"), vec![number(3)]).await.expect("changes");
+    assert_eq!(changes[0].iter().map(|entry| entry.seq.get()).collect::<Vec<_>>(), [42]);
+}
+
+pub async fn the_first_entry_after_a_position_is_found(store: &impl Store) {
+    let log = store.open().await;
+    let mut positions = Vec::new();
+    for seq in 1..=10 {
+        positions.extend(append(&log, &[message("alice", "bob", seq, "a"), message("eve", "bob", seq, "b")]).await);
+    }
+    let first_after =
+        async |name: &str, position| log.first_after(&conversation(name), position).await.expect("a seq").map(Seq::get);
+    assert_eq!(first_after("alice:bob", Position(0)).await, Some(1));
+    for (nth, position) in positions.iter().enumerate() {
+        // Every other is alice's.
+        let next = Some(nth as u64 / 2 + 2).filter(|seq| *seq <= 10);
+        assert_eq!(first_after("alice:bob", *position).await, next, "after {position:?}");
+    }
+    assert_eq!(first_after("alice:eve", Position(0)).await, None);
 }
 
 fn user(name: &str) -> UserId {
@@ -836,13 +997,14 @@ fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
         to,
         id: None,
         at: Timestamp::from_ms(1_795_456_800_000 + seq % 1_000),
-        text: text.into(),
+        body: text.into(),
+        withheld: false,
     }
 }
 
 fn stored(new: &NewEntry, position: Position) -> Entry {
-    let NewEntry { conversation, seq, from, to, id, at, text } = new.clone();
-    Entry { position, conversation, seq, from, to, id, at, text }
+    let NewEntry { conversation, seq, from, to, id, at, body, withheld } = new.clone();
+    Entry { position, conversation, seq, from, to, id, at, body, withheld }
 }
 
 fn advance(stream: &Stream, device: Option<&Device>, to: u64) -> Advance {
@@ -881,7 +1043,7 @@ async fn read(log: &impl Log, stream: &Stream, after: Position) -> Vec<Entry> {
 
 async fn texts(log: &impl Log, name: &str) -> Vec<String> {
     let page = log.read_conversation(&conversation(name), None, EVERYTHING).await.expect("a page");
-    page.entries.iter().map(|entry| entry.text.to_string()).collect()
+    page.entries.iter().map(|entry| entry.body.text().to_owned()).collect()
 }
 
 async fn delivered(log: &impl Log, stream: &Stream) -> Position {

@@ -3,15 +3,17 @@
 //! It keeps every promise of [`Log`] but one: nothing is on disk. A clone is another handle to the same log, which is how tests
 //! "open it again". One lock guards everything and is never held across an await.
 
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
-use chat_protocol::{ConversationId, Seq, Timestamp};
+use chat_protocol::{ConversationId, Seq, Timestamp, UserId};
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 
 use super::{
-    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, Position,
-    ReadLimit, SessionRecord, Side, Stream, counted_bytes,
+    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, PeerRecord,
+    Position, ReadLimit, SessionRecord, Side, Stream,
 };
 
 /// A log without a disk.
@@ -31,6 +33,9 @@ struct State {
     ids: FxHashMap<IdKey, Vec<Position>>,
     delivered: FxHashMap<Stream, Position>,
     sessions: FxHashMap<Device, SessionRecord>,
+    peers: BTreeMap<(UserId, UserId), PeerRecord>,
+    hidden: BTreeMap<(UserId, UserId, Seq), Position>,
+    seen: FxHashMap<UserId, u64>,
 }
 
 impl MemoryLog {
@@ -58,16 +63,20 @@ impl State {
 
     fn store(&mut self, new: NewEntry) -> Position {
         let position = Position(self.entries.len() as u64 + 1);
-        let NewEntry { conversation, seq, from, to, id, at, text } = new;
+        let NewEntry { conversation, seq, from, to, id, at, body, withheld } = new;
         self.conversations.entry(conversation.clone()).or_default().push(position);
-        for (user, side) in [(&to, Side::Inbox), (&from, Side::Sent)] {
+        for pair in [(from.clone(), to.clone()), (to.clone(), from.clone())] {
+            self.peers.entry(pair).or_default();
+        }
+        let inbox = (!withheld).then_some((&to, Side::Inbox));
+        for (user, side) in inbox.into_iter().chain([(&from, Side::Sent)]) {
             self.streams.entry(Stream { user: user.clone(), side }).or_default().push(position);
         }
         if let Some(id) = &id {
             let key = IdKey { conversation: conversation.clone(), from: from.clone(), id: id.clone() };
             self.ids.entry(key).or_default().push(position);
         }
-        self.entries.push(Entry { position, conversation, seq, from, to, id, at, text });
+        self.entries.push(Entry { position, conversation, seq, from, to, id, at, body, withheld });
         position
     }
 
@@ -80,17 +89,28 @@ impl State {
         position.0 > self.removed as u64
     }
 
+    fn head(&self) -> Position {
+        Position(self.entries.len() as u64)
+    }
+
+    fn peer(&mut self, user: &UserId, peer: &UserId) -> &mut PeerRecord {
+        let head = self.head();
+        let record = self.peers.entry((user.clone(), peer.clone())).or_default();
+        record.changed = head;
+        record
+    }
+
     /// `positions` are those still to be read.
     fn page(&self, positions: &[Position], limit: ReadLimit) -> Page {
         let mut page = Page { entries: Vec::new(), end: true };
         let mut bytes = 0;
         for position in positions.iter().filter(|position| self.is_there(**position)) {
             let entry = self.entry(*position);
-            if !limit.has_room(page.entries.len(), bytes, entry.text.len()) {
+            if !limit.has_room(page.entries.len(), bytes, entry.body.text().len()) {
                 page.end = false;
                 break;
             }
-            bytes += entry.text.len();
+            bytes += entry.body.text().len();
             page.entries.push(entry.clone());
         }
         page
@@ -143,7 +163,7 @@ impl Log for MemoryLog {
     }
 
     fn head(&self) -> Position {
-        Position(self.state.lock().entries.len() as u64)
+        self.state.lock().head()
     }
 
     fn first(&self) -> Position {
@@ -165,7 +185,7 @@ impl Log for MemoryLog {
                 Account::Conversation(conversation) => entry.conversation == *conversation,
                 Account::Sender(user) => entry.from == *user,
             };
-            state.entries[state.removed..].iter().filter(counts).map(|entry| counted_bytes(&entry.text)).sum()
+            state.entries[state.removed..].iter().filter(counts).map(|entry| entry.body.counted_bytes()).sum()
         };
         Ok(accounts.iter().map(usage).collect())
     }
@@ -203,6 +223,88 @@ impl Log for MemoryLog {
 
     async fn delete_session(&self, device: &Device) -> Result<(), LogError> {
         self.state.lock().sessions.remove(device);
+        Ok(())
+    }
+
+    async fn peers(&self, user: &UserId) -> Result<Vec<(UserId, PeerRecord)>, LogError> {
+        let state = self.state.lock();
+        let of_user = state.peers.iter().filter(|((me, _), _)| me == user);
+        Ok(of_user.map(|((_, peer), record)| (peer.clone(), *record)).collect())
+    }
+
+    async fn peer(&self, user: &UserId, peer: &UserId) -> Result<Option<PeerRecord>, LogError> {
+        Ok(self.state.lock().peers.get(&(user.clone(), peer.clone())).copied())
+    }
+
+    fn advance_read(&self, user: &UserId, peer: &UserId, seq: Seq) {
+        let mut state = self.state.lock();
+        let before = state.peers.get(&(user.clone(), peer.clone())).map_or(0, |record| record.read);
+        if seq.get() > before {
+            state.peer(user, peer).read = seq.get();
+        }
+    }
+
+    async fn set_blocked(&self, user: &UserId, peer: &UserId, at_ms: Option<u64>) -> Result<(), LogError> {
+        self.state.lock().peer(user, peer).blocked_at_ms = at_ms;
+        Ok(())
+    }
+
+    async fn hide(&self, user: &UserId, peer: &UserId, seq: Seq) -> Result<(), LogError> {
+        let mut state = self.state.lock();
+        let head = state.head();
+        state.hidden.entry((user.clone(), peer.clone(), seq)).or_insert(head);
+        Ok(())
+    }
+
+    async fn hidden(
+        &self,
+        user: &UserId,
+        peer: &UserId,
+        seqs: RangeInclusive<Seq>,
+    ) -> Result<Vec<(Seq, Position)>, LogError> {
+        let state = self.state.lock();
+        let key = |seq: &Seq| (user.clone(), peer.clone(), *seq);
+        let hidden = state.hidden.range(key(seqs.start())..=key(seqs.end()));
+        Ok(hidden.map(|((.., seq), position)| (*seq, *position)).collect())
+    }
+
+    fn note_seen(&self, user: &UserId, at_ms: u64) {
+        let mut state = self.state.lock();
+        let seen = state.seen.entry(user.clone()).or_default();
+        *seen = at_ms.max(*seen);
+    }
+
+    async fn last_seen(&self, user: &UserId) -> Result<Option<u64>, LogError> {
+        Ok(self.state.lock().seen.get(user).copied())
+    }
+
+    async fn changes(&self, conversation: &ConversationId, targets: Vec<Seq>) -> Result<Vec<Vec<Entry>>, LogError> {
+        let state = self.state.lock();
+        let of = |target: &Seq| {
+            let there = &state.entries[state.removed..];
+            let changes = |entry: &&Entry| entry.conversation == *conversation && entry.body.target() == Some(*target);
+            there.iter().filter(changes).cloned().collect()
+        };
+        Ok(targets.iter().map(of).collect())
+    }
+
+    async fn first_after(&self, conversation: &ConversationId, position: Position) -> Result<Option<Seq>, LogError> {
+        let state = self.state.lock();
+        let mut there = state.entries[state.removed..].iter();
+        let first = there.find(|entry| entry.conversation == *conversation && entry.position > position);
+        Ok(first.map(|entry| entry.seq))
+    }
+
+    async fn erase(&self, positions: Vec<Position>) -> Result<(), LogError> {
+        let mut state = self.state.lock();
+        let removed = Position(state.removed as u64);
+        for entry in state.entries.iter_mut().filter(|entry| entry.position > removed) {
+            if positions.contains(&entry.position)
+                && let Some(erased) = entry.body.erased()
+            {
+                entry.body = erased;
+            }
+        }
         Ok(())
     }
 

@@ -11,6 +11,7 @@ mod redb;
 
 use std::fmt;
 use std::future::Future;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
@@ -22,6 +23,66 @@ pub use self::redb::{OpenError, RedbLog, RedbOptions, tools};
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Position(pub u64);
 
+/// What an entry says.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Body {
+    Text(Arc<str>),
+    /// The text of an earlier entry is now this.
+    Edit {
+        target: Seq,
+        text: Arc<str>,
+    },
+    /// The text of an earlier entry is taken back.
+    Unsend {
+        target: Seq,
+    },
+    /// Words that were erased; so many bytes they had.
+    Erased {
+        bytes: u64,
+    },
+}
+
+impl Body {
+    /// Its words, which may be none.
+    pub fn text(&self) -> &str {
+        match self {
+            Self::Text(text) | Self::Edit { text, .. } => text,
+            Self::Unsend { .. } | Self::Erased { .. } => "",
+        }
+    }
+
+    /// The same without its words; `None` if it has none.
+    fn erased(&self) -> Option<Self> {
+        match self {
+            Self::Text(text) | Self::Edit { text, .. } => Some(Self::Erased { bytes: text.len() as u64 }),
+            Self::Unsend { .. } | Self::Erased { .. } => None,
+        }
+    }
+
+    /// The seq of the entry that it changes.
+    pub fn target(&self) -> Option<Seq> {
+        match self {
+            Self::Edit { target, .. } | Self::Unsend { target } => Some(*target),
+            Self::Text(_) | Self::Erased { .. } => None,
+        }
+    }
+
+    /// What it counts for the accounts of its entry, in bytes. Erasing changes nothing: the room stays taken until the entry is removed.
+    pub fn counted_bytes(&self) -> u64 {
+        let words = match self {
+            Self::Erased { bytes } => *bytes,
+            _ => self.text().len() as u64,
+        };
+        words.saturating_add(MESSAGE_OVERHEAD_BYTES)
+    }
+}
+
+impl<T: Into<Arc<str>>> From<T> for Body {
+    fn from(text: T) -> Self {
+        Self::Text(text.into())
+    }
+}
+
 /// A message to append. Its `seq` says what the writer believes to be next: the log refuses the batch if it is not.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewEntry {
@@ -31,7 +92,9 @@ pub struct NewEntry {
     pub to: UserId,
     pub id: Option<MessageId>,
     pub at: Timestamp,
-    pub text: Arc<str>,
+    pub body: Body,
+    /// The receiver has blocked the sender: it is in the conversation, but never in the receiver's stream.
+    pub withheld: bool,
 }
 
 /// A stored message.
@@ -44,7 +107,9 @@ pub struct Entry {
     pub to: UserId,
     pub id: Option<MessageId>,
     pub at: Timestamp,
-    pub text: Arc<str>,
+    pub body: Body,
+    /// The receiver has blocked the sender: it is in the conversation, but never in the receiver's stream.
+    pub withheld: bool,
 }
 
 /// The last entry of a conversation.
@@ -123,11 +188,6 @@ pub enum Account {
 /// What a message counts besides its text: names, id, time and the index.
 pub const MESSAGE_OVERHEAD_BYTES: u64 = 64;
 
-/// What a message with this text counts for its accounts, in bytes.
-pub fn counted_bytes(text: &str) -> u64 {
-    text.len() as u64 + MESSAGE_OVERHEAD_BYTES
-}
-
 /// A device: a user and a client id.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Device {
@@ -174,6 +234,17 @@ pub struct SubscriptionRecord {
     pub qos: u8,
     pub no_local: bool,
     pub retain_as_published: bool,
+}
+
+/// What a user has on record about a peer: there from the conversation's first entry on, or from the first thing noted.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PeerRecord {
+    /// The seq up to which the user has read their conversation; 0: nothing.
+    pub read: u64,
+    /// When the user blocked the peer, in milliseconds since the Unix epoch; `None` if not blocked.
+    pub blocked_at_ms: Option<u64>,
+    /// The head of the log when this changed last.
+    pub changed: Position,
 }
 
 /// A cursor's new place. Cursors only advance: an older position than the stored one changes nothing.
@@ -252,7 +323,7 @@ pub trait Log: Send + Sync + 'static {
     /// that were; 0 once none is left to remove. Heads stay, so that a conversation without entries goes on with its next seq.
     fn remove_before(&self, time: Timestamp) -> impl Future<Output = Result<u64, LogError>> + Send;
 
-    /// What is stored for accounts ([`counted_bytes`] of each entry that is there), in the order asked. An error if the log does not count.
+    /// What is stored for accounts ([`Body::counted_bytes`] of each entry that is there), in the order asked. An error if the log does not count.
     fn usage(&self, accounts: Vec<Account>) -> impl Future<Output = Result<Vec<u64>, LogError>> + Send;
 
     /// Moves cursors forward. Returns at once; on disk at most a second later (losing that may repeat a delivery, never skip one).
@@ -274,6 +345,58 @@ pub trait Log: Send + Sync + 'static {
 
     /// Removes a session with its cursors.
     fn delete_session(&self, device: &Device) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    /// A user's peers, in the order of their names.
+    fn peers(&self, user: &UserId) -> impl Future<Output = Result<Vec<(UserId, PeerRecord)>, LogError>> + Send;
+
+    /// What a user has on record about one peer.
+    fn peer(&self, user: &UserId, peer: &UserId) -> impl Future<Output = Result<Option<PeerRecord>, LogError>> + Send;
+
+    /// The user has read the conversation with the peer up to a seq; only advances. Returns at once, like [`Log::advance`].
+    fn advance_read(&self, user: &UserId, peer: &UserId, seq: Seq);
+
+    /// The user blocks the peer, or no longer; on disk when it returns.
+    fn set_blocked(
+        &self,
+        user: &UserId,
+        peer: &UserId,
+        at_ms: Option<u64>,
+    ) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    /// The user does not want to see an entry of the conversation with the peer any more; on disk when it returns.
+    fn hide(&self, user: &UserId, peer: &UserId, seq: Seq) -> impl Future<Output = Result<(), LogError>> + Send;
+
+    /// Seqs that the user hid in the conversation with the peer, from one up to another, in their order, each with the head of the log
+    /// at the time.
+    fn hidden(
+        &self,
+        user: &UserId,
+        peer: &UserId,
+        seqs: RangeInclusive<Seq>,
+    ) -> impl Future<Output = Result<Vec<(Seq, Position)>, LogError>> + Send;
+
+    /// Notes when a user was last there, in milliseconds since the Unix epoch; only advances. Returns at once, like [`Log::advance`].
+    fn note_seen(&self, user: &UserId, at_ms: u64);
+
+    /// When a user was last there, as far as it was noted.
+    fn last_seen(&self, user: &UserId) -> impl Future<Output = Result<Option<u64>, LogError>> + Send;
+
+    /// Edits and unsends of entries of a conversation, in the order asked, each in the order of seq.
+    fn changes(
+        &self,
+        conversation: &ConversationId,
+        targets: Vec<Seq>,
+    ) -> impl Future<Output = Result<Vec<Vec<Entry>>, LogError>> + Send;
+
+    /// The seq of a conversation's first entry after a position.
+    fn first_after(
+        &self,
+        conversation: &ConversationId,
+        position: Position,
+    ) -> impl Future<Output = Result<Option<Seq>, LogError>> + Send;
+
+    /// Replaces the words of entries by [`Body::Erased`]; on disk when it returns. Entries that have none, or are not there, stay as they are.
+    fn erase(&self, positions: Vec<Position>) -> impl Future<Output = Result<(), LogError>> + Send;
 
     /// Writes what was only noted (cursors, ended sessions); on disk when it returns.
     fn flush(&self) -> impl Future<Output = Result<(), LogError>> + Send;

@@ -161,7 +161,7 @@ async fn check(log: &RedbLog, promise: Promise, what: &str) -> u64 {
         let page = log.read(&stream, Position(0), EVERYTHING).await.unwrap_or_else(|error| panic!("{what}: {error}"));
         assert_eq!(page.entries.len() as u64, head - removed, "{what}: {stream}");
         for (entry, seq) in page.entries.iter().zip(removed + 1..) {
-            assert_eq!((entry.position.0, entry.seq.get(), &*entry.text), (seq, seq, &*text(seq)), "{what}");
+            assert_eq!((entry.position.0, entry.seq.get(), entry.body.text()), (seq, seq, &*text(seq)), "{what}");
         }
     }
     let conversation = ConversationId::parse("alice:bob").unwrap();
@@ -357,7 +357,7 @@ async fn damage_is_found_and_never_hides_a_message() {
                 for page in [bob, both] {
                     assert_eq!(page.entries.len() as u64, MESSAGES, "{what}");
                     for (entry, seq) in page.entries.iter().zip(1..) {
-                        assert_eq!((entry.seq.get(), &*entry.text), (seq, &*text(seq)), "{what}");
+                        assert_eq!((entry.seq.get(), entry.body.text()), (seq, &*text(seq)), "{what}");
                     }
                 }
             }

@@ -233,6 +233,35 @@ impl Index {
         Ok(found)
     }
 
+    /// The seq of a conversation's first entry after a position.
+    pub(super) fn first_after(&self, key: Key, after: Position, first: Position) -> Result<Option<u64>, ReadError> {
+        let after = after.0.max(first.0 - 1);
+        let seq = |list: &ListRef<'_>| {
+            let had = list.positions.partition_point(|position| *position <= after);
+            (had < list.positions.len()).then(|| list.first_seq() + had as u64)
+        };
+        let state = self.state.read();
+        let newest = state.active.get(key).and_then(|list| seq(&list));
+        let frozen = state.frozen.clone();
+        let runs: Vec<Arc<Run>> =
+            state.runs.iter().filter(|run| run.last > after && run.filter.may_have(key)).cloned().collect();
+        let blocks = if runs.is_empty() { None } else { Some(self.blocks()?) };
+        drop(state);
+        for run in runs {
+            let mut found = None;
+            if let Some(blocks) = &blocks {
+                blocks.lists(run.number, key, 0, |list| {
+                    found = seq(&list);
+                    if found.is_some() { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+                })?;
+            }
+            if found.is_some() {
+                return Ok(found);
+            }
+        }
+        Ok(frozen.and_then(|frozen| seq(&frozen.get(key)?)).or(newest))
+    }
+
     /// What is stored for accounts, by their keys.
     pub(super) fn usage(&self, keys: &[Key]) -> Result<Vec<u64>, ReadError> {
         let state = self.state.read();

@@ -6,7 +6,7 @@
 
 use std::hash::Hasher as _;
 
-use chat_protocol::{ConversationId, MessageId, UserId};
+use chat_protocol::{ConversationId, MessageId, Seq, UserId};
 use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
 use super::super::{Side, Stream};
@@ -25,6 +25,8 @@ enum Kind {
     Inbox = 2,
     Sent = 3,
     Id = 4,
+    /// Edits and unsends of one entry.
+    Change = 5,
 }
 
 impl Key {
@@ -33,6 +35,10 @@ impl Key {
 
     pub(super) fn is_conversation(self) -> bool {
         self.0 >> HASH_BITS == Kind::Conversation as u128
+    }
+
+    pub(super) fn is_change(self) -> bool {
+        self.0 >> HASH_BITS == Kind::Change as u128
     }
 
     pub(super) fn is_id(self) -> bool {
@@ -106,6 +112,15 @@ impl Keys {
         })
     }
 
+    /// What changes an entry of a conversation.
+    pub(super) fn change(&self, conversation: &ConversationId, target: Seq) -> Key {
+        self.key(Kind::Change, |hasher| {
+            write_conversation(hasher, conversation);
+            hasher.write(&[0]);
+            hasher.write(&target.get().to_be_bytes());
+        })
+    }
+
     fn key(&self, kind: Kind, write: impl FnOnce(&mut SipHasher13)) -> Key {
         let mut hasher = SipHasher13::new_with_keys(self.secret.0, self.secret.1);
         hasher.write(&[kind as u8]);
@@ -138,6 +153,7 @@ mod tests {
             keys.side(&user("bob"), Side::Inbox),
             keys.id(&conversation, &user("alice"), &id),
             keys.id(&conversation, &user("bob"), &id),
+            keys.change(&conversation, Seq::FIRST),
             Keys::new((1, 3)).conversation(&conversation),
         ];
         assert_eq!(all.iter().collect::<std::collections::BTreeSet<_>>().len(), all.len());

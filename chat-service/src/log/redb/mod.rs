@@ -23,23 +23,25 @@ mod schema;
 pub mod tools;
 mod writer;
 
+use std::ops::RangeInclusive;
 use std::path::Path;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
 
 use ::redb::Database;
-use chat_protocol::{ConversationId, Seq, Timestamp};
+use chat_protocol::{ConversationId, Seq, Timestamp, UserId};
 use parking_lot::{Mutex, RwLock};
 
 use self::index::Index;
 use self::key::Keys;
+use self::notes::PeerNote;
 pub use self::open::OpenError;
 use self::open::Opener;
 use self::writer::Queue;
 use super::{
-    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, Position,
-    ReadLimit, SessionRecord, Stream,
+    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, PeerRecord,
+    Position, ReadLimit, SessionRecord, Stream,
 };
 
 /// How to open a [`RedbLog`].
@@ -258,6 +260,69 @@ impl Log for RedbLog {
     async fn delete_session(&self, device: &Device) -> Result<(), LogError> {
         self.shared.queue.note(|notes| notes.replace(device.clone(), None));
         self.shared.sync(format!("removing the session of {device}")).await
+    }
+
+    async fn peers(&self, user: &UserId) -> Result<Vec<(UserId, PeerRecord)>, LogError> {
+        let what = format!("reading the peers of {user}");
+        let user = user.clone();
+        self.shared.page(what, move |shared| shared.peers(&user)).await
+    }
+
+    async fn peer(&self, user: &UserId, peer: &UserId) -> Result<Option<PeerRecord>, LogError> {
+        self.shared
+            .read_now(|| format!("reading what {user} has on record about {peer}"), |shared| shared.peer(user, peer))
+    }
+
+    fn advance_read(&self, user: &UserId, peer: &UserId, seq: Seq) {
+        let note = PeerNote { read: seq.get(), read_at: self.head(), blocked: None };
+        self.shared.queue.note(|notes| notes.note_peer(user, peer, note));
+    }
+
+    async fn set_blocked(&self, user: &UserId, peer: &UserId, at_ms: Option<u64>) -> Result<(), LogError> {
+        let note = PeerNote { blocked: Some((at_ms, self.head())), ..PeerNote::default() };
+        self.shared.queue.note(|notes| notes.note_peer(user, peer, note));
+        self.shared.sync(format!("writing whether {user} blocks {peer}")).await
+    }
+
+    async fn hide(&self, user: &UserId, peer: &UserId, seq: Seq) -> Result<(), LogError> {
+        let head = self.head();
+        self.shared.queue.note(|notes| notes.hide(user, peer, seq, head));
+        self.shared.sync(format!("hiding an entry from {user}")).await
+    }
+
+    async fn hidden(
+        &self,
+        user: &UserId,
+        peer: &UserId,
+        seqs: RangeInclusive<Seq>,
+    ) -> Result<Vec<(Seq, Position)>, LogError> {
+        let what = format!("reading what {user} hid in the conversation with {peer}");
+        let (user, peer) = (user.clone(), peer.clone());
+        self.shared.page(what, move |shared| shared.hidden(&user, &peer, &seqs)).await
+    }
+
+    fn note_seen(&self, user: &UserId, at_ms: u64) {
+        self.shared.queue.note(|notes| notes.saw(user, at_ms));
+    }
+
+    async fn last_seen(&self, user: &UserId) -> Result<Option<u64>, LogError> {
+        self.shared.read_now(|| format!("reading when {user} was last seen"), |shared| shared.last_seen(user))
+    }
+
+    async fn changes(&self, conversation: &ConversationId, targets: Vec<Seq>) -> Result<Vec<Vec<Entry>>, LogError> {
+        let what = format!("reading changes in conversation {conversation}");
+        let conversation = conversation.clone();
+        self.shared.page(what, move |shared| shared.changes(&conversation, &targets)).await
+    }
+
+    async fn first_after(&self, conversation: &ConversationId, position: Position) -> Result<Option<Seq>, LogError> {
+        let what = || format!("looking into conversation {conversation}");
+        self.shared.read_now(what, |shared| shared.first_after(conversation, position))
+    }
+
+    async fn erase(&self, positions: Vec<Position>) -> Result<(), LogError> {
+        let erased = self.shared.erase(positions).await;
+        erased.map_err(|cause| LogError { what: "erasing words".to_owned(), cause })
     }
 
     async fn flush(&self) -> Result<(), LogError> {

@@ -3,15 +3,56 @@
 //! Reads lay the notes over what the disk says, so they see them at once. Notes about one thing are folded into one, so there are
 //! at most as many as cursors and sessions. Pure: no lock, clock or disk.
 
+use std::ops::RangeInclusive;
+
+use chat_protocol::{Seq, UserId};
 use rustc_hash::FxHashMap;
 
-use super::super::{Advance, Device, Position, SessionRecord, Side, Stream};
+use super::super::{Advance, Device, PeerRecord, Position, SessionRecord, Side, Stream};
 
 /// Notes since some moment, folded.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Notes {
     pub(super) delivered: FxHashMap<Stream, Position>,
     pub(super) sessions: FxHashMap<Device, SessionNote>,
+    /// By user and peer.
+    pub(super) peers: FxHashMap<(UserId, UserId), PeerNote>,
+    /// By user, peer and seq: the head of the log.
+    pub(super) hidden: FxHashMap<(UserId, UserId, Seq), Position>,
+    /// In milliseconds since the Unix epoch.
+    pub(super) seen: FxHashMap<UserId, u64>,
+}
+
+/// What happened to a user's record about a peer.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(super) struct PeerNote {
+    /// Read up to here; with the head of the log at the time, which counts only if it is news.
+    pub(super) read: u64,
+    pub(super) read_at: Position,
+    /// Blocked at this time, or no longer; with the head of the log.
+    pub(super) blocked: Option<(Option<u64>, Position)>,
+}
+
+impl PeerNote {
+    fn fold(&mut self, later: Self) {
+        if later.read > self.read {
+            (self.read, self.read_at) = (later.read, later.read_at);
+        }
+        self.blocked = later.blocked.or(self.blocked);
+    }
+
+    /// The record as it is now, from the one stored before the note.
+    pub(super) fn apply(&self, mut record: PeerRecord) -> PeerRecord {
+        if self.read > record.read {
+            record.read = self.read;
+            record.changed = record.changed.max(self.read_at);
+        }
+        if let Some((blocked_at_ms, at)) = self.blocked {
+            record.blocked_at_ms = blocked_at_ms;
+            record.changed = record.changed.max(at);
+        }
+        record
+    }
 }
 
 /// What happened to a session, in this order: replaced, then its cursors advanced and it ended.
@@ -34,7 +75,39 @@ struct End {
 
 impl Notes {
     pub(super) fn is_empty(&self) -> bool {
-        self.delivered.is_empty() && self.sessions.is_empty()
+        self.delivered.is_empty()
+            && self.sessions.is_empty()
+            && self.peers.is_empty()
+            && self.hidden.is_empty()
+            && self.seen.is_empty()
+    }
+
+    pub(super) fn peer(&self, user: &UserId, peer: &UserId) -> Option<PeerNote> {
+        if self.peers.is_empty() { None } else { self.peers.get(&(user.clone(), peer.clone())).copied() }
+    }
+
+    pub(super) fn peers_of(&self, user: &UserId) -> Vec<(UserId, PeerNote)> {
+        let of_user = self.peers.iter().filter(|((me, _), _)| me == user);
+        of_user.map(|((_, peer), note)| (peer.clone(), *note)).collect()
+    }
+
+    pub(super) fn hidden_of(&self, user: &UserId, peer: &UserId, seqs: &RangeInclusive<Seq>) -> Vec<(Seq, Position)> {
+        let meant = |me: &UserId, with: &UserId, seq: &Seq| me == user && with == peer && seqs.contains(seq);
+        let hidden = self.hidden.iter().filter(|((me, with, seq), _)| meant(me, with, seq));
+        hidden.map(|((.., seq), head)| (*seq, *head)).collect()
+    }
+
+    pub(super) fn note_peer(&mut self, user: &UserId, peer: &UserId, note: PeerNote) {
+        self.peers.entry((user.clone(), peer.clone())).or_default().fold(note);
+    }
+
+    pub(super) fn hide(&mut self, user: &UserId, peer: &UserId, seq: Seq, head: Position) {
+        self.hidden.entry((user.clone(), peer.clone(), seq)).or_insert(head);
+    }
+
+    pub(super) fn saw(&mut self, user: &UserId, at_ms: u64) {
+        let seen = self.seen.entry(user.clone()).or_default();
+        *seen = at_ms.max(*seen);
     }
 
     pub(super) fn advance(&mut self, advance: Advance) {
@@ -68,6 +141,15 @@ impl Notes {
         }
         for (device, note) in later.sessions {
             self.sessions.entry(device).or_default().fold(note);
+        }
+        for ((user, peer), note) in later.peers {
+            self.note_peer(&user, &peer, note);
+        }
+        for ((user, peer, seq), head) in later.hidden {
+            self.hide(&user, &peer, seq, head);
+        }
+        for (user, at_ms) in later.seen {
+            self.saw(&user, at_ms);
         }
     }
 }

@@ -2,6 +2,7 @@
 //!
 //! The log must be what it was. The index is made anew from the log if it is missing, damaged or of another format.
 
+use std::collections::BTreeSet;
 use std::collections::hash_map::RandomState;
 use std::fs;
 use std::hash::{BuildHasher as _, Hasher as _};
@@ -10,20 +11,20 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ::redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError};
+use ::redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, WriteTransaction};
 
-use super::super::Position;
+use super::super::{PeerRecord, Position};
 use super::RedbOptions;
 use super::index::{Index, Run};
 use super::indexer::{Indexer, Runs, read_runs};
 use super::key::Keys;
 use super::reader::ReadError;
 use super::recent::Posted;
-use super::record::Broken;
+use super::record::{Broken, encode_peer};
 use super::row::{self, Tail};
 use super::schema::{
-    BLOCKS, DELIVERED, FILTERS, FIRST_KEY, FORMAT_KEY, HEADS, INDEX_FORMAT, LOG_FORMAT, META, ROWS, RUNS, SECRET_KEYS,
-    SESSIONS, USAGE, USAGE_KEYS,
+    BLOCKS, DELIVERED, FILTERS, FIRST_KEY, FORMAT_KEY, HEADS, HIDDEN, INDEX_FORMAT, LOG_FORMAT, META, PEERS, ROWS,
+    RUNS, SECRET_KEYS, SEEN, SESSIONS, USAGE, USAGE_KEYS, peer_key,
 };
 
 const LOG_FILE_NAME: &str = "log.redb";
@@ -31,8 +32,8 @@ const INDEX_FILE_NAME: &str = "index.redb";
 const FORMAT_1_FILE_NAME: &str = "chat.redb";
 /// Says which process opened the log last, for the one that finds it locked.
 const HOLDER_FILE_NAME: &str = "chat.pid";
-/// A log of this version lacks the table of heads.
-const FORMAT_WITHOUT_HEADS: u64 = 2;
+/// A log of this version lacks the tables of heads, peers and what is about them.
+const FORMAT_WITHOUT_PEERS: u64 = 2;
 /// From one line about catching up to the next.
 const PROGRESS_INTERVAL: Duration = Duration::from_secs(2);
 
@@ -172,9 +173,9 @@ impl Opener {
         let file = self.log_file();
         match format(log).map_err(|error| unreadable(&file, error))? {
             Some(LOG_FORMAT) => {}
-            Some(FORMAT_WITHOUT_HEADS) => {
-                tracing::info!(file = %file.display(), from = FORMAT_WITHOUT_HEADS, to = LOG_FORMAT, "bringing the log to this format");
-                add_heads(log).map_err(|error| unreadable(&file, error))?;
+            Some(FORMAT_WITHOUT_PEERS) => {
+                tracing::info!(file = %file.display(), from = FORMAT_WITHOUT_PEERS, to = LOG_FORMAT, "bringing the log to this format");
+                add_peers(log).map_err(|error| unreadable(&file, error))?;
             }
             Some(found) if found > LOG_FORMAT => {
                 return Err(OpenError::NewerFormat { file, found: found.to_string(), known: LOG_FORMAT });
@@ -200,7 +201,7 @@ impl Opener {
             }
             drop(meta);
             writing.open_table(ROWS)?;
-            writing.open_table(HEADS)?;
+            make_tables_about_users(&writing)?;
             writing.open_table(DELIVERED)?;
             writing.open_table(SESSIONS)?;
             writing.commit()?;
@@ -340,13 +341,36 @@ fn format(database: &Database) -> Result<Option<u64>, ReadError> {
     }
 }
 
-/// Brings a log of format 2 to the one after.
-fn add_heads(log: &Database) -> Result<(), ReadError> {
+/// Brings a log of format 2 to the one after: every conversation is one of both users'.
+fn add_peers(log: &Database) -> Result<(), ReadError> {
     let mut writing = log.begin_write()?;
     writing.set_quick_repair(true);
-    writing.open_table(HEADS)?;
+    make_tables_about_users(&writing)?;
+    let mut conversations = BTreeSet::new();
+    for found in writing.open_table(ROWS)?.iter()? {
+        let (first, row) = found?;
+        for entry in row::entries(Position(first.value()), row.value()) {
+            conversations.insert(entry?.conversation);
+        }
+    }
+    let mut peers = writing.open_table(PEERS)?;
+    for conversation in conversations {
+        let (one, other) = (conversation.first(), conversation.second());
+        for key in [peer_key(one, other), peer_key(other, one)] {
+            peers.insert(key.as_slice(), encode_peer(&key, &PeerRecord::default()).as_slice())?;
+        }
+    }
+    drop(peers);
     writing.open_table(META)?.insert(FORMAT_KEY, LOG_FORMAT)?;
     writing.commit()?;
+    Ok(())
+}
+
+fn make_tables_about_users(writing: &WriteTransaction) -> Result<(), ReadError> {
+    writing.open_table(HEADS)?;
+    writing.open_table(PEERS)?;
+    writing.open_table(HIDDEN)?;
+    writing.open_table(SEEN)?;
     Ok(())
 }
 

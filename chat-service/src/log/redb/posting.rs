@@ -5,7 +5,7 @@
 //! Pure: no file, lock or clock.
 
 use super::key::{KEY_BYTES, Key};
-use super::record::{self, Body, put_number};
+use super::record::{self, Fields, put_number};
 
 /// Bytes of a block's value: with its key it fills one page of redb (4 KiB) and no more.
 const BLOCK_BYTES_MAX: usize = 4096 - 8 - BLOCK_KEY_BYTES;
@@ -173,7 +173,7 @@ impl BlockWriter {
 pub(super) struct BlockReader<'a> {
     /// The key of the block behind it.
     next: &'a [u8],
-    body: Body<'a>,
+    body: Fields<'a>,
     base: u64,
     key: [u8; KEY_BYTES],
 }

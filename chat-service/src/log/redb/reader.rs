@@ -3,20 +3,26 @@
 //! The index says where entries are, the log what they are. What the index says of an entry is checked against the entry itself, so a
 //! damaged index is an error and never another conversation's message.
 
+use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
 use std::sync::Arc;
 
 use ::redb::{OwnedAccessGuard, ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable};
-use chat_protocol::{ConversationId, Seq};
+use chat_protocol::{ConversationId, Seq, UserId};
 
 use super::super::{
-    Account, ConversationHead, Device, Entry, IdKey, LogError, Page, Position, ReadLimit, SessionRecord, Side, Stream,
+    Account, ConversationHead, Device, Entry, IdKey, LogError, Page, PeerRecord, Position, ReadLimit, SessionRecord,
+    Side, Stream,
 };
 use super::Shared;
 use super::index::After;
 use super::key::Key;
-use super::record::{Broken, decode_head, decode_session};
+use super::notes::Notes;
+use super::record::{Broken, decode_head, decode_peer, decode_session};
 use super::row;
-use super::schema::{DELIVERED, HEADS, ROWS, SESSIONS, delivered_key, session_key};
+use super::schema::{
+    DELIVERED, HEADS, HIDDEN, PEERS, ROWS, SEEN, SESSIONS, delivered_key, hidden_key, peer_key, peers_key, session_key,
+};
 
 /// Up to so many point lookups (measured at 1 to 2 µs each) are done where the caller stands; moving to another thread costs
 /// some 10 µs.
@@ -66,6 +72,15 @@ impl Shared {
             return read(self).map_err(|error| failed(what, &error));
         }
         self.page(what, read).await
+    }
+
+    /// Of one or two point lookups, where the caller stands.
+    pub(super) fn read_now<T>(
+        &self,
+        what: impl FnOnce() -> String,
+        read: impl FnOnce(&Shared) -> Result<T, ReadError>,
+    ) -> Result<T, LogError> {
+        read(self).map_err(|error| failed(what(), &error))
     }
 
     /// A longer read, on a thread that may block.
@@ -124,6 +139,27 @@ fn failed(what: String, error: &ReadError) -> LogError {
 
 type Bytes = &'static [u8];
 
+pub(super) fn stored_peer(
+    peers: &impl ReadableTable<Bytes, Bytes>,
+    user: &UserId,
+    peer: &UserId,
+) -> Result<Option<PeerRecord>, ReadError> {
+    let key = peer_key(user, peer);
+    let Some(record) = peers.get(key.as_slice())? else { return Ok(None) };
+    Ok(Some(decode_peer(&key, record.value())?))
+}
+
+/// The name behind the beginning of a key.
+fn peer_of(key: &[u8], begin: usize) -> Result<UserId, Broken> {
+    let name = key.get(begin..).and_then(|name| std::str::from_utf8(name).ok());
+    name.and_then(|name| UserId::parse(name).ok()).ok_or_else(|| Broken::at("peers", key, "it names no user"))
+}
+
+fn seq_of(key: &[u8]) -> Result<Seq, Broken> {
+    let seq = key.last_chunk().copied().map(u64::from_be_bytes).and_then(Seq::new);
+    seq.ok_or_else(|| Broken::at("hidden", key, "it names no seq"))
+}
+
 pub(super) fn stored_session(
     sessions: &impl ReadableTable<Bytes, Bytes>,
     device: &Device,
@@ -165,6 +201,87 @@ impl Shared {
             }
         }
         Ok(())
+    }
+
+    /// A user's peers, with what is noted and not written yet.
+    pub(super) fn peers(&self, user: &UserId) -> Result<Vec<(UserId, PeerRecord)>, ReadError> {
+        let begin = peers_key(user);
+        // Behind every key that begins with it: names contain no byte as high.
+        let end = [begin.as_slice(), &[0xff]].concat();
+        let (noted, snapshot) = self.with_notes(|notes| notes.peers_of(user))?;
+        let mut peers = BTreeMap::new();
+        for found in snapshot.open_table(PEERS)?.range(begin.as_slice()..end.as_slice())? {
+            let (key, record) = found?;
+            let record = decode_peer(key.value(), record.value())?;
+            peers.insert(peer_of(key.value(), begin.len())?, record);
+        }
+        for (peer, note) in noted.into_iter().flatten() {
+            let record = peers.entry(peer).or_default();
+            *record = note.apply(*record);
+        }
+        Ok(peers.into_iter().collect())
+    }
+
+    pub(super) fn peer(&self, user: &UserId, peer: &UserId) -> Result<Option<PeerRecord>, ReadError> {
+        let (noted, snapshot) = self.with_notes(|notes| notes.peer(user, peer))?;
+        let stored = stored_peer(&snapshot.open_table(PEERS)?, user, peer)?;
+        Ok(noted.into_iter().flatten().fold(stored, |record, note| Some(note.apply(record.unwrap_or_default()))))
+    }
+
+    pub(super) fn hidden(
+        &self,
+        user: &UserId,
+        peer: &UserId,
+        seqs: &RangeInclusive<Seq>,
+    ) -> Result<Vec<(Seq, Position)>, ReadError> {
+        let (noted, snapshot) = self.with_notes(|notes| notes.hidden_of(user, peer, seqs))?;
+        let mut hidden: BTreeMap<Seq, Position> = noted.into_iter().rev().flatten().collect();
+        let keys = hidden_key(user, peer, *seqs.start())..=hidden_key(user, peer, *seqs.end());
+        let table = snapshot.open_table(HIDDEN)?;
+        for found in table.range(keys.start().as_slice()..=keys.end().as_slice())? {
+            let (key, head) = found?;
+            hidden.insert(seq_of(key.value())?, Position(head.value()));
+        }
+        Ok(hidden.into_iter().collect())
+    }
+
+    pub(super) fn last_seen(&self, user: &UserId) -> Result<Option<u64>, ReadError> {
+        let (noted, snapshot) = self.with_notes(|notes| notes.seen.get(user).copied())?;
+        let stored = snapshot.open_table(SEEN)?.get(user.as_str())?.map(|seen| seen.value());
+        Ok(noted.into_iter().flatten().chain(stored).max())
+    }
+
+    /// What is noted, the earlier first, and the log at the same moment.
+    fn with_notes<T>(&self, read: impl Fn(&Notes) -> T) -> Result<([T; 2], ReadTransaction), ReadError> {
+        let database = self.database.read();
+        let database = database.as_ref().ok_or_else(|| self.closed())?;
+        let (noted, snapshot) = self.queue.noted(read, || database.begin_read());
+        Ok((noted, snapshot?))
+    }
+
+    pub(super) fn changes(&self, conversation: &ConversationId, targets: &[Seq]) -> Result<Vec<Vec<Entry>>, ReadError> {
+        let changes = |target: &Seq| {
+            let key = self.keys.change(conversation, *target);
+            let is_meant = |_: Option<&Entry>, entry: &Entry| {
+                // Erased, it does not say any more what it changed.
+                let target = entry.body.target().unwrap_or(*target) == *target;
+                entry.conversation == *conversation && target
+            };
+            let limit = ReadLimit { entries: usize::MAX, bytes: usize::MAX };
+            let mut page = self.page_of(key, After::Position(0), usize::MAX, limit, is_meant)?;
+            page.entries.retain(|entry| entry.body.target().is_some());
+            Ok(page.entries)
+        };
+        targets.iter().map(changes).collect()
+    }
+
+    pub(super) fn first_after(
+        &self,
+        conversation: &ConversationId,
+        position: Position,
+    ) -> Result<Option<Seq>, ReadError> {
+        let key = self.keys.conversation(conversation);
+        Ok(self.index.first_after(key, position, self.first())?.and_then(Seq::new))
     }
 
     pub(super) fn usage(&self, accounts: &[Account]) -> Result<Vec<u64>, ReadError> {
@@ -271,11 +388,11 @@ impl Shared {
             if !is_meant(page.entries.last(), &entry) {
                 return Err(Broken::entry(entry.position, "the index takes it for another entry").into());
             }
-            if !limit.has_room(page.entries.len(), bytes, entry.text.len()) {
+            if !limit.has_room(page.entries.len(), bytes, entry.body.text().len()) {
                 page.end = false;
                 break;
             }
-            bytes += entry.text.len();
+            bytes += entry.body.text().len();
             page.entries.push(entry);
         }
         Ok(page)

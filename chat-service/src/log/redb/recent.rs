@@ -4,7 +4,7 @@
 
 use rustc_hash::FxHashMap;
 
-use super::super::{ConversationHead, Entry, NewEntry, Position, Side, counted_bytes};
+use super::super::{ConversationHead, Entry, NewEntry, Position, Side};
 use super::key::{Key, Keys};
 use super::posting::{Last, ListRef};
 
@@ -54,9 +54,12 @@ impl Positions {
 pub(super) struct Posted {
     position: u64,
     conversation: Key,
-    inbox: Key,
+    /// Unless it is withheld.
+    inbox: Option<Key>,
     sent: Key,
     id: Option<Key>,
+    /// Of what it changes.
+    change: Option<Key>,
     last: Last,
     bytes: u64,
 }
@@ -66,11 +69,12 @@ impl Posted {
         Self {
             position: position.0,
             conversation,
-            inbox: keys.side(&new.to, Side::Inbox),
+            inbox: (!new.withheld).then(|| keys.side(&new.to, Side::Inbox)),
             sent: keys.side(&new.from, Side::Sent),
             id: new.id.as_ref().map(|id| keys.id(&new.conversation, &new.from, id)),
+            change: new.body.target().map(|target| keys.change(&new.conversation, target)),
             last: Last { seq: new.seq.get(), at_ms: new.at.as_ms() },
-            bytes: counted_bytes(&new.text),
+            bytes: new.body.counted_bytes(),
         }
     }
 
@@ -78,11 +82,12 @@ impl Posted {
         Self {
             position: entry.position.0,
             conversation: keys.conversation(&entry.conversation),
-            inbox: keys.side(&entry.to, Side::Inbox),
+            inbox: (!entry.withheld).then(|| keys.side(&entry.to, Side::Inbox)),
             sent: keys.side(&entry.from, Side::Sent),
             id: entry.id.as_ref().map(|id| keys.id(&entry.conversation, &entry.from, id)),
+            change: entry.body.target().map(|target| keys.change(&entry.conversation, target)),
             last: Last { seq: entry.seq.get(), at_ms: entry.at.as_ms() },
-            bytes: counted_bytes(&entry.text),
+            bytes: entry.body.counted_bytes(),
         }
     }
 
@@ -102,10 +107,9 @@ impl Recent {
         self.last = posted.position;
         self.at_ms_max = self.at_ms_max.max(posted.last.at_ms);
         self.push(posted.conversation, posted.position, posted.last, posted.bytes);
-        self.push(posted.inbox, posted.position, Last::default(), 0);
         self.push(posted.sent, posted.position, Last::default(), posted.bytes);
-        if let Some(id) = posted.id {
-            self.push(id, posted.position, Last::default(), 0);
+        for key in [posted.inbox, posted.id, posted.change].into_iter().flatten() {
+            self.push(key, posted.position, Last::default(), 0);
         }
     }
 

@@ -3,15 +3,17 @@
 //! The checksum covers the key, so a record under another's key is found out as surely as a flipped bit. Decoding never panics:
 //! what cannot be read is a [`Broken`] that names table and key. Lengths and numbers are LEB128: short where they are small.
 
-use std::sync::Arc;
-
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 
-use super::super::{ConversationHead, Device, Entry, NewEntry, Position, SessionRecord, SubscriptionRecord};
+use super::super::{
+    Body, ConversationHead, Device, Entry, NewEntry, PeerRecord, Position, SessionRecord, SubscriptionRecord,
+};
 use super::schema;
 
-/// The version that this code writes, and the only one so far.
+/// The version of most records.
 const VERSION: u8 = 1;
+/// The version of entries that are not plain texts.
+const VERSION_OF_ANY_BODY: u8 = 2;
 pub(super) const HEADER_BYTES: usize = 5;
 
 /// Something in the file is not what was written there.
@@ -35,30 +37,64 @@ impl Broken {
     }
 }
 
+const KIND_MASK: u64 = 0xf;
+const KIND_TEXT: u64 = 0;
+const KIND_EDIT: u64 = 1;
+const KIND_UNSEND: u64 = 2;
+const KIND_ERASED: u64 = 3;
+const WITHHELD: u64 = 0x10;
+
 /// Writes an entry's record into `record`, whose old content is lost. The conversation is the one of its two users.
 pub(super) fn encode_entry(position: Position, entry: &NewEntry, record: &mut Vec<u8>) {
     begin(record);
+    let plain = matches!(entry.body, Body::Text(_)) && !entry.withheld;
+    if !plain {
+        record[0] = VERSION_OF_ANY_BODY;
+    }
     put_number(record, entry.seq.get());
     put_number(record, entry.at.as_ms());
     put_text(record, entry.from.as_str());
     put_text(record, entry.to.as_str());
     // No id has no characters.
     put_text(record, entry.id.as_ref().map_or("", |id| id.as_str()));
-    put_text(record, &entry.text);
+    if !plain {
+        let (kind, number) = match &entry.body {
+            Body::Text(_) => (KIND_TEXT, None),
+            Body::Edit { target, .. } => (KIND_EDIT, Some(target.get())),
+            Body::Unsend { target } => (KIND_UNSEND, Some(target.get())),
+            Body::Erased { bytes } => (KIND_ERASED, Some(*bytes)),
+        };
+        put_number(record, kind | if entry.withheld { WITHHELD } else { 0 });
+        if let Some(number) = number {
+            put_number(record, number);
+        }
+    }
+    put_text(record, entry.body.text());
     seal(&position.0.to_be_bytes(), record);
 }
 
 pub(super) fn decode_entry(position: Position, record: &[u8]) -> Result<Entry, Broken> {
     let broken = |reason: String| Broken::entry(position, reason);
-    let mut body = open(&position.0.to_be_bytes(), record).map_err(broken)?;
+    let (version, mut body) = open_any(&position.0.to_be_bytes(), record).map_err(broken)?;
     let mut entry = || -> Result<Entry, String> {
         let seq = body.number()?;
         let at = body.number()?;
         let from = UserId::parse(body.text()?).map_err(|error| error.to_string())?;
         let to = UserId::parse(body.text()?).map_err(|error| error.to_string())?;
         let id = body.text()?;
+        let flags = if version == VERSION { KIND_TEXT } else { body.number()? };
+        let kind = flags & KIND_MASK;
+        let number = if kind == KIND_TEXT { 0 } else { body.number()? };
+        let target = || Seq::new(number).ok_or("target 0");
         let text = body.text()?;
         body.finish()?;
+        let entry_body = match kind {
+            KIND_TEXT => Body::Text(text.into()),
+            KIND_EDIT => Body::Edit { target: target()?, text: text.into() },
+            KIND_UNSEND => Body::Unsend { target: target()? },
+            KIND_ERASED => Body::Erased { bytes: number },
+            _ => return Err(format!("kind {kind} is not known here")),
+        };
         Ok(Entry {
             position,
             conversation: ConversationId::between(&from, &to).map_err(|error| error.to_string())?,
@@ -70,7 +106,8 @@ pub(super) fn decode_entry(position: Position, record: &[u8]) -> Result<Entry, B
                 id => Some(MessageId::parse(id).map_err(|error| error.to_string())?),
             },
             at: Timestamp::from_ms(at),
-            text: Arc::from(text),
+            body: entry_body,
+            withheld: flags & WITHHELD != 0,
         })
     };
     entry().map_err(broken)
@@ -95,6 +132,32 @@ pub(super) fn decode_head(key: &[u8], record: &[u8]) -> Result<ConversationHead,
         Ok(ConversationHead { seq: Seq::new(seq).ok_or("seq 0")?, at: Timestamp::from_ms(at) })
     };
     head().map_err(broken)
+}
+
+/// A user's record about a peer, ready to be stored under [`schema::peer_key`].
+pub(super) fn encode_peer(key: &[u8], peer: &PeerRecord) -> Vec<u8> {
+    let mut record = Vec::new();
+    begin(&mut record);
+    put_number(&mut record, peer.read);
+    put_number(&mut record, peer.changed.0);
+    put_number(&mut record, u64::from(peer.blocked_at_ms.is_some()));
+    if let Some(at_ms) = peer.blocked_at_ms {
+        put_number(&mut record, at_ms);
+    }
+    seal(key, &mut record);
+    record
+}
+
+pub(super) fn decode_peer(key: &[u8], record: &[u8]) -> Result<PeerRecord, Broken> {
+    let broken = |reason: String| Broken::at("peers", key, reason);
+    let mut fields = open(key, record).map_err(broken)?;
+    let mut peer = || -> Result<PeerRecord, String> {
+        let (read, changed) = (fields.number()?, Position(fields.number()?));
+        let blocked_at_ms = if fields.number()? == 0 { None } else { Some(fields.number()?) };
+        fields.finish()?;
+        Ok(PeerRecord { read, blocked_at_ms, changed })
+    };
+    peer().map_err(broken)
 }
 
 const HAS_ENDED: u64 = 1;
@@ -175,16 +238,24 @@ pub(super) fn seal(key: &[u8], record: &mut [u8]) {
     header[1..].copy_from_slice(&sum.to_le_bytes());
 }
 
-pub(super) fn open<'a>(key: &[u8], record: &'a [u8]) -> Result<Body<'a>, String> {
+pub(super) fn open<'a>(key: &[u8], record: &'a [u8]) -> Result<Fields<'a>, String> {
+    match open_any(key, record)? {
+        (VERSION, body) => Ok(body),
+        (version, _) => Err(format!("record version {version} is not known here")),
+    }
+}
+
+/// A record of any version that is known here, with that.
+fn open_any<'a>(key: &[u8], record: &'a [u8]) -> Result<(u8, Fields<'a>), String> {
     let (header, body) = record.split_first_chunk::<HEADER_BYTES>().ok_or("the record is cut short")?;
     let [version, sum @ ..] = *header;
     if checksum(key, version, body) != u32::from_le_bytes(sum) {
         return Err("the checksum does not match".to_owned());
     }
-    if version != VERSION {
+    if ![VERSION, VERSION_OF_ANY_BODY].contains(&version) {
         return Err(format!("record version {version} is not known here"));
     }
-    Ok(Body(body))
+    Ok((version, Fields(body)))
 }
 
 fn checksum(key: &[u8], version: u8, body: &[u8]) -> u32 {
@@ -213,9 +284,9 @@ fn put_text(record: &mut Vec<u8>, text: &str) {
 }
 
 /// What of a record's body has not been read yet.
-pub(super) struct Body<'a>(&'a [u8]);
+pub(super) struct Fields<'a>(&'a [u8]);
 
-impl<'a> Body<'a> {
+impl<'a> Fields<'a> {
     pub(super) fn new(bytes: &'a [u8]) -> Self {
         Self(bytes)
     }
@@ -270,18 +341,25 @@ mod tests {
             to: UserId::parse("alice").unwrap(),
             id: Some(MessageId::parse("m-1").unwrap()),
             at: Timestamp::from_ms(1_795_456_800_123),
-            text: "héllo \0 🦀".into(),
+            body: "héllo \0 🦀".into(),
+            withheld: false,
         }
     }
 
     #[test]
     fn entries_come_back() {
-        for new in [entry(), NewEntry { id: None, text: "".into(), ..entry() }] {
+        let target = Seq::new(299).unwrap();
+        let bodies =
+            ["".into(), Body::Edit { target, text: "now".into() }, Body::Unsend { target }, Body::Erased { bytes: 9 }];
+        let others = bodies.into_iter().flat_map(|body| {
+            [false, true].map(|withheld| NewEntry { id: None, body: body.clone(), withheld, ..entry() })
+        });
+        for new in others.chain([entry()]) {
             let mut record = b"old content".to_vec();
             encode_entry(Position(7), &new, &mut record);
             let read = decode_entry(Position(7), &record).unwrap();
-            let NewEntry { conversation, seq, from, to, id, at, text } = new;
-            assert_eq!(read, Entry { position: Position(7), conversation, seq, from, to, id, at, text });
+            let NewEntry { conversation, seq, from, to, id, at, body, withheld } = new;
+            assert_eq!(read, Entry { position: Position(7), conversation, seq, from, to, id, at, body, withheld });
         }
     }
 

@@ -4,7 +4,7 @@
 //! as entries allow; the last one, if it is less than the smallest page, is written anew with the entries that come next. Pure.
 
 use super::super::{Entry, NewEntry, Position};
-use super::record::{Body, Broken, decode_entry, encode_entry, put_number};
+use super::record::{Broken, Fields, decode_entry, encode_entry, put_number};
 
 /// Bytes of a row that fills a page of redb: 16, 8 or 4 KiB less what the page needs itself.
 const ROW_BYTES: [usize; 3] = [16 * 1024 - PAGE_OVERHEAD, 8 * 1024 - PAGE_OVERHEAD, 4 * 1024 - PAGE_OVERHEAD];
@@ -112,7 +112,7 @@ pub(super) fn entries(first: Position, row: &[u8]) -> impl Iterator<Item = Resul
 
 /// Ends with the first that is cut short.
 fn records(first: Position, row: &[u8]) -> impl Iterator<Item = Result<(Position, &[u8]), Broken>> {
-    let mut rest = Some(Body::new(row));
+    let mut rest = Some(Fields::new(row));
     let mut position = first.0;
     std::iter::from_fn(move || {
         let mut body = rest.take().filter(|body| !body.is_empty())?;
@@ -131,13 +131,36 @@ fn records(first: Position, row: &[u8]) -> impl Iterator<Item = Result<(Position
 
 /// The row without its entries before a position, which must be in it.
 pub(super) fn rest(first: Position, row: &[u8], position: Position) -> Result<&[u8], Broken> {
-    let mut body = Body::new(row);
+    let mut body = Fields::new(row);
     for at in first.0..position.0 {
         body.number()
             .and_then(|length| body.bytes(usize::try_from(length).map_err(|_| "an entry is too long")?))
             .map_err(|reason| Broken::entry(Position(at), format!("the row is damaged: {reason}")))?;
     }
     if body.is_empty() { Err(Broken::entry(position, "there is none")) } else { Ok(body.rest()) }
+}
+
+/// The row with one entry's words erased; `None` if the entry has none, or is not in the row.
+pub(super) fn without_words(first: Position, row: &[u8], position: Position) -> Result<Option<Vec<u8>>, Broken> {
+    let mut rewritten = Vec::with_capacity(row.len());
+    let mut erased = false;
+    let mut record = Vec::new();
+    for found in records(first, row) {
+        let (at, bytes) = found?;
+        let mut bytes = bytes;
+        if at == position {
+            let entry = decode_entry(position, bytes)?;
+            let Some(body) = entry.body.erased() else { return Ok(None) };
+            let Entry { conversation, seq, from, to, id, at, withheld, .. } = entry;
+            let new = NewEntry { conversation, seq, from, to, id, at, body, withheld };
+            encode_entry(position, &new, &mut record);
+            bytes = &record;
+            erased = true;
+        }
+        put_number(&mut rewritten, bytes.len() as u64);
+        rewritten.extend_from_slice(bytes);
+    }
+    Ok(erased.then_some(rewritten))
 }
 
 /// The position of the last entry of a row.
@@ -163,7 +186,8 @@ mod tests {
             to: UserId::parse("alice").unwrap(),
             id: None,
             at: Timestamp::from_ms(1),
-            text: "x".repeat(bytes).into(),
+            body: "x".repeat(bytes).into(),
+            withheld: false,
         }
     }
 
@@ -205,7 +229,7 @@ mod tests {
                     let read = read.unwrap();
                     prop_assert_eq!(read.position.0, position);
                     prop_assert_eq!(&entry(Position(*first), row, Position(position)).unwrap(), &read);
-                    prop_assert_eq!(Some(&read.text.len()), texts.next());
+                    prop_assert_eq!(Some(&read.body.text().len()), texts.next());
                 }
             }
             prop_assert_eq!(position, last);

@@ -5,13 +5,14 @@
 //! a table raises [`LOG_FORMAT`] or [`INDEX_FORMAT`]; a record has a version of its own (see [`super::record`]).
 
 use ::redb::TableDefinition;
+use chat_protocol::{Seq, UserId};
 
 use super::super::{Device, Side, Stream};
 use super::key::KEY_BYTES;
 use super::posting::BLOCK_KEY_BYTES;
 
-/// The version of the log's layout that this code reads and writes. Version 2 had no [`HEADS`] and no [`FIRST_KEY`], and is brought up to this
-/// one; version 1 was `chat.redb`, a file with an index of its own.
+/// The version of the log's layout that this code reads and writes. Version 2 had no [`HEADS`], [`PEERS`], [`HIDDEN`], [`SEEN`] and [`FIRST_KEY`],
+/// and is brought up to this one; version 1 was `chat.redb`, a file with an index of its own.
 pub(super) const LOG_FORMAT: u64 = 3;
 /// The version of the index's layout that this code reads and writes. Another one is made anew.
 pub(super) const INDEX_FORMAT: u64 = 1;
@@ -38,6 +39,13 @@ pub(super) const SESSIONS: TableDefinition<'static, Bytes, Bytes> = TableDefinit
 /// Log: conversation → head, for those whose entries are removed; behind what the entries say if there are any again.
 pub(super) const HEADS: TableDefinition<'static, &'static str, Bytes> = TableDefinition::new("heads");
 
+/// Log: user and peer → what the user has on record about the peer.
+pub(super) const PEERS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("peers");
+/// Log: user, peer and seq → head of the log when the user hid that entry.
+pub(super) const HIDDEN: TableDefinition<'static, Bytes, u64> = TableDefinition::new("hidden");
+/// Log: user → when they were last there, in milliseconds since the Unix epoch.
+pub(super) const SEEN: TableDefinition<'static, &'static str, u64> = TableDefinition::new("seen");
+
 /// Index: number of a run → what it is.
 pub(super) const RUNS: TableDefinition<'static, u32, Bytes> = TableDefinition::new("runs");
 /// Index: run, key and order of the first list → block of lists.
@@ -57,6 +65,19 @@ pub(super) fn delivered_key(stream: &Stream) -> Vec<u8> {
 /// The client id may contain anything, a NUL too: it comes last.
 pub(super) fn session_key(device: &Device) -> Vec<u8> {
     key(&[device.user.as_str().as_bytes(), &[SEPARATOR]], device.client_id.as_bytes())
+}
+
+/// Begins the keys of all of a user's peers.
+pub(super) fn peers_key(user: &UserId) -> Vec<u8> {
+    key(&[user.as_str().as_bytes()], &[SEPARATOR])
+}
+
+pub(super) fn peer_key(user: &UserId, peer: &UserId) -> Vec<u8> {
+    key(&[user.as_str().as_bytes(), &[SEPARATOR]], peer.as_str().as_bytes())
+}
+
+pub(super) fn hidden_key(user: &UserId, peer: &UserId, seq: Seq) -> Vec<u8> {
+    key(&[user.as_str().as_bytes(), &[SEPARATOR], peer.as_str().as_bytes(), &[SEPARATOR]], &seq.get().to_be_bytes())
 }
 
 const fn side_byte(side: Side) -> u8 {

@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use tempfile::TempDir;
 
 use super::super::conformance::Store;
-use super::super::{Log, MemoryLog, Side, SubscriptionRecord};
+use super::super::{Body, Log, MemoryLog, Side, SubscriptionRecord};
 use super::disk::FaultyDisk;
 use super::*;
 
@@ -64,7 +64,8 @@ pub(super) fn message(from: &str, to: &str, seq: u64, text: &str) -> NewEntry {
         to,
         id: Some(MessageId::parse(&format!("m-{seq}")).unwrap()),
         at: sent_at(seq),
-        text: text.into(),
+        body: text.into(),
+        withheld: false,
     }
 }
 
@@ -116,7 +117,7 @@ async fn a_log_of_format_2_is_brought_to_this_one() {
         let log = open(folder.path());
         let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
         assert_eq!(page.entries.len(), 40);
-        assert_eq!((&*page.entries[19].text, page.entries[19].seq.get()), ("text 20", 20));
+        assert_eq!((page.entries[19].body.text(), page.entries[19].seq.get()), ("text 20", 20));
         assert_eq!((page.entries[39].from.as_str(), page.entries[39].seq.get()), ("eve", 20));
         assert_eq!(log.session(&phone()).await.unwrap().unwrap().inbox, Some(Position(9)));
     }
@@ -219,7 +220,7 @@ async fn a_flipped_byte_in_an_entry_is_found_and_named() {
         from: user("alice"),
         id: MessageId::parse(id).unwrap(),
     };
-    assert_eq!(&*log.find(vec![key("m-1")]).await.unwrap()[0].as_ref().unwrap().text, "good");
+    assert_eq!(log.find(vec![key("m-1")]).await.unwrap()[0].as_ref().unwrap().body.text(), "good");
     log.find(vec![key("m-2")]).await.unwrap_err();
     log.append(vec![message("alice", "bob", 3, "after")]).await.unwrap();
     assert_eq!(log.read(&inbox("bob"), Position(2), EVERYTHING).await.unwrap().entries.len(), 1);
@@ -552,7 +553,7 @@ async fn a_failed_sync_ends_the_log() {
     // Before or with the second message, but whole.
     let log = open(folder.path());
     let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
-    let texts: Vec<&str> = page.entries.iter().map(|entry| &*entry.text).collect();
+    let texts: Vec<&str> = page.entries.iter().map(|entry| entry.body.text()).collect();
     assert!(texts == ["before"] || texts == ["before", "unknown"], "{texts:?}");
 }
 
@@ -579,6 +580,11 @@ pub(super) enum Step {
     Put(u8, Option<u64>),
     End(u8, u64),
     Delete(u8),
+    /// One that edits or unsends an earlier one, or is withheld.
+    Change(u8, u8, u8, u64),
+    /// A user reads, blocks, hides or is seen.
+    Peer(u8, u8, u8, u64),
+    Erase(Vec<u64>),
     /// What is older than so many ms after the first.
     Remove(u64),
     Flush,
@@ -595,6 +601,11 @@ pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
         2 => (0..4_u8, prop::option::of(0..40_u64)).prop_map(|(user, inbox)| Step::Put(user, inbox)),
         1 => (0..4_u8, 0..40_u64).prop_map(|(user, at_ms)| Step::End(user, at_ms)),
         1 => (0..4_u8).prop_map(Step::Delete),
+        2 => (0..4_u8, 1..4_u8, 0..3_u8, 1..4_u64)
+            .prop_map(|(from, by, what, target)| Step::Change(from, (from + by) % 4, what, target)),
+        2 => (0..4_u8, 1..4_u8, 0..5_u8, 1..5_u64)
+            .prop_map(|(user, by, what, seq)| Step::Peer(user, (user + by) % 4, what, seq)),
+        1 => prop::collection::vec(1..12_u64, 1..4).prop_map(Step::Erase),
         1 => (0..6_u64).prop_map(Step::Remove),
         1 => Just(Step::Flush),
         1 => Just(Step::Reopen),
@@ -655,6 +666,34 @@ async fn step<L: Log>(log: &L, step: &Step) -> String {
             log.delete_session(&nth_device(*nth)).await.unwrap();
             String::new()
         }
+        Step::Change(from, to, what, target) => {
+            let (from, to) = (nth_user(*from), nth_user(*to));
+            let conversation = ConversationId::between(&from, &to).unwrap();
+            let next = log.heads(vec![conversation]).await.unwrap()[0].map_or(1, |head| head.seq.get() + 1);
+            let target = Seq::new(*target).unwrap();
+            let new = message(from.as_str(), to.as_str(), next, "withheld");
+            let new = match what {
+                0 => NewEntry { body: Body::Edit { target, text: "edited".into() }, ..new },
+                1 => NewEntry { body: Body::Unsend { target }, ..new },
+                _ => NewEntry { withheld: true, ..new },
+            };
+            format!("{:?}", log.append(vec![new]).await.unwrap())
+        }
+        Step::Peer(user, peer, what, seq) => {
+            let (user, peer, seq) = (nth_user(*user), nth_user(*peer), Seq::new(*seq).unwrap());
+            match what {
+                0 => log.advance_read(&user, &peer, seq),
+                1 => log.set_blocked(&user, &peer, Some(seq.get())).await.unwrap(),
+                2 => log.set_blocked(&user, &peer, None).await.unwrap(),
+                3 => log.hide(&user, &peer, seq).await.unwrap(),
+                _ => log.note_seen(&user, seq.get()),
+            }
+            String::new()
+        }
+        Step::Erase(positions) => {
+            log.erase(positions.iter().copied().map(Position).collect()).await.unwrap();
+            String::new()
+        }
         Step::Remove(after) => log.remove_before(sent_at(*after)).await.unwrap().to_string(),
         Step::Flush | Step::Reopen | Step::Crash => {
             log.flush().await.unwrap();
@@ -668,6 +707,8 @@ async fn everything<L: Log>(log: &L) -> Vec<String> {
     let mut read = vec![format!("{:?} {:?}", log.first(), log.head())];
     for nth in 0..4 {
         read.push(format!("{:?}", log.session(&nth_device(nth)).await.unwrap()));
+        read.push(format!("{:?}", log.peers(&nth_user(nth)).await.unwrap()));
+        read.push(format!("{:?}", log.last_seen(&nth_user(nth)).await.unwrap()));
         for side in [Side::Inbox, Side::Sent] {
             let stream = Stream { user: nth_user(nth), side };
             read.push(format!("{:?}", log.delivered(&stream).await.unwrap()));
@@ -679,6 +720,12 @@ async fn everything<L: Log>(log: &L) -> Vec<String> {
         for other in nth + 1..4 {
             let conversation = ConversationId::between(&nth_user(nth), &nth_user(other)).unwrap();
             read.push(format!("{:?}", log.heads(vec![conversation.clone()]).await.unwrap()));
+            let targets = [1, 2, 3].map(|seq| Seq::new(seq).unwrap());
+            read.push(format!("{:?}", log.changes(&conversation, targets.to_vec()).await.unwrap()));
+            read.push(format!("{:?}", log.first_after(&conversation, Position(4)).await.unwrap()));
+            let (one, two) = (nth_user(nth), nth_user(other));
+            read.push(format!("{:?}", log.hidden(&one, &two, targets[0]..=targets[2]).await.unwrap()));
+            read.push(format!("{:?}", log.peer(&two, &one).await.unwrap()));
             let accounts = vec![Account::Conversation(conversation.clone()), Account::Sender(nth_user(nth))];
             read.push(format!("{:?}", log.usage(accounts).await.unwrap()));
             read.push(format!("{:?}", log.read_conversation(&conversation, Seq::new(2), EVERYTHING).await.unwrap()));

@@ -21,7 +21,9 @@ use super::reader::ReadError;
 use super::recent::Posted;
 use super::record::{decode_head, decode_session};
 use super::row;
-use super::schema::{BLOCKS, DELIVERED, FIRST_KEY, HEADS, META, ROWS, SESSIONS, USAGE, USAGE_KEYS};
+use super::schema::{
+    BLOCKS, DELIVERED, FIRST_KEY, HEADS, HIDDEN, META, PEERS, ROWS, SEEN, SESSIONS, USAGE, USAGE_KEYS,
+};
 use super::{RedbLog, RedbOptions};
 
 /// Rows that one transaction of a copy writes: 4 MB.
@@ -157,13 +159,20 @@ struct Sums {
     always: Sum,
     /// Of ids, which an index may have dropped.
     ids: Sum,
+    /// Of edits and unsends; an erased edit does not say any more what it changed.
+    changes: Sum,
 }
 
 impl Sums {
     fn add_entry(&mut self, keys: &Keys, entry: &Entry) {
         let position = entry.position.0;
         self.always.add(keys.conversation(&entry.conversation), position, entry.seq.get());
-        self.always.add(keys.side(&entry.to, Side::Inbox), position, 0);
+        if !entry.withheld {
+            self.always.add(keys.side(&entry.to, Side::Inbox), position, 0);
+        }
+        if let Some(target) = entry.body.target() {
+            self.changes.add(keys.change(&entry.conversation, target), position, 0);
+        }
         self.always.add(keys.side(&entry.from, Side::Sent), position, 0);
         if let Some(id) = &entry.id {
             self.ids.add(keys.id(&entry.conversation, &entry.from, id), position, 0);
@@ -171,7 +180,11 @@ impl Sums {
     }
 
     fn add_list(&mut self, list: &ListRef<'_>) {
-        let sum = if list.key.is_id() { &mut self.ids } else { &mut self.always };
+        let sum = match list.key {
+            key if key.is_id() => &mut self.ids,
+            key if key.is_change() => &mut self.changes,
+            _ => &mut self.always,
+        };
         for (position, seq) in list.positions.iter().zip(list.first_seq()..) {
             sum.add(list.key, *position, if list.key.is_conversation() { seq } else { 0 });
         }
@@ -242,7 +255,11 @@ fn verify_entries(
                 && let Some(run) = runs.next_if(|run| run.last <= entry.position.0)
             {
                 match sums_of(database, run, begin) {
-                    Ok(indexed) if indexed.always == sums.always && indexed.ids.count <= sums.ids.count => {
+                    Ok(indexed)
+                        if indexed.always == sums.always
+                            && indexed.ids.count <= sums.ids.count
+                            && indexed.changes.count >= sums.changes.count =>
+                    {
                         found.indexed += run.last - run.first.max(begin) + 1;
                     }
                     Ok(_) => found.problem(format!(
@@ -528,6 +545,9 @@ fn copy_tables(
     copy_table!(writing, DELIVERED);
     copy_table!(writing, SESSIONS);
     copy_table!(writing, HEADS);
+    copy_table!(writing, PEERS);
+    copy_table!(writing, HIDDEN);
+    copy_table!(writing, SEEN);
     writing.open_table(ROWS).map_err(|error| failed(&error))?;
     writing.commit().map_err(|error| failed(&error))?;
 

@@ -11,22 +11,25 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use ::redb::{Database, Durability, ReadableTable, WriteTransaction};
-use chat_protocol::ConversationId;
+use chat_protocol::{ConversationId, Seq};
 use parking_lot::{Condvar, Mutex};
 use rustc_hash::FxHashMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::super::{AppendError, ConversationHead, Device, LogError, NewEntry, Position, Stream};
+use super::super::{AppendError, ConversationHead, Device, LogError, NewEntry, PeerRecord, Position, Stream};
 use super::Shared;
 use super::key::Key;
 use super::notes::{Notes, SessionNote};
 use super::open::{OpenError, Opener, read_prepared};
-use super::reader::{ReadError, stored_session};
+use super::reader::{ReadError, stored_peer, stored_session};
 use super::recent::Posted;
-use super::record::{encode_head, encode_session};
+use super::record::{encode_head, encode_peer, encode_session};
 use super::remover::Removal;
 use super::row::{self, Packer, Tail};
-use super::schema::{DELIVERED, FIRST_KEY, HEADS, META, ROWS, SESSIONS, delivered_key, session_key};
+use super::schema::{
+    DELIVERED, FIRST_KEY, HEADS, HIDDEN, META, PEERS, ROWS, SEEN, SESSIONS, delivered_key, hidden_key, peer_key,
+    session_key,
+};
 
 /// Text, and a little per entry, that may wait for the writer; past that callers wait for room.
 const QUEUED_BYTES_MAX: u32 = 64 << 20;
@@ -76,6 +79,11 @@ enum Command {
         answer: oneshot::Sender<Result<(), String>>,
         room: OwnedSemaphorePermit,
     },
+    Erase {
+        positions: Vec<Position>,
+        answer: oneshot::Sender<Result<(), String>>,
+        room: OwnedSemaphorePermit,
+    },
 }
 
 /// What one commit writes.
@@ -118,6 +126,12 @@ impl Queue {
         let waiting = self.waiting.lock();
         let noted = [&waiting.writing, &waiting.notes].map(|notes| notes.sessions.get(device).cloned());
         (noted, at_once())
+    }
+
+    /// What is in the notes, the earlier first, and what `at_once` returns at the same moment.
+    pub(super) fn noted<T, U>(&self, read: impl Fn(&Notes) -> T, at_once: impl FnOnce() -> U) -> ([T; 2], U) {
+        let waiting = self.waiting.lock();
+        ([read(&waiting.writing), read(&waiting.notes)], at_once())
     }
 
     /// The writer writes what is there, and ends.
@@ -209,7 +223,7 @@ impl Shared {
         let fits =
             |new: &NewEntry| new.conversation.has(&new.from) && new.conversation.has(&new.to) && new.from != new.to;
         assert!(batch.iter().all(fits), "an entry goes from one of its conversation's users to the other");
-        let bytes = batch.iter().map(|new| new.text.len() + QUEUED_ENTRY_BYTES).sum();
+        let bytes = batch.iter().map(|new| new.body.text().len() + QUEUED_ENTRY_BYTES).sum();
         let Some(room) = self.queue.room(bytes).await else {
             return Err(AppendError::Failed(self.failure().unwrap_or("the log is closed").to_owned()));
         };
@@ -227,6 +241,11 @@ impl Shared {
     /// Returns when the entries are gone.
     pub(super) async fn remove(&self, removal: Removal) -> Result<(), String> {
         self.command(|answer, room| Command::Remove { removal, answer, room }).await
+    }
+
+    /// Returns when the entries' words are gone.
+    pub(super) async fn erase(&self, positions: Vec<Position>) -> Result<(), String> {
+        self.command(|answer, room| Command::Erase { positions, answer, room }).await
     }
 
     async fn command(
@@ -347,27 +366,33 @@ impl Writer {
         let transaction = self.begin().map_err(before_commit)?;
         let batches = work.commands.iter().filter_map(|command| match command {
             Command::Append { batch, .. } => Some(batch.as_slice()),
-            Command::Sync { .. } | Command::Remove { .. } => None,
+            Command::Sync { .. } | Command::Remove { .. } | Command::Erase { .. } => None,
         });
         let mut removals = work.commands.iter().filter_map(|command| match command {
             Command::Remove { removal, .. } => Some(removal),
-            Command::Append { .. } | Command::Sync { .. } => None,
+            Command::Append { .. } | Command::Sync { .. } | Command::Erase { .. } => None,
+        });
+        let erased = work.commands.iter().filter_map(|command| match command {
+            Command::Erase { positions, .. } => Some(positions),
+            Command::Append { .. } | Command::Sync { .. } | Command::Remove { .. } => None,
         });
         let staged = self.check(batches).map_err(before_commit)?;
-        if staged.entries.is_empty() && work.notes.is_empty() && removals.clone().next().is_none() {
+        let changes_rows = removals.clone().next().is_some() || erased.clone().next().is_some();
+        if staged.entries.is_empty() && work.notes.is_empty() && !changes_rows {
             return Ok(staged.outcomes);
         }
-        let mut tail = None;
-        for removal in removals.clone() {
-            tail = self.remove(&transaction, removal).map_err(before_commit)?;
+        let mut tail = self.tail.clone();
+        if changes_rows {
+            for removal in removals.clone() {
+                self.remove(&transaction, &mut tail, removal).map_err(before_commit)?;
+            }
+            erase(&transaction, &mut tail, erased.flatten()).map_err(before_commit)?;
         }
-        let inserted = self.insert(&transaction, tail.as_ref().unwrap_or(&self.tail), &staged);
-        let tail = inserted.map_err(before_commit)?.or(tail);
+        self.insert(&transaction, &mut tail, &staged).map_err(before_commit)?;
         write_notes(&transaction, &work.notes).map_err(before_commit)?;
+        note_new_conversations(&transaction, &staged.entries).map_err(before_commit)?;
         transaction.commit().map_err(Fault::in_commit)?;
-        if let Some(tail) = tail {
-            self.tail = tail;
-        }
+        self.tail = tail;
         self.heads.extend(staged.heads);
         self.shared.index.add(&staged.posted);
         self.shared.committed_up_to(staged.last);
@@ -434,7 +459,9 @@ fn answer(commands: Vec<Command>, outcomes: Vec<Result<Range<u64>, AppendError>>
                 let outcome = outcomes.next().expect("every batch has an outcome");
                 answer.send(outcome.map(|positions| positions.map(Position).collect())).unwrap_or(());
             }
-            Command::Sync { answer, room } | Command::Remove { answer, room, .. } => {
+            Command::Sync { answer, room }
+            | Command::Remove { answer, room, .. }
+            | Command::Erase { answer, room, .. } => {
                 drop(room);
                 answer.send(Ok(())).unwrap_or(());
             }
@@ -446,7 +473,7 @@ fn refuse(commands: Vec<Command>, fault: &Fault) {
     for command in commands {
         match command {
             Command::Append { answer, .. } => drop(answer.send(Err(fault.append_error()))),
-            Command::Sync { answer, .. } | Command::Remove { answer, .. } => {
+            Command::Sync { answer, .. } | Command::Remove { answer, .. } | Command::Erase { answer, .. } => {
                 drop(answer.send(Err(fault.reason.clone())));
             }
         }
@@ -536,8 +563,8 @@ impl Writer {
         Ok(first..staged.last.0 + 1)
     }
 
-    /// Removes rows from the beginning of the log. The new tail if the old one was touched.
-    fn remove(&self, transaction: &WriteTransaction, removal: &Removal) -> Result<Option<Tail>, ReadError> {
+    /// Removes rows from the beginning of the log.
+    fn remove(&self, transaction: &WriteTransaction, tail: &mut Tail, removal: &Removal) -> Result<(), ReadError> {
         let mut heads = transaction.open_table(HEADS)?;
         for (conversation, head) in &removal.heads {
             let key = conversation.to_string();
@@ -554,32 +581,74 @@ impl Writer {
             _ => None,
         };
         rows.retain_in(..first.0, |_, _| false)?;
-        let Some((begin, rest)) = cut else {
-            return Ok((first.0 > self.shared.head().0).then(Tail::default));
-        };
-        rows.insert(first.0, rest.as_slice())?;
-        Ok(self.tail.begins_at(begin).then(|| Tail::of(first, &rest)))
+        match cut {
+            Some((begin, rest)) => {
+                rows.insert(first.0, rest.as_slice())?;
+                if tail.begins_at(begin) {
+                    *tail = Tail::of(first, &rest);
+                }
+            }
+            None if first > self.shared.head() => *tail = Tail::default(),
+            None => {}
+        }
+        Ok(())
     }
 
-    /// Adds rows to the end of the log. The new tail, unless there was nothing to add.
-    fn insert(
-        &self,
-        transaction: &WriteTransaction,
-        tail: &Tail,
-        staged: &Staged<'_>,
-    ) -> Result<Option<Tail>, ReadError> {
+    /// Adds rows to the end of the log.
+    fn insert(&self, transaction: &WriteTransaction, tail: &mut Tail, staged: &Staged<'_>) -> Result<(), ReadError> {
         if staged.entries.is_empty() {
-            return Ok(None);
+            return Ok(());
         }
         let mut packer = Packer::new(tail, self.shared.head());
         staged.entries.iter().for_each(|new| packer.push(new));
         let mut rows = transaction.open_table(ROWS)?;
-        let tail = packer.finish(|first, row| {
+        *tail = packer.finish(|first, row| {
             rows.insert(first.0, row)?;
             Ok::<(), ReadError>(())
         })?;
-        Ok(Some(tail))
+        Ok(())
     }
+}
+
+/// Writes the rows of entries anew, without their words. What is not there any more has none.
+fn erase<'a>(
+    transaction: &WriteTransaction,
+    tail: &mut Tail,
+    positions: impl Iterator<Item = &'a Position>,
+) -> Result<(), ReadError> {
+    let mut rows = transaction.open_table(ROWS)?;
+    for position in positions {
+        let found = match rows.range(..=position.0)?.next_back().transpose()? {
+            Some((begin, row)) => {
+                let begin = Position(begin.value());
+                row::without_words(begin, row.value(), *position)?.map(|row| (begin, row))
+            }
+            None => None,
+        };
+        if let Some((begin, row)) = found {
+            rows.insert(begin.0, row.as_slice())?;
+            if tail.begins_at(begin) {
+                *tail = Tail::of(begin, &row);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// From its first entry on, a conversation is one of both users'.
+fn note_new_conversations(transaction: &WriteTransaction, entries: &[&NewEntry]) -> Result<(), ReadError> {
+    let mut new = entries.iter().filter(|entry| entry.seq == Seq::FIRST).peekable();
+    if new.peek().is_none() {
+        return Ok(());
+    }
+    let pairs = new.flat_map(|entry| [(&entry.from, &entry.to), (&entry.to, &entry.from)]);
+    let mut peers = transaction.open_table(PEERS)?;
+    for (key, ()) in sorted(pairs.map(|(user, peer)| (peer_key(user, peer), ()))) {
+        if peers.get(key.as_slice())?.is_none() {
+            peers.insert(key.as_slice(), encode_peer(&key, &PeerRecord::default()).as_slice())?;
+        }
+    }
+    Ok(())
 }
 
 /// In the order of the keys; what has the same key stays in its order.
@@ -615,6 +684,35 @@ fn write_notes(transaction: &WriteTransaction, notes: &Notes) -> Result<(), Read
         match note.apply(stored) {
             Some(session) => drop(sessions.insert(key.as_slice(), encode_session(&key, &session).as_slice())?),
             None => drop(sessions.remove(key.as_slice())?),
+        }
+    }
+    drop(sessions);
+    write_notes_about_peers(transaction, notes)
+}
+
+fn write_notes_about_peers(transaction: &WriteTransaction, notes: &Notes) -> Result<(), ReadError> {
+    if !notes.peers.is_empty() {
+        let mut peers = transaction.open_table(PEERS)?;
+        let noted = notes.peers.iter().map(|((user, peer), note)| (peer_key(user, peer), (user, peer, note)));
+        for (key, (user, peer, note)) in sorted(noted) {
+            let stored = stored_peer(&peers, user, peer)?.unwrap_or_default();
+            peers.insert(key.as_slice(), encode_peer(&key, &note.apply(stored)).as_slice())?;
+        }
+    }
+    if !notes.hidden.is_empty() {
+        let mut hidden = transaction.open_table(HIDDEN)?;
+        let noted = notes.hidden.iter().map(|((user, peer, seq), head)| (hidden_key(user, peer, *seq), *head));
+        for (key, head) in sorted(noted) {
+            if hidden.get(key.as_slice())?.is_none() {
+                hidden.insert(key.as_slice(), head.0)?;
+            }
+        }
+    }
+    if !notes.seen.is_empty() {
+        let mut seen = transaction.open_table(SEEN)?;
+        for (user, at_ms) in sorted(notes.seen.iter().map(|(user, at_ms)| (user.as_str(), *at_ms))) {
+            let stored = seen.get(user)?.map_or(0, |stored| stored.value());
+            seen.insert(user, stored.max(at_ms))?;
         }
     }
     Ok(())
