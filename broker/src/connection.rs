@@ -13,6 +13,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use mqtt_protocol_core::mqtt::result_code::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Sleep;
@@ -27,7 +28,7 @@ use crate::registry::ConnectionNumber;
 use crate::service::{
     BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Keeping, Observation, Page, Position,
     PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError, SessionKey, SubscribeRoute,
-    SubscriptionRecord,
+    Subscriber, SubscriptionRecord,
 };
 use crate::session::{Queued, Session, Slot, Subscribed, Subscription, Target};
 use crate::stream::{DurableStream, Ready};
@@ -202,6 +203,7 @@ impl<S: Service> Drop for Departure<S> {
         if let Some(key) = &self.key {
             self.shared.registry.detach(key, self.number);
             self.shared.service.observe(Observation::Disconnected);
+            self.shared.service.left(&key.user);
         }
     }
 }
@@ -457,6 +459,7 @@ where
                     }
                     Keeping::Live => {
                         let Some(qos) = session.live_qos(&message.topic) else { continue };
+                        let qos = if message.is_at_most_once() { 0 } else { qos };
                         if session.queue.len() < LIVE_MESSAGES_MAX {
                             session.queue.push_back(Queued::Live(message, qos));
                         } else {
@@ -582,6 +585,7 @@ where
             tracing::warn!(user = %key.user, "the session's last connection has not let go of it in time");
         }
         self.shared.service.observe(Observation::Connected);
+        self.shared.service.arrived(&key.user);
 
         let expiry_s = connect.session_expiry_s.min(self.shared.limits.session_expiry_max_s);
         let window = match connect.receive_maximum {
@@ -684,6 +688,8 @@ where
                     user,
                     topic: publish.topic,
                     payload: publish.payload,
+                    response_topic: publish.properties.response_topic,
+                    correlation: publish.properties.correlation_data.unwrap_or_default(),
                     id_property: publish
                         .properties
                         .user_properties
@@ -960,6 +966,10 @@ where
             if !departure.bound.contains(&topic.name) {
                 self.shared.registry.subscribe(&topic.name, self.number, &self.mailbox);
                 departure.bound.push(Arc::clone(&topic.name));
+                if topic.keeping == Keeping::Live {
+                    let subscriber = Subscriber { mailbox: Arc::clone(&self.mailbox) };
+                    self.shared.service.subscribed(&session.key.user, &topic.name, subscriber);
+                }
             }
             if topic.keeping == Keeping::Live {
                 session.live_topics.push((topic.name, qos));
@@ -1093,7 +1103,7 @@ where
                         topic: &message.topic,
                         payload: &message.payload,
                         qos,
-                        retain: false,
+                        retain: message.is_retained(),
                         user_properties: UserProperties::Live(message),
                         properties: None,
                         again: None,
@@ -1213,6 +1223,8 @@ where
                     topic: will.topic,
                     payload: will.payload,
                     id_property: None,
+                    response_topic: None,
+                    correlation: Bytes::new(),
                     can_answer: false,
                     received_at: Instant::now(),
                     reply: Reply::nobody(),

@@ -10,8 +10,9 @@ use bytes::Bytes;
 use mqtt_protocol_core::mqtt::common::Cursor;
 use mqtt_protocol_core::mqtt::connection::{ConnectionOptions, Event};
 use mqtt_protocol_core::mqtt::packet::{
-    GenericPacketTrait, MaximumPacketSize, Packet, Property, Qos, ReasonString, ReceiveMaximum, RetainHandling,
-    SharedSubscriptionAvailable, SubscriptionIdentifierAvailable, TopicAliasMaximum, UserProperty, v3_1_1, v5_0,
+    CorrelationData, GenericPacketTrait, MaximumPacketSize, Packet, Property, Qos, ReasonString, ReceiveMaximum,
+    RetainHandling, SharedSubscriptionAvailable, SubscriptionIdentifierAvailable, TopicAliasMaximum, UserProperty,
+    v3_1_1, v5_0,
 };
 use mqtt_protocol_core::mqtt::result_code::{
     ConnectReasonCode, ConnectReturnCode, DisconnectReasonCode, MqttError, PubackReasonCode, PubcompReasonCode,
@@ -535,6 +536,9 @@ impl Engine {
                 UserProperties::Live(live) => {
                     for (key, value) in live.properties() {
                         push(&mut properties, UserProperty::new(key, value).map(Property::from));
+                    }
+                    if !live.correlation().is_empty() {
+                        push(&mut properties, CorrelationData::new(live.correlation().to_vec()).map(Property::from));
                     }
                 }
                 UserProperties::Stored(stored) => {

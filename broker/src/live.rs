@@ -22,7 +22,17 @@ pub struct LiveMessage {
     pub payload: Bytes,
     /// Encoded MQTT 5 user properties; see [`LiveMessage::properties`].
     properties: Bytes,
+    /// MQTT 5 correlation data.
+    correlation: Bytes,
+    flags: u8,
 }
+
+/// It tells a state that was there before: RETAIN=1.
+const RETAIN: u8 = 1;
+/// At QoS 0, whatever was granted.
+const AT_MOST_ONCE: u8 = 2;
+/// Bytes of what comes before the properties.
+const HEADER_BYTES: usize = 8 + 8 + 1 + 4 + 4;
 
 impl LiveMessage {
     /// A message with user properties.
@@ -42,7 +52,53 @@ impl LiveMessage {
             encoded.put_u16(value_len);
             encoded.put_slice(value.as_bytes());
         }
-        Self { topic, position, received_us, payload, properties: encoded.freeze() }
+        Self {
+            topic,
+            position,
+            received_us,
+            payload,
+            properties: encoded.freeze(),
+            correlation: Bytes::new(),
+            flags: 0,
+        }
+    }
+
+    /// A message that no log has, without user properties.
+    pub fn event(topic: Arc<str>, payload: impl Into<Bytes>) -> Self {
+        Self::new(topic, Position(0), 0, payload.into(), &[])
+    }
+
+    /// With MQTT 5 correlation data, which may be empty: then there is none.
+    #[must_use]
+    pub fn with_correlation(mut self, correlation: Bytes) -> Self {
+        self.correlation = correlation;
+        self
+    }
+
+    /// It tells a state that was there before whoever gets it: RETAIN=1.
+    #[must_use]
+    pub fn retained(mut self) -> Self {
+        self.flags |= RETAIN;
+        self
+    }
+
+    /// Sent at QoS 0, whatever was granted.
+    #[must_use]
+    pub fn at_most_once(mut self) -> Self {
+        self.flags |= AT_MOST_ONCE;
+        self
+    }
+
+    pub(crate) fn correlation(&self) -> &Bytes {
+        &self.correlation
+    }
+
+    pub(crate) fn is_retained(&self) -> bool {
+        self.flags & RETAIN != 0
+    }
+
+    pub(crate) fn is_at_most_once(&self) -> bool {
+        self.flags & AT_MOST_ONCE != 0
     }
 
     /// Whether a log stands behind it.
@@ -56,14 +112,16 @@ impl LiveMessage {
     }
 
     pub(crate) fn encode(&self) -> Bytes {
-        let mut bytes = BytesMut::with_capacity(20 + self.properties.len() + self.payload.len());
+        let parts = [&self.properties, &self.correlation];
+        let parts = parts.map(|part| if u32::try_from(part.len()).is_ok() { &part[..] } else { &[] });
+        let mut bytes = BytesMut::with_capacity(HEADER_BYTES + parts[0].len() + parts[1].len() + self.payload.len());
         bytes.put_u64(self.position.0);
         bytes.put_u64(self.received_us);
-        let properties = u32::try_from(self.properties.len()).unwrap_or(0);
-        bytes.put_u32(properties);
-        if properties != 0 {
-            bytes.put_slice(&self.properties);
+        bytes.put_u8(self.flags);
+        for part in parts {
+            bytes.put_u32(u32::try_from(part.len()).unwrap_or(0));
         }
+        parts.into_iter().for_each(|part| bytes.put_slice(part));
         bytes.put_slice(&self.payload);
         bytes.freeze()
     }
@@ -71,8 +129,11 @@ impl LiveMessage {
     pub(crate) fn decode(topic: Arc<str>, bytes: &Bytes) -> Option<Self> {
         let position = u64::from_be_bytes(bytes.get(0..8)?.try_into().ok()?);
         let received_us = u64::from_be_bytes(bytes.get(8..16)?.try_into().ok()?);
-        let properties_len = usize::try_from(u32::from_be_bytes(bytes.get(16..20)?.try_into().ok()?)).ok()?;
-        let payload_at = 20usize.checked_add(properties_len)?;
+        let flags = *bytes.get(16)?;
+        let length =
+            |at: std::ops::Range<usize>| usize::try_from(u32::from_be_bytes(bytes.get(at)?.try_into().ok()?)).ok();
+        let correlation_at = HEADER_BYTES.checked_add(length(17..21)?)?;
+        let payload_at = correlation_at.checked_add(length(21..25)?)?;
         if payload_at > bytes.len() {
             return None;
         }
@@ -81,7 +142,9 @@ impl LiveMessage {
             position: Position(position),
             received_us,
             payload: bytes.slice(payload_at..),
-            properties: bytes.slice(20..payload_at),
+            properties: bytes.slice(HEADER_BYTES..correlation_at),
+            correlation: bytes.slice(correlation_at..payload_at),
+            flags,
         })
     }
 }
@@ -120,20 +183,23 @@ mod tests {
             42,
             Bytes::from_static(b"{}"),
             &[("seq", "1"), ("from", "alice")],
-        );
+        )
+        .with_correlation(Bytes::from_static(&[0, 255]))
+        .retained();
         let decoded = LiveMessage::decode("chat/bob/inbox".into(), &message.encode()).expect("own encoding");
         assert_eq!(decoded, message);
         assert_eq!(decoded.properties().collect::<Vec<_>>(), [("seq", "1"), ("from", "alice")]);
+        assert!(decoded.is_retained() && !decoded.is_at_most_once());
     }
 
     #[test]
     fn cut_bytes_are_no_message() {
         let whole = LiveMessage::new("t".into(), Position(1), 0, Bytes::from_static(b"x"), &[("a", "b")]).encode();
-        for len in 0..20 {
+        for len in 0..HEADER_BYTES {
             assert!(LiveMessage::decode("t".into(), &whole.slice(..len)).is_none());
         }
         let mut lying = whole.to_vec();
-        lying[16..20].copy_from_slice(&u32::MAX.to_be_bytes());
+        lying[17..21].copy_from_slice(&u32::MAX.to_be_bytes());
         assert!(LiveMessage::decode("t".into(), &Bytes::from(lying)).is_none());
     }
 }

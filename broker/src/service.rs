@@ -12,6 +12,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::completion::Reply;
+use crate::live::LiveMessage;
+use crate::mailbox::Mailbox;
 
 /// A place in a durable topic's log. Grows with every entry; 0 is before the first.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -145,6 +147,10 @@ pub struct BoundPublish {
     pub payload: Bytes,
     /// The MQTT 5 user property `id`, if there was exactly one or the first of several.
     pub id_property: Option<String>,
+    /// MQTT 5 response topic.
+    pub response_topic: Option<String>,
+    /// MQTT 5 correlation data; empty if there is none.
+    pub correlation: Bytes,
     /// Whether the acknowledgement can carry a refusal (MQTT 5, QoS 1 or 2); otherwise the edge calls [`Service::refused`].
     pub can_answer: bool,
     /// When the packet was read from the socket.
@@ -250,6 +256,19 @@ pub enum Observation {
     Panicked,
 }
 
+/// The way to one connection.
+#[derive(Clone, Debug)]
+pub struct Subscriber {
+    pub(crate) mailbox: Arc<Mailbox>,
+}
+
+impl Subscriber {
+    /// Hands it a message of a live topic that it subscribes to. Dropped if too many wait there already.
+    pub fn send(&self, message: LiveMessage) {
+        self.mailbox.push_live(&Arc::new(message));
+    }
+}
+
 /// What stands behind the broker. All calls may come from many tasks at once.
 pub trait Service: Send + Sync + 'static {
     /// Who is this? The user name, or a refusal.
@@ -310,6 +329,15 @@ pub trait Service: Send + Sync + 'static {
 
     /// A session's connection has ended: its expiry starts to run. `expiry_s` as in [`SessionRecord`].
     fn session_ended(&self, session: &SessionKey, expiry_s: u32);
+
+    /// A device of this user is there, and perhaps others were before.
+    fn arrived(&self, _user: &Arc<str>) {}
+
+    /// A device of this user has gone; others may still be there.
+    fn left(&self, _user: &Arc<str>) {}
+
+    /// A connection subscribes from now on to a live topic that it did not subscribe to before: what it should know first goes to it alone.
+    fn subscribed(&self, _user: &Arc<str>, _topic: &Arc<str>, _subscriber: Subscriber) {}
 
     /// Something happened that is worth counting.
     fn observe(&self, _observation: Observation) {}

@@ -11,8 +11,8 @@ use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use tokio::task::JoinSet;
 
 use super::{
-    Account, Advance, AppendError, Body, ConversationHead, Device, Entry, IdKey, Log, NewEntry, Page, PeerRecord,
-    Position, ReadLimit, SessionRecord, Side, Stream, SubscriptionRecord,
+    Account, Advance, AppendError, Body, ConversationHead, Device, Entry, IdKey, Log, MESSAGE_OVERHEAD_BYTES, NewEntry,
+    Page, PeerRecord, Position, ReadLimit, SessionRecord, Side, Stream, SubscriptionRecord,
 };
 
 /// A place for a log, empty at first.
@@ -63,7 +63,7 @@ macro_rules! for_each_log_case {
             records_about_peers_are_kept
             what_is_withheld_is_in_the_conversation_only
             changes_are_found_by_their_target
-            erased_words_are_gone_and_the_entry_stays
+            unsent_words_are_gone_and_the_entry_stays
             the_first_entry_after_a_position_is_found
             entries_survive
             cursors_and_sessions_survive
@@ -879,31 +879,30 @@ pub async fn changes_are_found_by_their_target(store: &impl Store) {
         append(&log, &[message("alice", "eve", 1, "c"), change("alice", "eve", 2, edit(1, "c2"))]).await;
     }
     let log = store.open().await;
-    let unsend = Body::Unsend { target: number(1) };
-    append(&log, &[change("alice", "bob", 5, edit(1, "a3")), change("alice", "bob", 6, unsend.clone())]).await;
+    append(&log, &[change("alice", "bob", 5, edit(1, "a3"))]).await;
     let targets = vec![number(1), number(2), number(3)];
     let changes = log.changes(&conversation("alice:bob"), targets).await.expect("changes");
     let bodies: Vec<Vec<Body>> =
         changes.into_iter().map(|changes| changes.into_iter().map(|entry| entry.body).collect()).collect();
-    assert_eq!(bodies, [vec![edit(1, "a2"), edit(1, "a3"), unsend], vec![edit(2, "b2")], vec![]]);
+    assert_eq!(bodies, [vec![edit(1, "a2"), edit(1, "a3")], vec![edit(2, "b2")], vec![]]);
 }
 
-pub async fn erased_words_are_gone_and_the_entry_stays(store: &impl Store) {
+pub async fn unsent_words_are_gone_and_the_entry_stays(store: &impl Store) {
     let long = "words that go ".repeat(100);
     let before;
     {
         let log = store.open().await;
         // Over several rows.
         let texts: Vec<NewEntry> = (1..=40).map(|seq| message("alice", "bob", seq, &long)).collect();
-        let positions = append(&log, &texts).await;
+        append(&log, &texts).await;
+        append(&log, &[message("alice", "eve", 1, "another 3"), message("alice", "eve", 2, "another")]).await;
         let edit = Body::Edit { target: number(3), text: "edited".into() };
-        let edited = append(&log, &[change("alice", "bob", 41, edit)]).await;
-        let unsent = append(&log, &[change("alice", "bob", 42, Body::Unsend { target: number(3) })]).await;
+        append(&log, &[change("alice", "bob", 41, edit)]).await;
         before = usage(&log, &["alice:bob"], &["alice"]).await;
-        let erased = vec![positions[2], edited[0], positions[39], unsent[0], Position(999)];
-        log.erase(erased.clone()).await.expect("erased");
-        log.erase(erased).await.expect("nothing left to erase");
-        append(&log, &[message("alice", "bob", 43, "after")]).await;
+        append(&log, &[change("alice", "bob", 42, Body::Unsend { target: number(3) })]).await;
+        append(&log, &[change("alice", "bob", 43, Body::Unsend { target: number(40) })]).await;
+        // There is nothing to take back; that is for others to refuse.
+        append(&log, &[change("alice", "eve", 3, Body::Unsend { target: number(300) })]).await;
     }
     let log = store.open().await;
     let page = log.read_conversation(&conversation("alice:bob"), None, EVERYTHING).await.expect("a page");
@@ -913,14 +912,15 @@ pub async fn erased_words_are_gone_and_the_entry_stays(store: &impl Store) {
             3 | 40 => Body::Erased { bytes: long.len() as u64 },
             41 => Body::Erased { bytes: 6 },
             42 => Body::Unsend { target: number(3) },
-            43 => "after".into(),
+            43 => Body::Unsend { target: number(40) },
             _ => long.as_str().into(),
         };
         assert_eq!(entry.body, expected, "seq {}", entry.seq);
     }
-    let after = Body::from("after").counted_bytes();
+    assert_eq!(texts(&log, "alice:eve").await, ["another 3", "another", ""]);
     let now = usage(&log, &["alice:bob"], &["alice"]).await;
-    assert_eq!(now, before.iter().map(|bytes| bytes + after).collect::<Vec<_>>(), "the room is still taken");
+    let added = MESSAGE_OVERHEAD_BYTES;
+    assert_eq!(now, [before[0] + 2 * added, before[1] + 3 * added], "the room is still taken");
     let changes = log.changes(&conversation("alice:bob"), vec![number(3)]).await.expect("changes");
     assert_eq!(changes[0].iter().map(|entry| entry.seq.get()).collect::<Vec<_>>(), [42]);
 }

@@ -12,8 +12,8 @@ use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 
 use super::{
-    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, PeerRecord,
-    Position, ReadLimit, SessionRecord, Side, Stream,
+    Account, Advance, AppendError, Body, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page,
+    PeerRecord, Position, ReadLimit, SessionRecord, Side, Stream,
 };
 
 /// A log without a disk.
@@ -75,6 +75,15 @@ impl State {
         if let Some(id) = &id {
             let key = IdKey { conversation: conversation.clone(), from: from.clone(), id: id.clone() };
             self.ids.entry(key).or_default().push(position);
+        }
+        if let Body::Unsend { target } = body {
+            for entry in self.entries.iter_mut().filter(|entry| entry.conversation == conversation) {
+                if (entry.seq == target || entry.body.target() == Some(target))
+                    && let Some(erased) = entry.body.erased()
+                {
+                    entry.body = erased;
+                }
+            }
         }
         self.entries.push(Entry { position, conversation, seq, from, to, id, at, body, withheld });
         position
@@ -293,19 +302,6 @@ impl Log for MemoryLog {
         let mut there = state.entries[state.removed..].iter();
         let first = there.find(|entry| entry.conversation == *conversation && entry.position > position);
         Ok(first.map(|entry| entry.seq))
-    }
-
-    async fn erase(&self, positions: Vec<Position>) -> Result<(), LogError> {
-        let mut state = self.state.lock();
-        let removed = Position(state.removed as u64);
-        for entry in state.entries.iter_mut().filter(|entry| entry.position > removed) {
-            if positions.contains(&entry.position)
-                && let Some(erased) = entry.body.erased()
-            {
-                entry.body = erased;
-            }
-        }
-        Ok(())
     }
 
     async fn flush(&self) -> Result<(), LogError> {

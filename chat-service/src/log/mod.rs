@@ -285,7 +285,9 @@ pub struct LogError {
 
 /// Where messages live. Cheap to share (`Arc`); every call may come from any task.
 pub trait Log: Send + Sync + 'static {
-    /// Stores a batch whole, durably, or not at all; positions in the batch's order. Returns only after the data is on disk.
+    /// Stores a batch whole, durably, or not at all; positions in the batch's order. Returns only after the data is on disk. With a
+    /// [`Body::Unsend`] the words of its target and of that one's edits, as far as they were stored before the batch, become
+    /// [`Body::Erased`].
     fn append(&self, batch: Vec<NewEntry>) -> impl Future<Output = Result<Vec<Position>, AppendError>> + Send;
 
     /// Heads of conversations, in the order asked; `None` for one without entries.
@@ -394,9 +396,6 @@ pub trait Log: Send + Sync + 'static {
         conversation: &ConversationId,
         position: Position,
     ) -> impl Future<Output = Result<Option<Seq>, LogError>> + Send;
-
-    /// Replaces the words of entries by [`Body::Erased`]; on disk when it returns. Entries that have none, or are not there, stay as they are.
-    fn erase(&self, positions: Vec<Position>) -> impl Future<Output = Result<(), LogError>> + Send;
 
     /// Writes what was only noted (cursors, ended sessions); on disk when it returns.
     fn flush(&self) -> impl Future<Output = Result<(), LogError>> + Send;

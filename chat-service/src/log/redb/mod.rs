@@ -320,11 +320,6 @@ impl Log for RedbLog {
         self.shared.read_now(what, |shared| shared.first_after(conversation, position))
     }
 
-    async fn erase(&self, positions: Vec<Position>) -> Result<(), LogError> {
-        let erased = self.shared.erase(positions).await;
-        erased.map_err(|cause| LogError { what: "erasing words".to_owned(), cause })
-    }
-
     async fn flush(&self) -> Result<(), LogError> {
         self.shared.sync("writing cursors".to_owned()).await
     }

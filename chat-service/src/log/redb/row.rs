@@ -141,7 +141,12 @@ pub(super) fn rest(first: Position, row: &[u8], position: Position) -> Result<&[
 }
 
 /// The row with one entry's words erased; `None` if the entry has none, or is not in the row.
-pub(super) fn without_words(first: Position, row: &[u8], position: Position) -> Result<Option<Vec<u8>>, Broken> {
+pub(super) fn without_words(
+    first: Position,
+    row: &[u8],
+    position: Position,
+    is_meant: impl Fn(&Entry) -> bool,
+) -> Result<Option<Vec<u8>>, Broken> {
     let mut rewritten = Vec::with_capacity(row.len());
     let mut erased = false;
     let mut record = Vec::new();
@@ -150,7 +155,7 @@ pub(super) fn without_words(first: Position, row: &[u8], position: Position) -> 
         let mut bytes = bytes;
         if at == position {
             let entry = decode_entry(position, bytes)?;
-            let Some(body) = entry.body.erased() else { return Ok(None) };
+            let Some(body) = entry.body.erased().filter(|_| is_meant(&entry)) else { return Ok(None) };
             let Entry { conversation, seq, from, to, id, at, withheld, .. } = entry;
             let new = NewEntry { conversation, seq, from, to, id, at, body, withheld };
             encode_entry(position, &new, &mut record);

@@ -584,7 +584,6 @@ pub(super) enum Step {
     Change(u8, u8, u8, u64),
     /// A user reads, blocks, hides or is seen.
     Peer(u8, u8, u8, u64),
-    Erase(Vec<u64>),
     /// What is older than so many ms after the first.
     Remove(u64),
     Flush,
@@ -605,7 +604,6 @@ pub(super) fn steps() -> impl Strategy<Value = Vec<Step>> {
             .prop_map(|(from, by, what, target)| Step::Change(from, (from + by) % 4, what, target)),
         2 => (0..4_u8, 1..4_u8, 0..5_u8, 1..5_u64)
             .prop_map(|(user, by, what, seq)| Step::Peer(user, (user + by) % 4, what, seq)),
-        1 => prop::collection::vec(1..12_u64, 1..4).prop_map(Step::Erase),
         1 => (0..6_u64).prop_map(Step::Remove),
         1 => Just(Step::Flush),
         1 => Just(Step::Reopen),
@@ -688,10 +686,6 @@ async fn step<L: Log>(log: &L, step: &Step) -> String {
                 3 => log.hide(&user, &peer, seq).await.unwrap(),
                 _ => log.note_seen(&user, seq.get()),
             }
-            String::new()
-        }
-        Step::Erase(positions) => {
-            log.erase(positions.iter().copied().map(Position).collect()).await.unwrap();
             String::new()
         }
         Step::Remove(after) => log.remove_before(sent_at(*after)).await.unwrap().to_string(),

@@ -16,8 +16,11 @@ use parking_lot::{Condvar, Mutex};
 use rustc_hash::FxHashMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
-use super::super::{AppendError, ConversationHead, Device, LogError, NewEntry, PeerRecord, Position, Stream};
+use super::super::{
+    AppendError, Body, ConversationHead, Device, Entry, LogError, NewEntry, PeerRecord, Position, Stream,
+};
 use super::Shared;
+use super::index::After;
 use super::key::Key;
 use super::notes::{Notes, SessionNote};
 use super::open::{OpenError, Opener, read_prepared};
@@ -76,11 +79,6 @@ enum Command {
     },
     Remove {
         removal: Removal,
-        answer: oneshot::Sender<Result<(), String>>,
-        room: OwnedSemaphorePermit,
-    },
-    Erase {
-        positions: Vec<Position>,
         answer: oneshot::Sender<Result<(), String>>,
         room: OwnedSemaphorePermit,
     },
@@ -243,11 +241,6 @@ impl Shared {
         self.command(|answer, room| Command::Remove { removal, answer, room }).await
     }
 
-    /// Returns when the entries' words are gone.
-    pub(super) async fn erase(&self, positions: Vec<Position>) -> Result<(), String> {
-        self.command(|answer, room| Command::Erase { positions, answer, room }).await
-    }
-
     async fn command(
         &self,
         make: impl FnOnce(oneshot::Sender<Result<(), String>>, OwnedSemaphorePermit) -> Command,
@@ -366,28 +359,21 @@ impl Writer {
         let transaction = self.begin().map_err(before_commit)?;
         let batches = work.commands.iter().filter_map(|command| match command {
             Command::Append { batch, .. } => Some(batch.as_slice()),
-            Command::Sync { .. } | Command::Remove { .. } | Command::Erase { .. } => None,
+            Command::Sync { .. } | Command::Remove { .. } => None,
         });
         let mut removals = work.commands.iter().filter_map(|command| match command {
             Command::Remove { removal, .. } => Some(removal),
-            Command::Append { .. } | Command::Sync { .. } | Command::Erase { .. } => None,
-        });
-        let erased = work.commands.iter().filter_map(|command| match command {
-            Command::Erase { positions, .. } => Some(positions),
-            Command::Append { .. } | Command::Sync { .. } | Command::Remove { .. } => None,
+            Command::Append { .. } | Command::Sync { .. } => None,
         });
         let staged = self.check(batches).map_err(before_commit)?;
-        let changes_rows = removals.clone().next().is_some() || erased.clone().next().is_some();
-        if staged.entries.is_empty() && work.notes.is_empty() && !changes_rows {
+        if staged.entries.is_empty() && work.notes.is_empty() && removals.clone().next().is_none() {
             return Ok(staged.outcomes);
         }
         let mut tail = self.tail.clone();
-        if changes_rows {
-            for removal in removals.clone() {
-                self.remove(&transaction, &mut tail, removal).map_err(before_commit)?;
-            }
-            erase(&transaction, &mut tail, erased.flatten()).map_err(before_commit)?;
+        for removal in removals.clone() {
+            self.remove(&transaction, &mut tail, removal).map_err(before_commit)?;
         }
+        self.erase_unsent(&transaction, &mut tail, &staged).map_err(before_commit)?;
         self.insert(&transaction, &mut tail, &staged).map_err(before_commit)?;
         write_notes(&transaction, &work.notes).map_err(before_commit)?;
         note_new_conversations(&transaction, &staged.entries).map_err(before_commit)?;
@@ -459,9 +445,7 @@ fn answer(commands: Vec<Command>, outcomes: Vec<Result<Range<u64>, AppendError>>
                 let outcome = outcomes.next().expect("every batch has an outcome");
                 answer.send(outcome.map(|positions| positions.map(Position).collect())).unwrap_or(());
             }
-            Command::Sync { answer, room }
-            | Command::Remove { answer, room, .. }
-            | Command::Erase { answer, room, .. } => {
+            Command::Sync { answer, room } | Command::Remove { answer, room, .. } => {
                 drop(room);
                 answer.send(Ok(())).unwrap_or(());
             }
@@ -473,7 +457,7 @@ fn refuse(commands: Vec<Command>, fault: &Fault) {
     for command in commands {
         match command {
             Command::Append { answer, .. } => drop(answer.send(Err(fault.append_error()))),
-            Command::Sync { answer, .. } | Command::Remove { answer, .. } | Command::Erase { answer, .. } => {
+            Command::Sync { answer, .. } | Command::Remove { answer, .. } => {
                 drop(answer.send(Err(fault.reason.clone())));
             }
         }
@@ -594,6 +578,33 @@ impl Writer {
         Ok(())
     }
 
+    /// The words that new entries take back are not kept.
+    fn erase_unsent(
+        &self,
+        transaction: &WriteTransaction,
+        tail: &mut Tail,
+        staged: &Staged<'_>,
+    ) -> Result<(), ReadError> {
+        let unsends = staged.entries.iter().filter_map(|new| match new.body {
+            Body::Unsend { target } => Some((&new.conversation, target)),
+            _ => None,
+        });
+        for (conversation, target) in unsends {
+            let shared = &self.shared;
+            let key = shared.keys.conversation(conversation);
+            let of_target = shared.index.positions(key, After::Seq(target.get() - 1), shared.first(), 1)?;
+            let key = shared.keys.change(conversation, target);
+            let of_edits = shared.index.positions(key, After::Position(0), shared.first(), usize::MAX)?;
+            let is_meant = |entry: &Entry| {
+                entry.conversation == *conversation && (entry.seq == target || entry.body.target() == Some(target))
+            };
+            for position in of_target.into_iter().chain(of_edits) {
+                erase(transaction, tail, Position(position), is_meant)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Adds rows to the end of the log.
     fn insert(&self, transaction: &WriteTransaction, tail: &mut Tail, staged: &Staged<'_>) -> Result<(), ReadError> {
         if staged.entries.is_empty() {
@@ -610,26 +621,25 @@ impl Writer {
     }
 }
 
-/// Writes the rows of entries anew, without their words. What is not there any more has none.
-fn erase<'a>(
+/// Writes an entry's row anew, without its words. What is not there any more, or is not meant, stays as it is.
+fn erase(
     transaction: &WriteTransaction,
     tail: &mut Tail,
-    positions: impl Iterator<Item = &'a Position>,
+    position: Position,
+    is_meant: impl Fn(&Entry) -> bool,
 ) -> Result<(), ReadError> {
     let mut rows = transaction.open_table(ROWS)?;
-    for position in positions {
-        let found = match rows.range(..=position.0)?.next_back().transpose()? {
-            Some((begin, row)) => {
-                let begin = Position(begin.value());
-                row::without_words(begin, row.value(), *position)?.map(|row| (begin, row))
-            }
-            None => None,
-        };
-        if let Some((begin, row)) = found {
-            rows.insert(begin.0, row.as_slice())?;
-            if tail.begins_at(begin) {
-                *tail = Tail::of(begin, &row);
-            }
+    let found = match rows.range(..=position.0)?.next_back().transpose()? {
+        Some((begin, row)) => {
+            let begin = Position(begin.value());
+            row::without_words(begin, row.value(), position, is_meant)?.map(|row| (begin, row))
+        }
+        None => None,
+    };
+    if let Some((begin, row)) = found {
+        rows.insert(begin.0, row.as_slice())?;
+        if tail.begins_at(begin) {
+            *tail = Tail::of(begin, &row);
         }
     }
     Ok(())
