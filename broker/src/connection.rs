@@ -1150,8 +1150,8 @@ where
         let Some(session) = &mut self.session else { return };
         let persistent = session.is_persistent();
         for slot in &mut session.slots {
-            if let Some(position) = slot.stream.take_advance() {
-                self.shared.service.acknowledged(&session.key, persistent, &slot.topic, position);
+            if let Some((after, position)) = slot.stream.take_advance() {
+                self.shared.service.acknowledged(&session.key, persistent, &slot.topic, after, position);
             }
         }
     }

@@ -307,9 +307,9 @@ pub trait Service: Send + Sync + 'static {
     /// The last committed position of the whole log: what is above it is live.
     fn head(&self) -> Position;
 
-    /// The receiver has acknowledged everything in `topic` up to `position`. Returns at once; written behind, at most a second later.
+    /// The receiver has acknowledged everything in `topic` up to `position`, of that before `after` told earlier. Returns at once; written behind, at most a second later.
     /// With `persistent` the session's own cursor moves too, not only the user's.
-    fn acknowledged(&self, session: &SessionKey, persistent: bool, topic: &str, position: Position);
+    fn acknowledged(&self, session: &SessionKey, persistent: bool, topic: &str, after: Position, position: Position);
 
     /// The stored session, unless it has expired.
     fn load_session(

@@ -197,12 +197,10 @@ impl DurableStream {
         self.acknowledged > before
     }
 
-    /// The cursor, if it has moved since the last call.
-    pub(crate) fn take_advance(&mut self) -> Option<Position> {
-        (self.acknowledged > self.reported).then(|| {
-            self.reported = self.acknowledged;
-            self.acknowledged
-        })
+    /// Where the cursor was and where it is, if it has moved since the last call.
+    pub(crate) fn take_advance(&mut self) -> Option<(Position, Position)> {
+        (self.acknowledged > self.reported)
+            .then(|| (std::mem::replace(&mut self.reported, self.acknowledged), self.acknowledged))
     }
 
     fn is_full(&self) -> bool {
@@ -280,7 +278,7 @@ mod tests {
         assert!(!stream.on_acknowledged(Position(2)));
         assert_eq!(stream.take_advance(), None);
         assert!(stream.on_acknowledged(Position(1)));
-        assert_eq!(stream.take_advance(), Some(Position(2)));
+        assert_eq!(stream.take_advance(), Some((Position(0), Position(2))));
         assert_eq!(stream.take_advance(), None);
         assert!(!stream.on_acknowledged(Position(9)), "an acknowledgement of nothing changes nothing");
     }

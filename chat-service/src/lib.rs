@@ -1,7 +1,8 @@
 //! The chat service: conversations, their order, their log, and the server `chatd` around them.
 //!
 //! The reading order is the way of a message: `service` parses what a client publishes, `sequencer` numbers it (`core` decides) and writes it to the
-//! `log`, then answers the sender and announces it; receivers read `envelope`s, live or from the log. Around it: `settings`, `cli`,
+//! `log`, then answers the sender and announces it; receivers read `envelope`s, live or from the log. `requests` are answered with
+//! what `views` see in the log; `receipts`, `typing` and `presence` tell what happens. Around it: `settings`, `cli`,
 //! `logging`, `metrics`, `http`, and `server`, which puts the parts together; `admin` and `tools`, for operators.
 
 pub mod admin;
@@ -12,10 +13,15 @@ pub mod http;
 pub mod log;
 pub mod logging;
 pub mod metrics;
+pub mod presence;
+pub mod receipts;
 mod refusal;
+pub mod requests;
 pub mod retention;
 pub mod sequencer;
 pub mod server;
 pub mod service;
 pub mod settings;
 pub mod tools;
+pub mod typing;
+pub mod views;

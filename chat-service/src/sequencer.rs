@@ -12,15 +12,17 @@ use broker::Announcer;
 use broker::completion::{Reply, complete};
 use broker::live::LiveMessage;
 use broker::service::PublishOutcome;
+use chat_protocol::request::RequestError;
 use chat_protocol::{ConversationId, ErrorCode, Timestamp};
 use rustc_hash::{FxHashMap, FxHashSet};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 
 use crate::core::{self, Decision, Plan, Quotas, Send};
 use crate::envelope;
-use crate::log::{Account, AppendError, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, Position};
+use crate::log::{Account, AppendError, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, PeerRecord, Position};
 use crate::metrics::Metrics;
 use crate::refusal;
+use crate::requests::Blocks;
 
 /// Submissions that may wait; past that publishers wait, and their PUBACKs come later.
 pub const SUBMISSIONS_MAX: usize = 4_096;
@@ -35,13 +37,28 @@ const ACCOUNTS_MAX: usize = 200_000;
 /// Attempts after another writer was first.
 const CONFLICT_RETRIES: usize = 16;
 
-/// A checked publish on its way to the log.
+/// A checked message on its way to the log.
 pub struct Submission {
     pub send: Send,
-    pub reply: Reply,
-    pub can_answer: bool,
-    pub topic: String,
-    pub received_at: Instant,
+    pub answer: Answer,
+}
+
+/// Who is told what became of it.
+pub enum Answer {
+    /// The sender of a publish.
+    Publish { reply: Reply, can_answer: bool, topic: String, received_at: Instant },
+    /// A request that waits for it.
+    Request(oneshot::Sender<Result<ConversationHead, RequestError>>),
+}
+
+impl Answer {
+    /// When the publish was read; `None` for a request.
+    fn received_at(&self) -> Option<Instant> {
+        match self {
+            Self::Publish { received_at, .. } => Some(*received_at),
+            Self::Request(_) => None,
+        }
+    }
 }
 
 struct Committed {
@@ -57,13 +74,14 @@ pub async fn run<L: Log>(
     announcer: Announcer,
     metrics: Arc<Metrics>,
     quotas: Quotas,
+    blocks: Arc<Blocks>,
     shutdown: impl Future<Output = ()> + std::marker::Send,
 ) {
     let mut shutdown = std::pin::pin!(shutdown);
     let mut open = true;
     let (committed, to_announce) = mpsc::channel(COMMITTED_BATCHES_MAX);
     let announcing = tokio::spawn(announce(to_announce, announcer.clone(), Arc::clone(&metrics)));
-    let mut known = Known { quotas, ..Known::default() };
+    let mut known = Known { quotas, blocks, ..Known::default() };
     let mut gathered: Vec<Vec<Submission>> = Vec::new();
     loop {
         let received = tokio::select! {
@@ -102,6 +120,9 @@ pub async fn run<L: Log>(
 #[derive(Default)]
 struct Known {
     heads: FxHashMap<ConversationId, ConversationHead>,
+    /// Of the same conversations, those where one blocked the other: whether the first did, and the second.
+    blocked: FxHashMap<ConversationId, [bool; 2]>,
+    blocks: Arc<Blocks>,
     quotas: Quotas,
     /// What is stored for accounts with a limit, as long as nothing is removed.
     usage: FxHashMap<Account, u64>,
@@ -116,9 +137,9 @@ async fn write<L: Log>(
     announcer: &Announcer,
     metrics: &Metrics,
 ) -> Option<Committed> {
-    let sends: Vec<Send> = batch.iter().map(|submission| submission.send.clone()).collect();
+    let mut sends: Vec<Send> = batch.iter().map(|submission| submission.send.clone()).collect();
     for _ in 0..CONFLICT_RETRIES {
-        let plan = match prepare(log, known, &sends).await {
+        let plan = match prepare(log, known, &mut sends).await {
             Ok(plan) => plan,
             Err(error) => {
                 tracing::error!(%error, "a batch could not be prepared");
@@ -156,7 +177,7 @@ async fn write<L: Log>(
             }
             Err(error @ (AppendError::Unknown(_) | AppendError::Failed(_))) => {
                 tracing::error!(%error, "a batch was not written");
-                known.heads.clear();
+                known.forget_conversations();
                 known.usage.clear();
                 // Dropping the replies closes the senders' connections without an acknowledgement.
                 return None;
@@ -167,9 +188,9 @@ async fn write<L: Log>(
     None
 }
 
-async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &[Send]) -> Result<Plan, LogError> {
+async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &mut [Send]) -> Result<Plan, LogError> {
     known.load_usage(log, sends).await?;
-    let heads = &mut known.heads;
+    let heads = &known.heads;
     let mut unknown: Vec<ConversationId> = sends
         .iter()
         .filter(|send| !heads.contains_key(&send.conversation))
@@ -179,12 +200,19 @@ async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &[Send]) -> Result<P
         unknown.sort_unstable();
         unknown.dedup();
         if heads.len() + unknown.len() > HEADS_MAX {
-            heads.clear();
+            known.forget_conversations();
             unknown = sends.iter().map(|send| send.conversation.clone()).collect();
         }
+        known.load_blocked(log, &unknown).await?;
         let found = log.heads(unknown.clone()).await?;
-        heads.extend(unknown.into_iter().zip(found).filter_map(|(conversation, head)| Some((conversation, head?))));
+        known
+            .heads
+            .extend(unknown.into_iter().zip(found).filter_map(|(conversation, head)| Some((conversation, head?))));
     }
+    for send in &mut *sends {
+        send.withheld = known.is_withheld(send);
+    }
+    let heads = &known.heads;
     // A conversation without entries has no ids either.
     let keys: Vec<IdKey> =
         sends.iter().filter(|send| heads.contains_key(&send.conversation)).filter_map(Send::id_key).collect();
@@ -198,6 +226,32 @@ async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &[Send]) -> Result<P
 }
 
 impl Known {
+    fn forget_conversations(&mut self) {
+        self.heads.clear();
+        self.blocked.clear();
+    }
+
+    /// Asks who blocked whom in these conversations.
+    async fn load_blocked<L: Log>(&mut self, log: &L, conversations: &[ConversationId]) -> Result<(), LogError> {
+        for conversation in conversations {
+            let (first, second) = (conversation.first(), conversation.second());
+            let blocks = |record: Option<PeerRecord>| record.is_some_and(|record| record.blocked_at_ms.is_some());
+            let blocked = [blocks(log.peer(first, second).await?), blocks(log.peer(second, first).await?)];
+            if blocked != [false; 2] {
+                self.blocked.insert(conversation.clone(), blocked);
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the receiver has blocked the sender.
+    fn is_withheld(&self, send: &Send) -> bool {
+        self.blocks.changed(&send.to, &send.from).unwrap_or_else(|| {
+            let blocked = self.blocked.get(&send.conversation);
+            blocked.is_some_and(|[first, second]| if send.to == *send.conversation.first() { *first } else { *second })
+        })
+    }
+
     /// Asks what is stored for the accounts of these messages, as far as they have a limit.
     async fn load_usage<L: Log>(&mut self, log: &L, sends: &[Send]) -> Result<(), LogError> {
         if self.quotas == Quotas::NONE {
@@ -247,23 +301,22 @@ impl Known {
 fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: &Announcer, metrics: &Metrics) {
     let outcomes = batch
         .into_iter()
-        .map(|submission| {
-            let told = !submission.can_answer;
+        .filter_map(|submission| {
+            let (reply, can_answer, topic) = match submission.answer {
+                Answer::Publish { reply, can_answer, topic, .. } => (reply, can_answer, topic),
+                Answer::Request(answer) => {
+                    // Whoever does not wait any more needs no answer.
+                    answer.send(Err(RequestError::new(code, reason))).unwrap_or(());
+                    return None;
+                }
+            };
+            let told = !can_answer;
             let id = submission.send.id.as_ref().map(|id| id.as_str());
-            refusal::count_and_tell(
-                announcer,
-                metrics,
-                submission.send.from.as_str(),
-                told,
-                code,
-                reason,
-                &submission.topic,
-                id,
-            );
+            refusal::count_and_tell(announcer, metrics, submission.send.from.as_str(), told, code, reason, &topic, id);
             // It may succeed later, and a PUBACK that cannot say so would be taken for success: better none, and a resend.
             let outcome =
                 if told { PublishOutcome::Unknown } else { PublishOutcome::Refused(refusal::refusal(code, reason)) };
-            (submission.reply, outcome)
+            Some((reply, outcome))
         })
         .collect();
     complete(outcomes);
@@ -278,7 +331,7 @@ async fn announce(mut committed: mpsc::Receiver<Committed>, announcer: Announcer
             let head = match decision {
                 Decision::Append(index) => {
                     let entry = &plan.entries[*index];
-                    push_live(&mut messages, &announcer, entry, positions[*index], submission.received_at);
+                    push_live(&mut messages, &announcer, entry, positions[*index], submission.answer.received_at());
                     ConversationHead { seq: entry.seq, at: entry.at }
                 }
                 Decision::SameAsNew(index) => {
@@ -292,28 +345,43 @@ async fn announce(mut committed: mpsc::Receiver<Committed>, announcer: Announcer
                 }
                 Decision::IdConflict | Decision::SenderFull | Decision::ConversationFull => {
                     let (code, reason) = refused(*decision);
+                    let (reply, can_answer, topic) = match submission.answer {
+                        Answer::Publish { reply, can_answer, topic, .. } => (reply, can_answer, topic),
+                        Answer::Request(answer) => {
+                            // Whoever does not wait any more needs no answer.
+                            answer.send(Err(RequestError::new(code, reason))).unwrap_or(());
+                            continue;
+                        }
+                    };
                     let id = submission.send.id.as_ref().map(|id| id.as_str());
                     refusal::count_and_tell(
                         &announcer,
                         &metrics,
                         submission.send.from.as_str(),
-                        !submission.can_answer,
+                        !can_answer,
                         code,
                         reason,
-                        &submission.topic,
+                        &topic,
                         id,
                     );
-                    outcomes.push((submission.reply, PublishOutcome::Refused(refusal::refusal(code, reason))));
+                    outcomes.push((reply, PublishOutcome::Refused(refusal::refusal(code, reason))));
                     continue;
                 }
             };
-            let properties = if submission.can_answer {
+            let (reply, can_answer) = match submission.answer {
+                Answer::Publish { reply, can_answer, .. } => (reply, can_answer),
+                Answer::Request(answer) => {
+                    answer.send(Ok(head)).unwrap_or(());
+                    continue;
+                }
+            };
+            let properties = if can_answer {
                 vec![("seq", head.seq.to_string()), ("at", head.at.as_ms().to_string())]
             } else {
                 Vec::new()
             };
             let subscribers = announcer.is_connected(submission.send.to.as_str());
-            outcomes.push((submission.reply, PublishOutcome::Stored { subscribers, properties }));
+            outcomes.push((reply, PublishOutcome::Stored { subscribers, properties }));
         }
         if !messages.is_empty() {
             announcer.announce(messages);
@@ -335,11 +403,12 @@ fn push_live(
     announcer: &Announcer,
     entry: &NewEntry,
     position: Position,
-    received_at: Instant,
+    received_at: Option<Instant>,
 ) {
     let inbox = chat_protocol::topic::Down::Inbox.topic(&entry.to);
     let sent = chat_protocol::topic::Down::Sent.topic(&entry.from);
-    let (to_inbox, to_sent) = (announcer.has_subscribers(&inbox), announcer.has_subscribers(&sent));
+    let to_inbox = !entry.withheld && announcer.has_subscribers(&inbox);
+    let to_sent = announcer.has_subscribers(&sent);
     if !to_inbox && !to_sent {
         return;
     }
@@ -347,7 +416,7 @@ fn push_live(
     let properties = envelope::properties(&entry.body, entry.seq, &entry.from, entry.id.as_ref());
     let properties: Vec<(&str, &str)> = properties.iter().map(|(key, value)| (*key, value.as_str())).collect();
     let position = broker::service::Position(position.0);
-    let received_us = announcer.micros(received_at);
+    let received_us = received_at.map_or(0, |received_at| announcer.micros(received_at));
     for (topic, wanted) in [(inbox, to_inbox), (sent, to_sent)] {
         if wanted {
             messages.push(LiveMessage::new(topic.into(), position, received_us, payload.clone(), &properties));

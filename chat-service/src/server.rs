@@ -17,10 +17,14 @@ use crate::core::Quotas;
 use crate::http::{self, Readiness};
 use crate::log::{Log, RedbLog, RedbOptions};
 use crate::metrics::Metrics;
+use crate::presence::Presence;
+use crate::receipts::Receipts;
+use crate::requests::{self, Blocks, Requests};
 use crate::retention;
 use crate::sequencer;
 use crate::service::{BOUND_FILTER, ChatService};
 use crate::settings::Settings;
+use crate::typing::TypingRelay;
 
 /// A bus that was silent for so long is not well.
 const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(10);
@@ -29,10 +33,27 @@ const WATCH_INTERVAL: Duration = Duration::from_secs(1);
 
 type Chat = ChatService<RedbLog>;
 
+/// Those who tell what happens, each in a task of its own.
+struct Telling {
+    receipts: Arc<Receipts<RedbLog>>,
+    typing: Arc<TypingRelay<RedbLog>>,
+    presence: Arc<Presence<RedbLog>>,
+}
+
+impl Telling {
+    /// They end at the stop by themselves: what they tell is not kept.
+    fn start(self, stop: &watch::Sender<bool>) {
+        drop(tokio::spawn(self.receipts.run(told(stop.subscribe()))));
+        drop(tokio::spawn(self.typing.run(told(stop.subscribe()))));
+        drop(tokio::spawn(self.presence.run(told(stop.subscribe()))));
+    }
+}
+
 /// A server whose sockets are bound and whose log is open.
 pub struct Server {
     log: Arc<RedbLog>,
     broker: Broker<Chat>,
+    telling: Telling,
     sequencing: JoinHandle<()>,
     drain: watch::Sender<bool>,
     mqtt: TcpListener,
@@ -62,6 +83,7 @@ impl Server {
         };
         let metrics = Arc::new(Metrics::new());
         let announcer = Announcer::default();
+        let blocks = Arc::new(Blocks::default());
         let (queue, submissions) = mpsc::channel(sequencer::SUBMISSIONS_MAX);
         let (drain, draining) = watch::channel(false);
         let sequencing = tokio::spawn(sequencer::run(
@@ -70,15 +92,34 @@ impl Server {
             announcer.clone(),
             Arc::clone(&metrics),
             quotas,
+            Arc::clone(&blocks),
             told(draining),
         ));
-        let service = Arc::new(ChatService::new(
-            Arc::clone(&log),
+        let receipts = Arc::new(Receipts::new(Arc::clone(&log), announcer.clone()));
+        let typing = Arc::new(TypingRelay::new(Arc::clone(&log), announcer.clone()));
+        let presence = Arc::new(Presence::new(Arc::clone(&log), announcer.clone(), limits.presence_grace));
+        let requests = Requests::new(requests::Parts {
+            log: Arc::clone(&log),
+            queue: queue.clone(),
+            announcer: announcer.clone(),
+            metrics: Arc::clone(&metrics),
+            blocks,
+            receipts: Arc::clone(&receipts),
+            message_bytes_max: limits.message_bytes,
+        });
+        let telling =
+            Telling { receipts: Arc::clone(&receipts), typing: Arc::clone(&typing), presence: Arc::clone(&presence) };
+        let service = Arc::new(ChatService {
+            log: Arc::clone(&log),
             queue,
-            announcer.clone(),
-            Arc::clone(&metrics),
-            limits.message_bytes,
-        ));
+            announcer: announcer.clone(),
+            metrics: Arc::clone(&metrics),
+            message_bytes_max: limits.message_bytes,
+            requests,
+            receipts,
+            typing,
+            presence,
+        });
         let edge_limits = broker_limits(settings);
         let packet_bytes = edge_limits.packet_bytes;
         let starting = {
@@ -103,6 +144,7 @@ impl Server {
         Ok(Self {
             log,
             broker,
+            telling,
             sequencing,
             drain,
             mqtt,
@@ -147,6 +189,7 @@ impl Server {
                 None
             }
         };
+        self.telling.start(&stop);
         if !self.retention.is_zero() {
             let (log, metrics) = (Arc::clone(&self.log), Arc::clone(&self.metrics));
             let removing = retention::run(log, metrics, self.retention, told(stop.subscribe()));

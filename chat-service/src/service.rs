@@ -7,22 +7,28 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use broker::Announcer;
-use broker::completion::complete;
+use broker::completion::{Reply, complete};
 use broker::service::{
     BoundPublish, BoundTopic, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Delivery, Keeping, Observation, Page,
     Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError, SessionKey,
-    SessionRecord, SubscribeRoute, SubscriptionRecord,
+    SessionRecord, SubscribeRoute, Subscriber, SubscriptionRecord,
 };
+use chat_protocol::event::TypingState;
+use chat_protocol::request::RequestError;
 use chat_protocol::topic::{self, Down, Up};
-use chat_protocol::{ConversationId, ErrorCode, MessageId, UserId};
+use chat_protocol::{ConversationId, ErrorCode, MessageId, Seq, UserId};
 use tokio::sync::mpsc;
 
 use crate::core::Send as ChatSend;
 use crate::envelope;
 use crate::log::{self, Advance, Device, Log, LogError, Side, Stream};
 use crate::metrics::Metrics;
+use crate::presence::Presence;
+use crate::receipts::Receipts;
 use crate::refusal;
-use crate::sequencer::Submission;
+use crate::requests::{Asked, Requests};
+use crate::sequencer::{Answer, Submission};
+use crate::typing::TypingRelay;
 
 /// Longest client identifier, in bytes.
 const CLIENT_ID_BYTES_MAX: usize = 256;
@@ -31,27 +37,32 @@ pub const BOUND_FILTER: &str = "chat/#";
 
 /// Chat behind the broker.
 pub struct ChatService<L> {
-    log: Arc<L>,
-    queue: mpsc::Sender<Vec<Submission>>,
-    announcer: Announcer,
-    metrics: Arc<Metrics>,
-    message_bytes_max: usize,
+    pub log: Arc<L>,
+    pub queue: mpsc::Sender<Vec<Submission>>,
+    pub announcer: Announcer,
+    pub metrics: Arc<Metrics>,
+    /// Longest text, in bytes.
+    pub message_bytes_max: usize,
+    pub requests: Requests<L>,
+    pub receipts: Arc<Receipts<L>>,
+    pub typing: Arc<TypingRelay<L>>,
+    pub presence: Arc<Presence<L>>,
 }
 
-impl<L: Log> ChatService<L> {
-    /// `message_bytes_max`: the longest text, in bytes.
-    pub fn new(
-        log: Arc<L>,
-        queue: mpsc::Sender<Vec<Submission>>,
-        announcer: Announcer,
-        metrics: Arc<Metrics>,
-        message_bytes_max: usize,
-    ) -> Self {
-        Self { log, queue, announcer, metrics, message_bytes_max }
-    }
+/// What a publish wants.
+enum Wanted {
+    Send(ChatSend),
+    Read { me: UserId, peer: UserId, seq: Seq },
+    Typing { me: UserId, peer: UserId, state: TypingState },
+    Request { me: UserId, method: String, answer_topic: Arc<str> },
+}
 
-    /// Checks a publish: what it sends, or why it cannot.
-    fn parse(&self, publish: &BoundPublish) -> Result<ChatSend, (ErrorCode, String, Option<String>)> {
+/// Code, sentence, and the id that it is about.
+type Refused = (ErrorCode, String, Option<String>);
+
+impl<L: Log> ChatService<L> {
+    /// Checks a publish: what it wants, or why it cannot be.
+    fn parse(&self, publish: &BoundPublish) -> Result<Wanted, Refused> {
         let up = topic::parse_up(&publish.topic).map_err(|error| (error.code(), error.to_string(), None))?;
         let me = match &up {
             Up::Out { me, .. } | Up::Read { me, .. } | Up::Typing { me, .. } | Up::Req { me, .. } => me,
@@ -60,10 +71,32 @@ impl<L: Log> ChatService<L> {
             let sentence = format!("you are {}: publish below chat/{}/", publish.user, publish.user);
             return Err((ErrorCode::NotAuthorized, sentence, None));
         }
-        let Up::Out { me: from, peer: to, id } = up else {
-            let sentence = "this server version serves chat/{me}/out/{peer} only".to_owned();
-            return Err((ErrorCode::NotSupported, sentence, None));
-        };
+        let payload = |sentence: &str| (ErrorCode::InvalidPayload, sentence.to_owned(), None);
+        match up {
+            Up::Out { me, peer, id } => self.parse_send(publish, me, peer, id).map(Wanted::Send),
+            Up::Read { me, peer } => {
+                let seq = std::str::from_utf8(&publish.payload).ok().and_then(|text| text.parse().ok());
+                let seq = seq.and_then(Seq::new).ok_or_else(|| payload("the payload is a seq in decimal"))?;
+                Ok(Wanted::Read { me, peer, seq })
+            }
+            Up::Typing { me, peer } => {
+                let state = TypingState::parse(&publish.payload).ok_or_else(|| payload("the payload is on or off"))?;
+                Ok(Wanted::Typing { me, peer, state })
+            }
+            Up::Req { me, method } => {
+                let answer_topic = answer_topic(&me, publish.response_topic.as_deref())?;
+                Ok(Wanted::Request { me, method, answer_topic })
+            }
+        }
+    }
+
+    fn parse_send(
+        &self,
+        publish: &BoundPublish,
+        from: UserId,
+        to: UserId,
+        id: Option<MessageId>,
+    ) -> Result<ChatSend, Refused> {
         let id = match (id, &publish.id_property) {
             (Some(id), _) => Some(id),
             (None, Some(property)) => Some(
@@ -91,6 +124,54 @@ impl<L: Log> ChatService<L> {
         Ok(ChatSend { conversation, from, to, id, body: text.into(), withheld: false })
     }
 
+    fn refuse(&self, publish: BoundPublish, (code, sentence, id): Refused) -> (Reply, PublishOutcome) {
+        refusal::count_and_tell(
+            &self.announcer,
+            &self.metrics,
+            &publish.user,
+            !publish.can_answer,
+            code,
+            &sentence,
+            &publish.topic,
+            id.as_deref(),
+        );
+        (publish.reply, PublishOutcome::Refused(refusal::refusal(code, &sentence)))
+    }
+
+    /// Carries out what is no message. `None` if the answer comes later.
+    fn carry_out(&self, wanted: Wanted, publish: BoundPublish) -> Option<(Reply, PublishOutcome)> {
+        let busy = || (ErrorCode::Unavailable, "too many requests are under way: send it again".to_owned(), None);
+        match wanted {
+            Wanted::Send(_) => None,
+            Wanted::Typing { me, peer, state } => {
+                self.typing.say(me, peer, state);
+                Some((publish.reply, TAKEN))
+            }
+            Wanted::Request { me, method, answer_topic } => {
+                let (payload, correlation) = (publish.payload.clone(), publish.correlation.clone());
+                let begun = self.requests.begin(Asked { me, method, payload, answer_topic, correlation });
+                if begun { Some((publish.reply, TAKEN)) } else { Some(self.refuse(publish, busy())) }
+            }
+            Wanted::Read { me, peer, seq } => {
+                let Some(begin) = self.requests.room() else { return Some(self.refuse(publish, busy())) };
+                let (announcer, metrics) = (self.announcer.clone(), Arc::clone(&self.metrics));
+                let BoundPublish { user, topic, can_answer, reply, .. } = publish;
+                begin.read(me, peer, seq, move |outcome| {
+                    let outcome = match outcome {
+                        Ok(()) => TAKEN,
+                        Err(RequestError { code, message }) => {
+                            let told = !can_answer;
+                            refusal::count_and_tell(&announcer, &metrics, &user, told, code, &message, &topic, None);
+                            PublishOutcome::Refused(refusal::refusal(code, &message))
+                        }
+                    };
+                    complete(vec![(reply, outcome)]);
+                });
+                None
+            }
+        }
+    }
+
     fn stream(topic: &str) -> Result<Stream, ServiceError> {
         let unknown = || ServiceError(format!("{topic} is no durable topic"));
         let (user, side) = match topic.strip_prefix("chat/").and_then(|rest| rest.split_once('/')) {
@@ -104,6 +185,22 @@ impl<L: Log> ChatService<L> {
     fn device(session: &SessionKey) -> Result<Device, ServiceError> {
         let user = UserId::parse(&session.user).map_err(|error| ServiceError(error.to_string()))?;
         Ok(Device { user, client_id: Arc::clone(&session.client_id) })
+    }
+}
+
+/// Taken, with nothing to tell about it.
+const TAKEN: PublishOutcome = PublishOutcome::Stored { subscribers: true, properties: Vec::new() };
+
+/// Where the answer to a request goes: to the response topic, which has to be the user's own, or else to `chat/{me}/res`.
+fn answer_topic(me: &UserId, response_topic: Option<&str>) -> Result<Arc<str>, Refused> {
+    let own = Down::Res.topic(me);
+    match response_topic {
+        None => Ok(own.into()),
+        Some(topic) if topic == own || topic::is_response_topic(me, topic) => Ok(topic.into()),
+        Some(topic) => {
+            let sentence = format!("the response topic is {own} or {own}/{{token}}, and not {topic}");
+            Err((ErrorCode::NotAuthorized, sentence, None))
+        }
     }
 }
 
@@ -150,6 +247,9 @@ impl<L: Log> Service for ChatService<L> {
             Ok(me) => me,
             Err(error) => return refuse(RefusalCode::NotAuthorized, error.to_string()),
         };
+        if topic::is_response_topic(&me, filter) {
+            return SubscribeRoute::Bound(vec![BoundTopic { name: filter.into(), keeping: Keeping::Live }]);
+        }
         match topic::parse_filter(&me, filter) {
             Ok(topics) => SubscribeRoute::Bound(
                 topics
@@ -158,7 +258,9 @@ impl<L: Log> Service for ChatService<L> {
                         name: down.topic(&me).into(),
                         keeping: match down {
                             Down::Inbox | Down::Sent => Keeping::Durable,
-                            Down::Receipt | Down::Typing | Down::Presence | Down::Error | Down::Res => Keeping::Live,
+                            Down::Receipt | Down::Read | Down::Typing | Down::Presence | Down::Error | Down::Res => {
+                                Keeping::Live
+                            }
                         },
                     })
                     .collect(),
@@ -176,35 +278,26 @@ impl<L: Log> Service for ChatService<L> {
             Err(mpsc::error::TrySendError::Closed(())) => return Ok(()),
         };
         let mut submissions = Vec::with_capacity(publishes.len());
-        let mut refused = Vec::new();
+        let mut done = Vec::new();
         for publish in publishes {
             match self.parse(&publish) {
-                Ok(send) => submissions.push(Submission {
+                Ok(Wanted::Send(send)) => submissions.push(Submission {
                     send,
-                    reply: publish.reply,
-                    can_answer: publish.can_answer,
-                    topic: publish.topic,
-                    received_at: publish.received_at,
+                    answer: Answer::Publish {
+                        reply: publish.reply,
+                        can_answer: publish.can_answer,
+                        topic: publish.topic,
+                        received_at: publish.received_at,
+                    },
                 }),
-                Err((code, sentence, id)) => {
-                    refusal::count_and_tell(
-                        &self.announcer,
-                        &self.metrics,
-                        &publish.user,
-                        !publish.can_answer,
-                        code,
-                        &sentence,
-                        &publish.topic,
-                        id.as_deref(),
-                    );
-                    refused.push((publish.reply, PublishOutcome::Refused(refusal::refusal(code, &sentence))));
-                }
+                Ok(wanted) => done.extend(self.carry_out(wanted, publish)),
+                Err(refused) => done.push(self.refuse(publish, refused)),
             }
         }
         if !submissions.is_empty() {
             permit.send(submissions);
         }
-        complete(refused);
+        complete(done);
         Ok(())
     }
 
@@ -245,7 +338,7 @@ impl<L: Log> Service for ChatService<L> {
         let stream = Self::stream(topic)?;
         match stream.side {
             // What no device of the user has had.
-            Side::Inbox => Ok(Position(self.log.delivered(&stream).await.map_err(service_error)?.0)),
+            Side::Inbox => Ok(Position(self.log.delivered(&stream).await.map_err(service_error)?.position.0)),
             // The user's own messages came from a device of theirs: a new one sees what is sent from now on.
             Side::Sent => Ok(self.head()),
         }
@@ -255,13 +348,17 @@ impl<L: Log> Service for ChatService<L> {
         Position(self.log.head().0)
     }
 
-    fn acknowledged(&self, session: &SessionKey, persistent: bool, topic: &str, position: Position) {
+    fn acknowledged(&self, session: &SessionKey, persistent: bool, topic: &str, after: Position, position: Position) {
         let (Ok(stream), Ok(device)) = (Self::stream(topic), Self::device(session)) else { return };
+        let inbox_of = (stream.side == Side::Inbox).then(|| stream.user.clone());
         self.log.advance(vec![Advance {
             stream,
             device: persistent.then_some(device),
             position: log::Position(position.0),
         }]);
+        if let Some(user) = inbox_of {
+            self.receipts.delivered(&user, log::Position(after.0), log::Position(position.0));
+        }
     }
 
     async fn load_session(&self, session: &SessionKey) -> Result<Option<SessionRecord>, ServiceError> {
@@ -330,6 +427,27 @@ impl<L: Log> Service for ChatService<L> {
     fn session_ended(&self, session: &SessionKey, expiry_s: u32) {
         if let Ok(device) = Self::device(session) {
             self.log.end_session(&device, now_ms(), expiry_s);
+        }
+    }
+
+    fn arrived(&self, user: &Arc<str>) {
+        if let Ok(user) = UserId::parse(user) {
+            self.presence.arrived(&user);
+        }
+    }
+
+    fn left(&self, user: &Arc<str>) {
+        if let Ok(user) = UserId::parse(user) {
+            self.presence.left(&user);
+        }
+    }
+
+    fn subscribed(&self, user: &Arc<str>, topic: &Arc<str>, subscriber: Subscriber) {
+        let Ok(user) = UserId::parse(user) else { return };
+        if **topic == *Down::Receipt.topic(&user) {
+            self.receipts.listens(&user);
+        } else if **topic == *Down::Presence.topic(&user) {
+            self.presence.listens(user, subscriber);
         }
     }
 

@@ -105,6 +105,9 @@ pub struct Limits {
     #[serde(rename = "shutdown_timeout_ms")]
     #[serde(deserialize_with = "milliseconds_within::<_, 0, 600_000>", serialize_with = "as_milliseconds")]
     pub shutdown_timeout: Duration,
+    #[serde(rename = "presence_grace_ms")]
+    #[serde(deserialize_with = "milliseconds_within::<_, 0, 600_000>", serialize_with = "as_milliseconds")]
+    pub presence_grace: Duration,
     #[serde(deserialize_with = "within::<_, _, 1, 65_535>")]
     pub receive_maximum: u16,
     #[serde(deserialize_with = "within::<_, _, 1, 65_535>")]

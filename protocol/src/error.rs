@@ -29,6 +29,20 @@ pub enum ErrorCode {
     IdConflict,
     /// A quota is full.
     QuotaExceeded,
+    /// No such conversation.
+    UnknownConversation,
+    /// There is no such entry, or it is not what it has to be.
+    InvalidSeq,
+    /// `read` takes a seq in decimal, `typing` takes `on` or `off`.
+    InvalidPayload,
+    /// There is no such method.
+    UnknownMethod,
+    /// A request's object has a member that is missing, unknown or wrong.
+    InvalidRequest,
+    /// The token is not one of this server's: start over without it.
+    InvalidToken,
+    /// Faster than the server takes it.
+    RateLimited,
     /// This server version does not serve it.
     NotSupported,
     /// The server's disk is full.
@@ -39,7 +53,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 14] = [
+    pub const ALL: [Self; 21] = [
         Self::InvalidTopic,
         Self::InvalidUser,
         Self::InvalidPeer,
@@ -51,6 +65,13 @@ impl ErrorCode {
         Self::SelfMessage,
         Self::IdConflict,
         Self::QuotaExceeded,
+        Self::UnknownConversation,
+        Self::InvalidSeq,
+        Self::InvalidPayload,
+        Self::UnknownMethod,
+        Self::InvalidRequest,
+        Self::InvalidToken,
+        Self::RateLimited,
         Self::NotSupported,
         Self::StorageFull,
         Self::Unavailable,
@@ -70,6 +91,13 @@ impl ErrorCode {
             Self::SelfMessage => "self_message",
             Self::IdConflict => "id_conflict",
             Self::QuotaExceeded => "quota_exceeded",
+            Self::UnknownConversation => "unknown_conversation",
+            Self::InvalidSeq => "invalid_seq",
+            Self::InvalidPayload => "invalid_payload",
+            Self::UnknownMethod => "unknown_method",
+            Self::InvalidRequest => "invalid_request",
+            Self::InvalidToken => "invalid_token",
+            Self::RateLimited => "rate_limited",
             Self::NotSupported => "not_supported",
             Self::StorageFull => "storage_full",
             Self::Unavailable => "unavailable",
@@ -81,10 +109,16 @@ impl ErrorCode {
         match self {
             Self::InvalidTopic | Self::InvalidUser | Self::InvalidPeer | Self::InvalidId | Self::SelfMessage => 0x90,
             Self::NotAuthorized => 0x87,
-            Self::EmptyText | Self::NotUtf8 => 0x99,
+            Self::EmptyText | Self::NotUtf8 | Self::InvalidPayload | Self::InvalidRequest => 0x99,
             // 0x95 (packet too large) is not for PUBACK; 0x97 is MQTT's "an imposed limit has been exceeded".
-            Self::TextTooLong | Self::QuotaExceeded | Self::StorageFull => 0x97,
-            Self::IdConflict | Self::NotSupported | Self::Unavailable => 0x83,
+            Self::TextTooLong | Self::QuotaExceeded | Self::StorageFull | Self::RateLimited => 0x97,
+            Self::IdConflict
+            | Self::UnknownConversation
+            | Self::InvalidSeq
+            | Self::UnknownMethod
+            | Self::InvalidToken
+            | Self::NotSupported
+            | Self::Unavailable => 0x83,
         }
     }
 }

@@ -5,8 +5,10 @@
 
 mod envelope;
 mod error;
+pub mod event;
 mod name;
 mod number;
+pub mod request;
 pub mod topic;
 
 pub use envelope::{EntryRef, Envelope, InvalidEnvelope, Kind, KindRef, encode};

@@ -91,6 +91,8 @@ pub enum Down {
     Sent,
     /// The peer's cursors.
     Receipt,
+    /// My own read cursor.
+    Read,
     /// The peer is typing.
     Typing,
     /// Who is there.
@@ -103,8 +105,8 @@ pub enum Down {
 
 impl Down {
     /// All of them.
-    pub const ALL: [Self; 7] =
-        [Self::Inbox, Self::Sent, Self::Receipt, Self::Typing, Self::Presence, Self::Error, Self::Res];
+    pub const ALL: [Self; 8] =
+        [Self::Inbox, Self::Sent, Self::Receipt, Self::Read, Self::Typing, Self::Presence, Self::Error, Self::Res];
 
     /// What follows `chat/{me}/`.
     pub fn suffix(self) -> &'static str {
@@ -112,6 +114,7 @@ impl Down {
             Self::Inbox => "inbox",
             Self::Sent => "sent",
             Self::Receipt => "event/receipt",
+            Self::Read => "event/read",
             Self::Typing => "event/typing",
             Self::Presence => "event/presence",
             Self::Error => "event/error",
@@ -169,6 +172,12 @@ pub fn parse_filter(me: &UserId, filter: &str) -> Result<Vec<Down>, FilterRefusa
     if topics.is_empty() { Err(FilterRefusal { me: me.clone() }) } else { Ok(topics) }
 }
 
+/// Whether a topic is `chat/{me}/res/{token}`: one of a user's own, for answers to requests that name it. A token is as a message id.
+pub fn is_response_topic(me: &UserId, topic: &str) -> bool {
+    let token = topic.strip_prefix(&Down::Res.topic(me)).and_then(|rest| rest.strip_prefix('/'));
+    token.is_some_and(|token| MessageId::parse(token).is_ok())
+}
+
 /// Whether a topic name or filter lies below `chat/`: its first level is exactly `chat`.
 pub fn is_chat(topic: &str) -> bool {
     topic.split('/').next() == Some(ROOT)
@@ -179,6 +188,7 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::request::Method;
 
     fn user(name: &str) -> UserId {
         UserId::parse(name).expect("valid")
@@ -208,10 +218,14 @@ mod tests {
     #[test]
     fn filters_mean_exactly_ones_own_topics() {
         let bob = user("bob");
-        assert_eq!(parse_filter(&bob, "chat/bob/#").map(|topics| topics.len()), Ok(7));
+        assert_eq!(parse_filter(&bob, "chat/bob/#").map(|topics| topics.len()), Ok(8));
         assert_eq!(parse_filter(&bob, "chat/bob/+"), Ok(vec![Down::Inbox, Down::Sent, Down::Res]));
-        assert_eq!(parse_filter(&bob, "chat/bob/event/+").map(|topics| topics.len()), Ok(4));
+        assert_eq!(parse_filter(&bob, "chat/bob/event/+").map(|topics| topics.len()), Ok(5));
         assert_eq!(parse_filter(&bob, "chat/bob/inbox"), Ok(vec![Down::Inbox]));
+        assert!(is_response_topic(&bob, "chat/bob/res/r-1"));
+        for other in ["chat/bob/res", "chat/bob/res/", "chat/bob/res/+", "chat/bob/res/a/b", "chat/bobby/res/a"] {
+            assert!(!is_response_topic(&bob, other), "{other}");
+        }
         for refused in
             ["chat/#", "chat/+/inbox", "chat/bobby/inbox", "chat/bo/inbox", "chat/bob", "chat/bob/out/alice", "chat"]
         {
@@ -220,7 +234,7 @@ mod tests {
     }
 
     #[test]
-    fn the_documentation_names_every_topic_and_code() {
+    fn the_documentation_names_every_topic_method_and_code() {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/protocol.md");
         let docs = std::fs::read_to_string(path).expect("docs/protocol.md is there");
         for pattern in Up::PATTERNS {
@@ -229,6 +243,10 @@ mod tests {
         for down in Down::ALL {
             let topic = format!("`chat/{{me}}/{}`", down.suffix());
             assert!(docs.contains(&topic), "{topic} is not in docs/protocol.md");
+        }
+        for method in Method::ALL {
+            let row = format!("| `{}` |", method.as_str());
+            assert!(docs.contains(&row), "{row} is not in docs/protocol.md");
         }
         for code in ErrorCode::ALL {
             let row = format!("| `{}` | 0x{:02X} |", code.as_str(), code.reason_code());

@@ -12,8 +12,8 @@ use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
 
 use super::{
-    Account, Advance, AppendError, Body, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page,
-    PeerRecord, Position, ReadLimit, SessionRecord, Side, Stream,
+    Account, Advance, AppendError, Body, ConversationHead, Delivered, Device, Entry, IdKey, Log, LogError, NewEntry,
+    Page, PeerRecord, Position, ReadLimit, SessionRecord, Side, Stream,
 };
 
 /// A log without a disk.
@@ -31,7 +31,7 @@ struct State {
     conversations: FxHashMap<ConversationId, Vec<Position>>,
     streams: FxHashMap<Stream, Vec<Position>>,
     ids: FxHashMap<IdKey, Vec<Position>>,
-    delivered: FxHashMap<Stream, Position>,
+    delivered: FxHashMap<Stream, Delivered>,
     sessions: FxHashMap<Device, SessionRecord>,
     peers: BTreeMap<(UserId, UserId), PeerRecord>,
     hidden: BTreeMap<(UserId, UserId, Seq), Position>,
@@ -205,12 +205,19 @@ impl Log for MemoryLog {
             if let Some(session) = device.and_then(|device| state.sessions.get_mut(&device)) {
                 session.advance(stream.side, position);
             }
+            let moved = state.head();
             let delivered = state.delivered.entry(stream).or_default();
-            *delivered = position.max(*delivered);
+            if position > delivered.position {
+                *delivered = Delivered { position, moved };
+            }
         }
     }
 
-    async fn delivered(&self, stream: &Stream) -> Result<Position, LogError> {
+    fn identity(&self) -> u64 {
+        0
+    }
+
+    async fn delivered(&self, stream: &Stream) -> Result<Delivered, LogError> {
         Ok(self.state.lock().delivered.get(stream).copied().unwrap_or_default())
     }
 

@@ -36,9 +36,10 @@ pub enum Body {
     Unsend {
         target: Seq,
     },
-    /// Words that were erased; so many bytes they had.
+    /// A text, or an edit of `target`, whose words were erased; so many bytes they had.
     Erased {
         bytes: u64,
+        target: Option<Seq>,
     },
 }
 
@@ -54,7 +55,8 @@ impl Body {
     /// The same without its words; `None` if it has none.
     fn erased(&self) -> Option<Self> {
         match self {
-            Self::Text(text) | Self::Edit { text, .. } => Some(Self::Erased { bytes: text.len() as u64 }),
+            Self::Text(text) => Some(Self::Erased { bytes: text.len() as u64, target: None }),
+            Self::Edit { target, text } => Some(Self::Erased { bytes: text.len() as u64, target: Some(*target) }),
             Self::Unsend { .. } | Self::Erased { .. } => None,
         }
     }
@@ -63,14 +65,15 @@ impl Body {
     pub fn target(&self) -> Option<Seq> {
         match self {
             Self::Edit { target, .. } | Self::Unsend { target } => Some(*target),
-            Self::Text(_) | Self::Erased { .. } => None,
+            Self::Erased { target, .. } => *target,
+            Self::Text(_) => None,
         }
     }
 
     /// What it counts for the accounts of its entry, in bytes. Erasing changes nothing: the room stays taken until the entry is removed.
     pub fn counted_bytes(&self) -> u64 {
         let words = match self {
-            Self::Erased { bytes } => *bytes,
+            Self::Erased { bytes, .. } => *bytes,
             _ => self.text().len() as u64,
         };
         words.saturating_add(MESSAGE_OVERHEAD_BYTES)
@@ -247,6 +250,15 @@ pub struct PeerRecord {
     pub changed: Position,
 }
 
+/// What has reached a user.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Delivered {
+    /// The highest position that any device has acknowledged.
+    pub position: Position,
+    /// The head of the log when that became so.
+    pub moved: Position,
+}
+
 /// A cursor's new place. Cursors only advance: an older position than the stored one changes nothing.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Advance {
@@ -332,8 +344,11 @@ pub trait Log: Send + Sync + 'static {
     /// Reads of sessions and cursors see it at once.
     fn advance(&self, advances: Vec<Advance>);
 
-    /// What some device of the user has had: the highest position that any device has acknowledged in this stream.
-    fn delivered(&self, stream: &Stream) -> impl Future<Output = Result<Position, LogError>> + Send;
+    /// What some device of the user has had in this stream.
+    fn delivered(&self, stream: &Stream) -> impl Future<Output = Result<Delivered, LogError>> + Send;
+
+    /// A number that this log has kept since it was made, and no other log has.
+    fn identity(&self) -> u64;
 
     /// A device's session.
     fn session(&self, device: &Device) -> impl Future<Output = Result<Option<SessionRecord>, LogError>> + Send;
@@ -383,7 +398,7 @@ pub trait Log: Send + Sync + 'static {
     /// When a user was last there, as far as it was noted.
     fn last_seen(&self, user: &UserId) -> impl Future<Output = Result<Option<u64>, LogError>> + Send;
 
-    /// Edits and unsends of entries of a conversation, in the order asked, each in the order of seq.
+    /// Edits (also erased ones) and unsends of entries of a conversation, in the order asked, each in the order of seq.
     fn changes(
         &self,
         conversation: &ConversationId,

@@ -27,6 +27,8 @@ enum Kind {
     Id = 4,
     /// Edits and unsends of one entry.
     Change = 5,
+    /// The log itself.
+    Log = 6,
 }
 
 impl Key {
@@ -35,10 +37,6 @@ impl Key {
 
     pub(super) fn is_conversation(self) -> bool {
         self.0 >> HASH_BITS == Kind::Conversation as u128
-    }
-
-    pub(super) fn is_change(self) -> bool {
-        self.0 >> HASH_BITS == Kind::Change as u128
     }
 
     pub(super) fn is_id(self) -> bool {
@@ -119,6 +117,11 @@ impl Keys {
             hasher.write(&[0]);
             hasher.write(&target.get().to_be_bytes());
         })
+    }
+
+    /// Tells the log from others, and nothing about its secret.
+    pub(super) fn identity(&self) -> u64 {
+        self.key(Kind::Log, |_| ()).random_bits().0
     }
 
     fn key(&self, kind: Kind, write: impl FnOnce(&mut SipHasher13)) -> Key {

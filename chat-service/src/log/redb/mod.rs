@@ -40,8 +40,8 @@ pub use self::open::OpenError;
 use self::open::Opener;
 use self::writer::Queue;
 use super::{
-    Account, Advance, AppendError, ConversationHead, Device, Entry, IdKey, Log, LogError, NewEntry, Page, PeerRecord,
-    Position, ReadLimit, SessionRecord, Stream,
+    Account, Advance, AppendError, ConversationHead, Delivered, Device, Entry, IdKey, Log, LogError, NewEntry, Page,
+    PeerRecord, Position, ReadLimit, SessionRecord, Stream,
 };
 
 /// How to open a [`RedbLog`].
@@ -237,10 +237,15 @@ impl Log for RedbLog {
     }
 
     fn advance(&self, advances: Vec<Advance>) {
-        self.shared.queue.note(|notes| advances.into_iter().for_each(|advance| notes.advance(advance)));
+        let head = self.head();
+        self.shared.queue.note(|notes| advances.into_iter().for_each(|advance| notes.advance(advance, head)));
     }
 
-    async fn delivered(&self, stream: &Stream) -> Result<Position, LogError> {
+    fn identity(&self) -> u64 {
+        self.shared.keys.identity()
+    }
+
+    async fn delivered(&self, stream: &Stream) -> Result<Delivered, LogError> {
         self.shared.delivered(stream)
     }
 

@@ -8,12 +8,12 @@ use std::ops::RangeInclusive;
 use chat_protocol::{Seq, UserId};
 use rustc_hash::FxHashMap;
 
-use super::super::{Advance, Device, PeerRecord, Position, SessionRecord, Side, Stream};
+use super::super::{Advance, Delivered, Device, PeerRecord, Position, SessionRecord, Side, Stream};
 
 /// Notes since some moment, folded.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Notes {
-    pub(super) delivered: FxHashMap<Stream, Position>,
+    pub(super) delivered: FxHashMap<Stream, Delivered>,
     pub(super) sessions: FxHashMap<Device, SessionNote>,
     /// By user and peer.
     pub(super) peers: FxHashMap<(UserId, UserId), PeerNote>,
@@ -110,7 +110,8 @@ impl Notes {
         *seen = at_ms.max(*seen);
     }
 
-    pub(super) fn advance(&mut self, advance: Advance) {
+    /// `head`: of the log, now.
+    pub(super) fn advance(&mut self, advance: Advance, head: Position) {
         let Advance { stream, device, position } = advance;
         if let Some(device) = device {
             let note = self.sessions.entry(device).or_default();
@@ -120,8 +121,14 @@ impl Notes {
             };
             *cursor = (*cursor).max(Some(position));
         }
-        let delivered = self.delivered.entry(stream).or_default();
-        *delivered = position.max(*delivered);
+        self.delivered_up_to(stream, Delivered { position, moved: head });
+    }
+
+    fn delivered_up_to(&mut self, stream: Stream, delivered: Delivered) {
+        let noted = self.delivered.entry(stream).or_default();
+        if delivered.position > noted.position {
+            *noted = delivered;
+        }
     }
 
     /// Earlier notes about the session are void.
@@ -135,9 +142,8 @@ impl Notes {
 
     /// Adds notes made after these.
     pub(super) fn fold(&mut self, later: Self) {
-        for (stream, position) in later.delivered {
-            let delivered = self.delivered.entry(stream).or_default();
-            *delivered = position.max(*delivered);
+        for (stream, delivered) in later.delivered {
+            self.delivered_up_to(stream, delivered);
         }
         for (device, note) in later.sessions {
             self.sessions.entry(device).or_default().fold(note);
@@ -219,11 +225,11 @@ mod tests {
 
     fn note(notes: &mut Notes, step: &Step) {
         match *step {
-            Step::Advance(side, position) => notes.advance(Advance {
-                stream: Stream { user: device().user, side },
-                device: Some(device()),
-                position: Position(position),
-            }),
+            Step::Advance(side, position) => {
+                let stream = Stream { user: device().user, side };
+                let advance = Advance { stream, device: Some(device()), position: Position(position) };
+                notes.advance(advance, Position(99));
+            }
             Step::Put(inbox, sent) => notes.replace(device(), Some(record(inbox, sent))),
             Step::Delete => notes.replace(device(), None),
             Step::End(at_ms) => notes.end(device(), at_ms, 7),

@@ -23,8 +23,8 @@ use super::recent::Posted;
 use super::record::{Broken, encode_peer};
 use super::row::{self, Tail};
 use super::schema::{
-    BLOCKS, DELIVERED, FILTERS, FIRST_KEY, FORMAT_KEY, HEADS, HIDDEN, INDEX_FORMAT, LOG_FORMAT, META, PEERS, ROWS,
-    RUNS, SECRET_KEYS, SEEN, SESSIONS, USAGE, USAGE_KEYS, peer_key,
+    BLOCKS, DELIVERED, DELIVERED_OF_FORMAT_2, FILTERS, FIRST_KEY, FORMAT_KEY, HEADS, HIDDEN, INDEX_FORMAT, LOG_FORMAT,
+    META, PEERS, ROWS, RUNS, SECRET_KEYS, SEEN, SESSIONS, USAGE, USAGE_KEYS, peer_key,
 };
 
 const LOG_FILE_NAME: &str = "log.redb";
@@ -361,6 +361,15 @@ fn add_peers(log: &Database) -> Result<(), ReadError> {
         }
     }
     drop(peers);
+    let last = writing.open_table(ROWS)?.last()?.map(|(first, row)| row::last(Position(first.value()), row.value()));
+    let last = last.transpose()?.unwrap_or_default();
+    let mut delivered = writing.open_table(DELIVERED)?;
+    for found in writing.open_table(DELIVERED_OF_FORMAT_2)?.iter()? {
+        let (key, position) = found?;
+        delivered.insert(key.value(), (position.value(), last.0))?;
+    }
+    drop(delivered);
+    writing.delete_table(DELIVERED_OF_FORMAT_2)?;
     writing.open_table(META)?.insert(FORMAT_KEY, LOG_FORMAT)?;
     writing.commit()?;
     Ok(())

@@ -11,8 +11,8 @@ use ::redb::{OwnedAccessGuard, ReadOnlyTable, ReadTransaction, ReadableDatabase,
 use chat_protocol::{ConversationId, Seq, UserId};
 
 use super::super::{
-    Account, ConversationHead, Device, Entry, IdKey, LogError, Page, PeerRecord, Position, ReadLimit, SessionRecord,
-    Side, Stream,
+    Account, ConversationHead, Delivered, Device, Entry, IdKey, LogError, Page, PeerRecord, Position, ReadLimit,
+    SessionRecord, Side, Stream,
 };
 use super::Shared;
 use super::index::After;
@@ -109,15 +109,15 @@ impl Shared {
         ReadError::Closed(self.failure().unwrap_or("the log ends").to_owned())
     }
 
-    pub(super) fn delivered(&self, stream: &Stream) -> Result<Position, LogError> {
+    pub(super) fn delivered(&self, stream: &Stream) -> Result<Delivered, LogError> {
         let noted = self.queue.noted_delivered(stream);
         let stored = self.snapshot(|snapshot| {
             let delivered = snapshot.open_table(DELIVERED)?;
             let stored = delivered.get(delivered_key(stream).as_slice())?;
-            Ok(stored.map_or(Position::default(), |position| Position(position.value())))
+            Ok(stored.map_or(Delivered::default(), |stored| delivered_of(stored.value())))
         });
         let stored = stored.map_err(|error| failed(format!("reading what was delivered of {stream}"), &error))?;
-        Ok(stored.max(noted))
+        Ok(if noted.position > stored.position { noted } else { stored })
     }
 
     pub(super) fn session(&self, device: &Device) -> Result<Option<SessionRecord>, LogError> {
@@ -138,6 +138,10 @@ fn failed(what: String, error: &ReadError) -> LogError {
 }
 
 type Bytes = &'static [u8];
+
+pub(super) fn delivered_of((position, moved): (u64, u64)) -> Delivered {
+    Delivered { position: Position(position), moved: Position(moved) }
+}
 
 pub(super) fn stored_peer(
     peers: &impl ReadableTable<Bytes, Bytes>,
@@ -263,14 +267,10 @@ impl Shared {
         let changes = |target: &Seq| {
             let key = self.keys.change(conversation, *target);
             let is_meant = |_: Option<&Entry>, entry: &Entry| {
-                // Erased, it does not say any more what it changed.
-                let target = entry.body.target().unwrap_or(*target) == *target;
-                entry.conversation == *conversation && target
+                entry.conversation == *conversation && entry.body.target() == Some(*target)
             };
             let limit = ReadLimit { entries: usize::MAX, bytes: usize::MAX };
-            let mut page = self.page_of(key, After::Position(0), usize::MAX, limit, is_meant)?;
-            page.entries.retain(|entry| entry.body.target().is_some());
-            Ok(page.entries)
+            Ok(self.page_of(key, After::Position(0), usize::MAX, limit, is_meant)?.entries)
         };
         targets.iter().map(changes).collect()
     }

@@ -58,15 +58,17 @@ pub(super) fn encode_entry(position: Position, entry: &NewEntry, record: &mut Ve
     // No id has no characters.
     put_text(record, entry.id.as_ref().map_or("", |id| id.as_str()));
     if !plain {
-        let (kind, number) = match &entry.body {
-            Body::Text(_) => (KIND_TEXT, None),
-            Body::Edit { target, .. } => (KIND_EDIT, Some(target.get())),
-            Body::Unsend { target } => (KIND_UNSEND, Some(target.get())),
-            Body::Erased { bytes } => (KIND_ERASED, Some(*bytes)),
+        let kind = match &entry.body {
+            Body::Text(_) => KIND_TEXT,
+            Body::Edit { .. } => KIND_EDIT,
+            Body::Unsend { .. } => KIND_UNSEND,
+            Body::Erased { .. } => KIND_ERASED,
         };
         put_number(record, kind | if entry.withheld { WITHHELD } else { 0 });
-        if let Some(number) = number {
-            put_number(record, number);
+        // No target is 0.
+        put_number(record, entry.body.target().map_or(0, Seq::get));
+        if let Body::Erased { bytes, .. } = &entry.body {
+            put_number(record, *bytes);
         }
     }
     put_text(record, entry.body.text());
@@ -82,17 +84,18 @@ pub(super) fn decode_entry(position: Position, record: &[u8]) -> Result<Entry, B
         let from = UserId::parse(body.text()?).map_err(|error| error.to_string())?;
         let to = UserId::parse(body.text()?).map_err(|error| error.to_string())?;
         let id = body.text()?;
-        let flags = if version == VERSION { KIND_TEXT } else { body.number()? };
+        let (flags, target) =
+            if version == VERSION { (KIND_TEXT, None) } else { (body.number()?, Seq::new(body.number()?)) };
         let kind = flags & KIND_MASK;
-        let number = if kind == KIND_TEXT { 0 } else { body.number()? };
-        let target = || Seq::new(number).ok_or("target 0");
+        let bytes = if kind == KIND_ERASED { body.number()? } else { 0 };
+        let wanted = || target.ok_or("target 0");
         let text = body.text()?;
         body.finish()?;
         let entry_body = match kind {
             KIND_TEXT => Body::Text(text.into()),
-            KIND_EDIT => Body::Edit { target: target()?, text: text.into() },
-            KIND_UNSEND => Body::Unsend { target: target()? },
-            KIND_ERASED => Body::Erased { bytes: number },
+            KIND_EDIT => Body::Edit { target: wanted()?, text: text.into() },
+            KIND_UNSEND => Body::Unsend { target: wanted()? },
+            KIND_ERASED => Body::Erased { bytes, target },
             _ => return Err(format!("kind {kind} is not known here")),
         };
         Ok(Entry {
@@ -349,8 +352,13 @@ mod tests {
     #[test]
     fn entries_come_back() {
         let target = Seq::new(299).unwrap();
-        let bodies =
-            ["".into(), Body::Edit { target, text: "now".into() }, Body::Unsend { target }, Body::Erased { bytes: 9 }];
+        let bodies = [
+            "".into(),
+            Body::Edit { target, text: "now".into() },
+            Body::Unsend { target },
+            Body::Erased { bytes: 9, target: None },
+            Body::Erased { bytes: 9, target: Some(target) },
+        ];
         let others = bodies.into_iter().flat_map(|body| {
             [false, true].map(|withheld| NewEntry { id: None, body: body.clone(), withheld, ..entry() })
         });

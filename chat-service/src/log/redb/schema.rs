@@ -32,8 +32,10 @@ pub(super) const META: TableDefinition<'static, &'static str, u64> = TableDefini
 
 /// Log: position of its first entry → row of entries.
 pub(super) const ROWS: TableDefinition<'static, u64, Bytes> = TableDefinition::new("rows");
-/// Log: user and side → the highest acknowledged position.
-pub(super) const DELIVERED: TableDefinition<'static, Bytes, u64> = TableDefinition::new("delivered");
+/// Log: user and side → the highest acknowledged position, and the head of the log when it became that.
+pub(super) const DELIVERED: TableDefinition<'static, Bytes, (u64, u64)> = TableDefinition::new("acknowledged");
+/// Of format 2: user and side → the highest acknowledged position.
+pub(super) const DELIVERED_OF_FORMAT_2: TableDefinition<'static, Bytes, u64> = TableDefinition::new("delivered");
 /// Log: user and client id → session record.
 pub(super) const SESSIONS: TableDefinition<'static, Bytes, Bytes> = TableDefinition::new("sessions");
 /// Log: conversation → head, for those whose entries are removed; behind what the entries say if there are any again.

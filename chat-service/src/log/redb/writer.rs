@@ -17,14 +17,14 @@ use rustc_hash::FxHashMap;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 
 use super::super::{
-    AppendError, Body, ConversationHead, Device, Entry, LogError, NewEntry, PeerRecord, Position, Stream,
+    AppendError, Body, ConversationHead, Delivered, Device, Entry, LogError, NewEntry, PeerRecord, Position, Stream,
 };
 use super::Shared;
 use super::index::After;
 use super::key::Key;
 use super::notes::{Notes, SessionNote};
 use super::open::{OpenError, Opener, read_prepared};
-use super::reader::{ReadError, stored_peer, stored_session};
+use super::reader::{ReadError, delivered_of, stored_peer, stored_session};
 use super::recent::Posted;
 use super::record::{encode_head, encode_peer, encode_session};
 use super::remover::Removal;
@@ -109,10 +109,10 @@ impl Queue {
     }
 
     /// The highest position that is noted and perhaps not committed.
-    pub(super) fn noted_delivered(&self, stream: &Stream) -> Position {
+    pub(super) fn noted_delivered(&self, stream: &Stream) -> Delivered {
         let waiting = self.waiting.lock();
         let noted = [&waiting.writing, &waiting.notes].map(|notes| notes.delivered.get(stream).copied());
-        noted.into_iter().flatten().max().unwrap_or_default()
+        noted.into_iter().flatten().max_by_key(|delivered| delivered.position).unwrap_or_default()
     }
 
     /// What is noted about a session, the earlier first, and what `at_once` returns at the same moment.
@@ -673,10 +673,10 @@ fn write_notes(transaction: &WriteTransaction, notes: &Notes) -> Result<(), Read
         return Ok(());
     }
     let mut delivered = transaction.open_table(DELIVERED)?;
-    for (key, position) in sorted(notes.delivered.iter().map(|(stream, position)| (delivered_key(stream), *position))) {
-        let stored = delivered.get(key.as_slice())?.map(|stored| stored.value());
-        if stored.is_none_or(|stored| stored < position.0) {
-            delivered.insert(key.as_slice(), position.0)?;
+    for (key, noted) in sorted(notes.delivered.iter().map(|(stream, noted)| (delivered_key(stream), *noted))) {
+        let stored = delivered.get(key.as_slice())?.map(|stored| delivered_of(stored.value()));
+        if stored.is_none_or(|stored| stored.position < noted.position) {
+            delivered.insert(key.as_slice(), (noted.position.0, noted.moved.0))?;
         }
     }
     let mut sessions = transaction.open_table(SESSIONS)?;

@@ -1,0 +1,214 @@
+//! Presence: who has a device connected, told to those they share a conversation with.
+//!
+//! A user is online while any device is connected, and a grace period longer, so that a reconnect is not seen. Only changes are told, and
+//! only to those who listen, in small portions. After a restart nobody is online until they connect; when they were last seen is in the log.
+
+use std::collections::VecDeque;
+use std::future::Future;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use broker::Announcer;
+use broker::live::LiveMessage;
+use broker::service::Subscriber;
+use chat_protocol::event::{PresenceEvent, PresenceStatus, encode_event};
+use chat_protocol::topic::Down;
+use chat_protocol::{Timestamp, UserId};
+use parking_lot::Mutex;
+use rustc_hash::FxHashMap;
+use tokio::sync::Notify;
+use tokio::time::Instant;
+
+use crate::log::{Log, LogError};
+use crate::views::Views;
+
+/// Events that are announced together; the next portion comes after a pause.
+const PORTION: usize = 256;
+const PAUSE: Duration = Duration::from_millis(10);
+/// States that a new listener is told at first.
+const FIRST_STATES_MAX: usize = 2_000;
+
+/// A user who has or had a device connected.
+#[derive(Debug, Default)]
+struct Online {
+    /// Connections.
+    devices: usize,
+    /// Others were told that the user is online.
+    told: bool,
+    /// When the grace after the last device's going is over.
+    gone_at: Option<Instant>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    online: FxHashMap<UserId, Online>,
+    /// Users whose last device went, in that order, and when their grace is over.
+    leaving: VecDeque<(Instant, UserId)>,
+    /// Users who came, to be told.
+    arrived: VecDeque<UserId>,
+}
+
+/// Who is there.
+pub struct Presence<L> {
+    log: Arc<L>,
+    views: Views<L>,
+    announcer: Announcer,
+    grace: Duration,
+    state: Mutex<State>,
+    wake: Notify,
+}
+
+impl<L: Log> Presence<L> {
+    pub fn new(log: Arc<L>, announcer: Announcer, grace: Duration) -> Self {
+        Self {
+            views: Views::new(Arc::clone(&log)),
+            log,
+            announcer,
+            grace,
+            state: Mutex::default(),
+            wake: Notify::new(),
+        }
+    }
+
+    /// A device of this user is there.
+    pub fn arrived(&self, user: &UserId) {
+        let mut state = self.state.lock();
+        let online = state.online.entry(user.clone()).or_default();
+        online.devices += 1;
+        online.gone_at = None;
+        if !online.told {
+            online.told = true;
+            state.arrived.push_back(user.clone());
+            drop(state);
+            self.wake.notify_one();
+        }
+    }
+
+    /// A device of this user has gone.
+    pub fn left(&self, user: &UserId) {
+        let mut state = self.state.lock();
+        let Some(online) = state.online.get_mut(user) else { return };
+        online.devices = online.devices.saturating_sub(1);
+        if online.devices == 0 {
+            let gone_at = Instant::now() + self.grace;
+            online.gone_at = Some(gone_at);
+            state.leaving.push_back((gone_at, user.clone()));
+            drop(state);
+            self.log.note_seen(user, now_ms());
+            self.wake.notify_one();
+        }
+    }
+
+    fn is_online(&self, user: &UserId) -> bool {
+        self.state.lock().online.contains_key(user)
+    }
+
+    /// A connection of this user listens from now on: it is told the states as they are.
+    pub fn listens(self: &Arc<Self>, user: UserId, subscriber: Subscriber) {
+        let presence = Arc::clone(self);
+        tokio::spawn(async move {
+            if let Err(error) = presence.tell_states(&user, &subscriber).await {
+                tracing::error!(%error, "who is there could not be told");
+            }
+        });
+    }
+
+    async fn tell_states(&self, user: &UserId, subscriber: &Subscriber) -> Result<(), LogError> {
+        let topic: Arc<str> = Down::Presence.topic(user).into();
+        let peers = self.views.peers(user).await?;
+        let (online, offline): (Vec<UserId>, Vec<UserId>) = peers.into_iter().partition(|peer| self.is_online(peer));
+        for (told, peer) in online.into_iter().chain(offline).take(FIRST_STATES_MAX).enumerate() {
+            if !self.views.blocks(&peer, user).await?
+                && let Some(event) = self.event(&peer).await?
+            {
+                subscriber.send(LiveMessage::event(Arc::clone(&topic), encode_event(&event)).retained());
+            }
+            if told % PORTION == PORTION - 1 {
+                tokio::time::sleep(PAUSE).await;
+            }
+        }
+        Ok(())
+    }
+
+    /// The state of a user; `None` if they were never there.
+    async fn event(&self, user: &UserId) -> Result<Option<PresenceEvent>, LogError> {
+        if self.is_online(user) {
+            return Ok(Some(PresenceEvent { user: user.clone(), status: PresenceStatus::Online, last_seen: None }));
+        }
+        let last_seen = self.log.last_seen(user).await?.map(Timestamp::from_ms);
+        Ok(last_seen.map(|at| PresenceEvent {
+            user: user.clone(),
+            status: PresenceStatus::Offline,
+            last_seen: Some(at),
+        }))
+    }
+
+    /// Tells changes until `shutdown`.
+    pub async fn run(self: Arc<Self>, shutdown: impl Future<Output = ()>) {
+        let telling = async {
+            loop {
+                while let Some(user) = self.next_change() {
+                    if let Err(error) = self.tell(&user).await {
+                        tracing::error!(%error, %user, "who is there could not be told");
+                    }
+                }
+                let due = self.state.lock().leaving.front().map(|(due, _)| *due);
+                match due {
+                    Some(due) => drop(tokio::time::timeout_at(due, self.wake.notified()).await),
+                    None => self.wake.notified().await,
+                }
+            }
+        };
+        tokio::select! {
+            () = shutdown => {}
+            () = telling => {}
+        }
+    }
+
+    /// The next user whose state is to be told.
+    fn next_change(&self) -> Option<UserId> {
+        let mut state = self.state.lock();
+        let state = &mut *state;
+        if let Some(user) = state.arrived.pop_front() {
+            return Some(user);
+        }
+        let now = Instant::now();
+        while let Some((gone_at, user)) = state.leaving.pop_front_if(|(gone_at, _)| *gone_at <= now) {
+            // Who came back meanwhile is still there; who left again has a later place in the queue.
+            if state.online.get(&user).is_some_and(|online| online.gone_at == Some(gone_at)) {
+                state.online.remove(&user);
+                return Some(user);
+            }
+        }
+        None
+    }
+
+    async fn tell(&self, user: &UserId) -> Result<(), LogError> {
+        let Some(event) = self.event(user).await? else { return Ok(()) };
+        let event: bytes::Bytes = encode_event(&event).into();
+        let peers = self.views.peers(user).await?.into_iter();
+        let listening: Vec<(UserId, String)> = peers
+            .map(|peer| (Down::Presence.topic(&peer), peer))
+            .filter(|(topic, _)| self.announcer.has_subscribers(topic))
+            .map(|(topic, peer)| (peer, topic))
+            .collect();
+        for (nth, portion) in listening.chunks(PORTION).enumerate() {
+            if nth > 0 {
+                tokio::time::sleep(PAUSE).await;
+            }
+            let mut messages = Vec::with_capacity(portion.len());
+            for (peer, topic) in portion {
+                if !self.views.blocks(peer, user).await? {
+                    messages.push(LiveMessage::event(topic.as_str().into(), event.clone()));
+                }
+            }
+            self.announcer.announce(messages);
+        }
+        Ok(())
+    }
+}
+
+fn now_ms() -> u64 {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
+}
