@@ -16,7 +16,7 @@ pub struct Send {
     pub to: UserId,
     pub id: Option<MessageId>,
     pub body: Body,
-    /// The receiver has blocked the sender.
+    /// The receiver has blocked the sender, or did when what this changes was sent.
     pub withheld: bool,
 }
 

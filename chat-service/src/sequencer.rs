@@ -19,7 +19,9 @@ use tokio::sync::{mpsc, oneshot};
 
 use crate::core::{self, Decision, Plan, Quotas, Send};
 use crate::envelope;
-use crate::log::{Account, AppendError, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, PeerRecord, Position};
+use crate::log::{
+    Account, AppendError, Body, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, PeerRecord, Position,
+};
 use crate::metrics::Metrics;
 use crate::refusal;
 use crate::requests::Blocks;
@@ -210,7 +212,8 @@ async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &mut [Send]) -> Resu
             .extend(unknown.into_iter().zip(found).filter_map(|(conversation, head)| Some((conversation, head?))));
     }
     for send in &mut *sends {
-        send.withheld = known.is_withheld(send);
+        // What changes a message is withheld with it. A text that somebody has is taken back in any case.
+        send.withheld |= !matches!(send.body, Body::Unsend { .. }) && known.is_withheld(send);
     }
     let heads = &known.heads;
     // A conversation without entries has no ids either.

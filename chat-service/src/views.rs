@@ -3,6 +3,7 @@
 //! Nothing is kept here: an answer is true for the moment of its reads. Pages go by seq or by log position, which never change, so nothing is
 //! skipped or repeated while messages arrive.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
@@ -229,21 +230,22 @@ impl<L: Log> Views<L> {
             peers.iter().map(|(peer, _)| ConversationId::between(me, peer).ok()).collect();
         let heads = self.log.heads(ids.iter().flatten().cloned().collect()).await?;
         let mut heads = heads.into_iter();
-        let mut all: Vec<((Timestamp, UserId), PeerRecord, ConversationHead)> = Vec::new();
+        let mut all: Vec<((Reverse<Timestamp>, UserId), PeerRecord, ConversationHead)> = Vec::new();
         for ((peer, record), id) in peers.into_iter().zip(ids) {
             // Whoever is only blocked has no conversation.
             if id.is_some()
                 && let Some(Some(head)) = heads.next()
             {
-                all.push(((head.at, peer), record, head));
+                all.push(((Reverse(head.at), peer), record, head));
             }
         }
-        all.sort_unstable_by(|(a, ..), (b, ..)| b.cmp(a));
-        let begin = before.map_or(0, |before| all.partition_point(|(place, ..)| *place >= before));
+        all.sort_unstable_by(|(a, ..), (b, ..)| a.cmp(b));
+        let before = before.map(|(at, peer)| (Reverse(at), peer));
+        let begin = before.map_or(0, |before| all.partition_point(|(place, ..)| *place <= before));
         let mut rest = all.split_off(begin);
         let more = rest.len() > limit;
         rest.truncate(limit);
-        let next = rest.last().filter(|_| more).map(|((at, peer), ..)| place_of(*at, peer));
+        let next = rest.last().filter(|_| more).map(|((at, peer), ..)| place_of(at.0, peer));
         let mut conversations = Vec::with_capacity(rest.len());
         for ((_, with), record, head) in rest {
             let Ok(id) = ConversationId::between(me, &with) else { continue };

@@ -41,8 +41,6 @@ pub enum ErrorCode {
     InvalidRequest,
     /// The token is not one of this server's: start over without it.
     InvalidToken,
-    /// Faster than the server takes it.
-    RateLimited,
     /// This server version does not serve it.
     NotSupported,
     /// The server's disk is full.
@@ -53,7 +51,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 20] = [
         Self::InvalidTopic,
         Self::InvalidUser,
         Self::InvalidPeer,
@@ -71,7 +69,6 @@ impl ErrorCode {
         Self::UnknownMethod,
         Self::InvalidRequest,
         Self::InvalidToken,
-        Self::RateLimited,
         Self::NotSupported,
         Self::StorageFull,
         Self::Unavailable,
@@ -97,7 +94,6 @@ impl ErrorCode {
             Self::UnknownMethod => "unknown_method",
             Self::InvalidRequest => "invalid_request",
             Self::InvalidToken => "invalid_token",
-            Self::RateLimited => "rate_limited",
             Self::NotSupported => "not_supported",
             Self::StorageFull => "storage_full",
             Self::Unavailable => "unavailable",
@@ -111,7 +107,7 @@ impl ErrorCode {
             Self::NotAuthorized => 0x87,
             Self::EmptyText | Self::NotUtf8 | Self::InvalidPayload | Self::InvalidRequest => 0x99,
             // 0x95 (packet too large) is not for PUBACK; 0x97 is MQTT's "an imposed limit has been exceeded".
-            Self::TextTooLong | Self::QuotaExceeded | Self::StorageFull | Self::RateLimited => 0x97,
+            Self::TextTooLong | Self::QuotaExceeded | Self::StorageFull => 0x97,
             Self::IdConflict
             | Self::UnknownConversation
             | Self::InvalidSeq

@@ -13,6 +13,8 @@ mod hostile;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
+mod messenger;
+#[cfg(test)]
 mod offline;
 #[cfg(test)]
 mod ordinary;

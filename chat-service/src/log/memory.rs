@@ -65,8 +65,10 @@ impl State {
         let position = Position(self.entries.len() as u64 + 1);
         let NewEntry { conversation, seq, from, to, id, at, body, withheld } = new;
         self.conversations.entry(conversation.clone()).or_default().push(position);
-        for pair in [(from.clone(), to.clone()), (to.clone(), from.clone())] {
-            self.peers.entry(pair).or_default();
+        if seq == Seq::FIRST {
+            for pair in [(from.clone(), to.clone()), (to.clone(), from.clone())] {
+                self.peers.entry(pair).or_default().changed = position;
+            }
         }
         let inbox = (!withheld).then_some((&to, Side::Inbox));
         for (user, side) in inbox.into_iter().chain([(&from, Side::Sent)]) {

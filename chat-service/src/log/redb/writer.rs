@@ -26,7 +26,7 @@ use super::notes::{Notes, SessionNote};
 use super::open::{OpenError, Opener, read_prepared};
 use super::reader::{ReadError, delivered_of, stored_peer, stored_session};
 use super::recent::Posted;
-use super::record::{encode_head, encode_peer, encode_session};
+use super::record::{decode_peer, encode_head, encode_peer, encode_session};
 use super::remover::Removal;
 use super::row::{self, Packer, Tail};
 use super::schema::{
@@ -376,7 +376,7 @@ impl Writer {
         self.erase_unsent(&transaction, &mut tail, &staged).map_err(before_commit)?;
         self.insert(&transaction, &mut tail, &staged).map_err(before_commit)?;
         write_notes(&transaction, &work.notes).map_err(before_commit)?;
-        note_new_conversations(&transaction, &staged.entries).map_err(before_commit)?;
+        note_new_conversations(&transaction, &staged).map_err(before_commit)?;
         transaction.commit().map_err(Fault::in_commit)?;
         self.tail = tail;
         self.heads.extend(staged.heads);
@@ -646,17 +646,23 @@ fn erase(
 }
 
 /// From its first entry on, a conversation is one of both users'.
-fn note_new_conversations(transaction: &WriteTransaction, entries: &[&NewEntry]) -> Result<(), ReadError> {
-    let mut new = entries.iter().filter(|entry| entry.seq == Seq::FIRST).peekable();
+fn note_new_conversations(transaction: &WriteTransaction, staged: &Staged<'_>) -> Result<(), ReadError> {
+    let first = staged.last.0 + 1 - staged.entries.len() as u64;
+    let mut new = (first..).zip(&staged.entries).filter(|(_, entry)| entry.seq == Seq::FIRST).peekable();
     if new.peek().is_none() {
         return Ok(());
     }
-    let pairs = new.flat_map(|entry| [(&entry.from, &entry.to), (&entry.to, &entry.from)]);
+    let pairs = new.flat_map(|(position, NewEntry { from, to, .. })| {
+        [(peer_key(from, to), position), (peer_key(to, from), position)]
+    });
     let mut peers = transaction.open_table(PEERS)?;
-    for (key, ()) in sorted(pairs.map(|(user, peer)| (peer_key(user, peer), ()))) {
-        if peers.get(key.as_slice())?.is_none() {
-            peers.insert(key.as_slice(), encode_peer(&key, &PeerRecord::default()).as_slice())?;
-        }
+    for (key, position) in sorted(pairs) {
+        let record = match peers.get(key.as_slice())? {
+            Some(record) => decode_peer(&key, record.value())?,
+            None => PeerRecord::default(),
+        };
+        let record = PeerRecord { changed: record.changed.max(Position(position)), ..record };
+        peers.insert(key.as_slice(), encode_peer(&key, &record).as_slice())?;
     }
     Ok(())
 }
