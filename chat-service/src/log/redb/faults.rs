@@ -402,7 +402,7 @@ impl Reopened for Crashing {
 }
 
 /// Cases of each of the two, which run side by side.
-const CASES: u32 = 500;
+const CASES: u32 = 5_000;
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: CASES, ..ProptestConfig::default() })]
