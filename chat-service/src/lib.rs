@@ -9,6 +9,7 @@ pub mod admin;
 pub mod cli;
 pub mod core;
 pub mod envelope;
+pub mod erasure;
 pub mod http;
 pub mod log;
 pub mod logging;

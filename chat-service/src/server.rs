@@ -14,6 +14,7 @@ use tokio::task::JoinHandle;
 
 use crate::admin;
 use crate::core::Quotas;
+use crate::erasure;
 use crate::http::{self, Readiness};
 use crate::log::{Log, RedbLog, RedbOptions};
 use crate::metrics::Metrics;
@@ -64,6 +65,7 @@ pub struct Server {
     storage: PathBuf,
     /// Zero: for ever.
     retention: Duration,
+    erase_interval: Duration,
     http_options: http::Options,
     shutdown_timeout: Duration,
 }
@@ -154,6 +156,7 @@ impl Server {
             metrics,
             storage: settings.storage.path.clone(),
             retention: settings.storage.retention,
+            erase_interval: settings.storage.erase_interval,
             http_options,
             shutdown_timeout: limits.shutdown_timeout,
         })
@@ -190,6 +193,7 @@ impl Server {
             }
         };
         self.telling.start(&stop);
+        drop(tokio::spawn(erasure::run(Arc::clone(&self.log), self.erase_interval, told(stop.subscribe()))));
         if !self.retention.is_zero() {
             let (log, metrics) = (Arc::clone(&self.log), Arc::clone(&self.metrics));
             let removing = retention::run(log, metrics, self.retention, told(stop.subscribe()));

@@ -66,6 +66,9 @@ pub struct StorageSettings {
     #[serde(rename = "retention_days")]
     #[serde(deserialize_with = "days_within::<_, 0, 36_500>", serialize_with = "as_days")]
     pub retention: Duration,
+    #[serde(rename = "erase_interval_ms")]
+    #[serde(deserialize_with = "milliseconds_within::<_, 100, 86_400_000>", serialize_with = "as_milliseconds")]
+    pub erase_interval: Duration,
 }
 
 /// Who may connect.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use end_to_end::packet::{Packet, Properties, Publish, Value as Property};
-use end_to_end::{Chatd, Client, Connect, Dice, Options};
+use end_to_end::{Chatd, Client, Connect, Dice, Options, PATIENCE, eventually};
 use serde_json::{Value, json};
 
 use crate::chat::{assert_well, listener, number, numbered, sends, seqs, texts};
@@ -128,7 +128,7 @@ async fn ten_thousand_messages_make_few_receipts() {
 
 #[tokio::test]
 async fn edits_and_unsends_are_entries_and_unsent_words_are_gone() {
-    let mut chatd = Chatd::start().await.unwrap();
+    let mut chatd = Chatd::start_with(Options::default().set("storage.erase_interval_ms", 200)).await.unwrap();
     let mut alice = device(&chatd, Connect::v5("alice", "alice-phone")).await;
     let mut bob = listener(&chatd, Connect::v5("bob", "bob-phone").persistent()).await.unwrap();
     for text in ["first", "secret words", "third"] {
@@ -146,6 +146,14 @@ async fn edits_and_unsends_are_entries_and_unsent_words_are_gone() {
     let unsend = json!({"with": "bob", "seq": 2, "id": "u-1"});
     assert_eq!(number(&ok(&mut alice, "alice", "unsend", unsend.clone()).await, "seq"), 6);
     assert_eq!(number(&ok(&mut alice, "alice", "unsend", unsend.clone()).await, "seq"), 6, "a resend");
+
+    eventually("the words are not in the files any more", PATIENCE, async || {
+        ["log.redb", "index.redb"].iter().all(|file| {
+            let bytes = std::fs::read(chatd.data().join(file)).unwrap();
+            !bytes.windows(b"secret".len()).any(|window| window == b"secret")
+        })
+    })
+    .await;
 
     // What cannot be.
     for (method, members, code) in [

@@ -20,11 +20,12 @@ mod record;
 mod remover;
 mod row;
 mod schema;
+mod shredder;
 pub mod tools;
 mod writer;
 
 use std::ops::RangeInclusive;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::thread::JoinHandle;
@@ -73,6 +74,7 @@ impl Default for RedbOptions {
 #[derive(Debug)]
 pub struct RedbLog {
     shared: Arc<Shared>,
+    file: PathBuf,
     writer: Mutex<Option<JoinHandle<()>>>,
     indexer: Mutex<Option<JoinHandle<()>>>,
 }
@@ -90,6 +92,8 @@ struct Shared {
     /// Position of the first entry that reads may find.
     first: AtomicU64,
     removing: tokio::sync::Mutex<()>,
+    /// Held by those who read an old state for long.
+    snapshots: RwLock<()>,
     failure: OnceLock<String>,
 }
 
@@ -113,10 +117,12 @@ impl RedbLog {
             head: AtomicU64::new(prepared.last.0),
             first: AtomicU64::new(prepared.first.0),
             removing: tokio::sync::Mutex::default(),
+            snapshots: RwLock::default(),
             failure: OnceLock::new(),
         });
         let indexer = indexer::start(Arc::clone(&shared), indexer, opener.clone())?;
-        let log = Self { shared, writer: Mutex::default(), indexer: Mutex::new(Some(indexer)) };
+        let file = opener.log_file();
+        let log = Self { shared, file, writer: Mutex::default(), indexer: Mutex::new(Some(indexer)) };
         let writer = writer::start(Arc::clone(&log.shared), opener, prepared.tail)?;
         *log.writer.lock() = Some(writer);
         Ok(log)
@@ -155,6 +161,13 @@ impl Shared {
 }
 
 impl RedbLog {
+    /// Overwrites on the disk what unsent texts said; reads the whole file if there are any, at half its speed. How many there were; 0 if none,
+    /// or while a backup is made. The error says why it could not be done now.
+    pub async fn shred(&self) -> Result<u64, LogError> {
+        let shredded = self.shared.shred(&self.file).await;
+        shredded.map_err(|cause| LogError { what: "overwriting unsent words".to_owned(), cause })
+    }
+
     /// Writes what was noted and what is not indexed, ends the threads and releases the files; blocks for some commits. Whoever comes later is
     /// told that the log is closed. Dropping the log does the same.
     pub fn close(&self) {

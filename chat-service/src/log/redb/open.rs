@@ -24,7 +24,7 @@ use super::record::{Broken, encode_peer};
 use super::row::{self, Tail};
 use super::schema::{
     BLOCKS, DELIVERED, DELIVERED_OF_FORMAT_2, FILTERS, FIRST_KEY, FORMAT_KEY, HEADS, HIDDEN, INDEX_FORMAT, LOG_FORMAT,
-    META, PEERS, ROWS, RUNS, SECRET_KEYS, SEEN, SESSIONS, USAGE, USAGE_KEYS, peer_key,
+    META, PEERS, ROWS, RUNS, SECRET_KEYS, SEEN, SESSIONS, SHREDS, USAGE, USAGE_KEYS, peer_key,
 };
 
 const LOG_FILE_NAME: &str = "log.redb";
@@ -380,6 +380,7 @@ fn make_tables_about_users(writing: &WriteTransaction) -> Result<(), ReadError> 
     writing.open_table(PEERS)?;
     writing.open_table(HIDDEN)?;
     writing.open_table(SEEN)?;
+    writing.open_table(SHREDS)?;
     Ok(())
 }
 

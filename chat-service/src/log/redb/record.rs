@@ -248,6 +248,11 @@ pub(super) fn open<'a>(key: &[u8], record: &'a [u8]) -> Result<Fields<'a>, Strin
     }
 }
 
+/// Whether bytes are a record that was sealed under this key.
+pub(super) fn is_record(key: &[u8], record: &[u8]) -> bool {
+    open_any(key, record).is_ok()
+}
+
 /// A record of any version that is known here, with that.
 fn open_any<'a>(key: &[u8], record: &'a [u8]) -> Result<(u8, Fields<'a>), String> {
     let (header, body) = record.split_first_chunk::<HEADER_BYTES>().ok_or("the record is cut short")?;

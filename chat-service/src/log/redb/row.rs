@@ -5,6 +5,7 @@
 
 use super::super::{Entry, NewEntry, Position};
 use super::record::{Broken, Fields, decode_entry, encode_entry, put_number};
+use super::shredder::Shred;
 
 /// Bytes of a row that fills a page of redb: 16, 8 or 4 KiB less what the page needs itself.
 const ROW_BYTES: [usize; 3] = [16 * 1024 - PAGE_OVERHEAD, 8 * 1024 - PAGE_OVERHEAD, 4 * 1024 - PAGE_OVERHEAD];
@@ -140,15 +141,15 @@ pub(super) fn rest(first: Position, row: &[u8], position: Position) -> Result<&[
     if body.is_empty() { Err(Broken::entry(position, "there is none")) } else { Ok(body.rest()) }
 }
 
-/// The row with one entry's words erased; `None` if the entry has none, or is not in the row.
+/// The row with one entry's words erased, and the record that had them; `None` if the entry has none, or is not in the row.
 pub(super) fn without_words(
     first: Position,
     row: &[u8],
     position: Position,
     is_meant: impl Fn(&Entry) -> bool,
-) -> Result<Option<Vec<u8>>, Broken> {
+) -> Result<Option<(Vec<u8>, Shred)>, Broken> {
     let mut rewritten = Vec::with_capacity(row.len());
-    let mut erased = false;
+    let mut erased = None;
     let mut record = Vec::new();
     for found in records(first, row) {
         let (at, bytes) = found?;
@@ -159,13 +160,13 @@ pub(super) fn without_words(
             let Entry { conversation, seq, from, to, id, at, withheld, .. } = entry;
             let new = NewEntry { conversation, seq, from, to, id, at, body, withheld };
             encode_entry(position, &new, &mut record);
+            erased = Some(Shred::of(position, bytes));
             bytes = &record;
-            erased = true;
         }
         put_number(&mut rewritten, bytes.len() as u64);
         rewritten.extend_from_slice(bytes);
     }
-    Ok(erased.then_some(rewritten))
+    Ok(erased.map(|shred| (rewritten, shred)))
 }
 
 /// The position of the last entry of a row.

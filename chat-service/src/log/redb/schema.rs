@@ -11,7 +11,7 @@ use super::super::{Device, Side, Stream};
 use super::key::KEY_BYTES;
 use super::posting::BLOCK_KEY_BYTES;
 
-/// The version of the log's layout that this code reads and writes. Version 2 had no [`HEADS`], [`PEERS`], [`HIDDEN`], [`SEEN`] and [`FIRST_KEY`],
+/// The version of the log's layout that this code reads and writes. Version 2 had no [`HEADS`], [`PEERS`], [`HIDDEN`], [`SEEN`], [`SHREDS`] and [`FIRST_KEY`],
 /// and is brought up to this one; version 1 was `chat.redb`, a file with an index of its own.
 pub(super) const LOG_FORMAT: u64 = 3;
 /// The version of the index's layout that this code reads and writes. Another one is made anew.
@@ -47,6 +47,9 @@ pub(super) const PEERS: TableDefinition<'static, Bytes, Bytes> = TableDefinition
 pub(super) const HIDDEN: TableDefinition<'static, Bytes, u64> = TableDefinition::new("hidden");
 /// Log: user → when they were last there, in milliseconds since the Unix epoch.
 pub(super) const SEEN: TableDefinition<'static, &'static str, u64> = TableDefinition::new("seen");
+
+/// Log: position → checksum and length of a record whose words were erased, until no byte of it is on the disk.
+pub(super) const SHREDS: TableDefinition<'static, u64, (u32, u32)> = TableDefinition::new("shreds");
 
 /// Index: number of a run → what it is.
 pub(super) const RUNS: TableDefinition<'static, u32, Bytes> = TableDefinition::new("runs");

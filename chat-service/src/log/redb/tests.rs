@@ -901,6 +901,61 @@ async fn compacting_gives_room_back_and_changes_nothing() {
     assert_eq!(verified(folder.path()).problems, Vec::<String>::new());
 }
 
+fn occurrences(file: &Path, words: &str) -> usize {
+    fs::read(file).unwrap().windows(words.len()).filter(|window| *window == words.as_bytes()).count()
+}
+
+#[tokio::test]
+async fn unsent_words_are_not_on_the_disk_any_more() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("log.redb");
+    let words = "the words that must go";
+    let log = open(folder.path());
+    let mut seq = 0;
+    let mut say = async |log: &RedbLog, body: Body| {
+        seq += 1;
+        log.append(vec![NewEntry { body, ..message("alice", "bob", seq, "") }]).await.unwrap();
+    };
+    // Rows that were written anew with each further message leave copies behind.
+    for nth in 0..60 {
+        say(&log, if nth % 20 == 7 { format!("{words} {nth}").into() } else { "filler ".repeat(8).into() }).await;
+    }
+    say(&log, Body::Edit { target: Seq::new(28).unwrap(), text: format!("edited: {words}").into() }).await;
+    assert!(occurrences(&file, words) >= 4, "{}", occurrences(&file, words));
+    assert_eq!(log.shred().await.unwrap(), 0, "nothing is erased");
+    for target in [8, 28] {
+        say(&log, Body::Unsend { target: Seq::new(target).unwrap() }).await;
+    }
+    // A crash does not keep them, and neither does a backup that is being made.
+    drop(log);
+    let log = open(folder.path());
+    let making = std::sync::mpsc::channel::<()>();
+    let backup = {
+        let shared = Arc::clone(&log.shared);
+        let (begun, has_begun) = tokio::sync::oneshot::channel();
+        let backup = std::thread::spawn(move || {
+            let _kept = shared.snapshots.read();
+            begun.send(()).unwrap();
+            making.1.recv().unwrap();
+        });
+        has_begun.await.unwrap();
+        backup
+    };
+    assert_eq!(log.shred().await.unwrap(), 0);
+    making.0.send(()).unwrap();
+    backup.join().unwrap();
+    assert_eq!(log.shred().await.unwrap(), 3);
+    assert_eq!(log.shred().await.unwrap(), 0);
+    let rest = occurrences(&file, words);
+    let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+    assert_eq!(page.entries.iter().filter(|entry| entry.body.text().contains(words)).count(), 1);
+    assert_eq!(occurrences(&file, &format!("{words} 47")), rest, "only what nobody took back is left");
+    assert_eq!(occurrences(&file, "edited: "), 0);
+    log.append(vec![message("alice", "bob", 64, "on")]).await.unwrap();
+    drop(log);
+    assert_eq!(verified(folder.path()).problems, [""; 0]);
+}
+
 #[tokio::test]
 async fn room_of_removed_entries_is_used_again() {
     let folder = tempfile::tempdir().unwrap();

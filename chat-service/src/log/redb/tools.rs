@@ -450,6 +450,7 @@ impl RedbLog {
     /// Copies the log as it is now into another folder, while it is served from. What is copied is on disk and whole when this
     /// returns; the index is not copied, and made when the copy is opened. Returns the position of its last entry.
     pub fn backup(&self, folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
+        let _kept = self.shared.snapshots.read();
         let snapshot = self.shared.begin_read()?;
         copy(&snapshot, folder, progress)
     }

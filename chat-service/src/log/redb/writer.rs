@@ -30,8 +30,8 @@ use super::record::{decode_peer, encode_head, encode_peer, encode_session};
 use super::remover::Removal;
 use super::row::{self, Packer, Tail};
 use super::schema::{
-    DELIVERED, FIRST_KEY, HEADS, HIDDEN, META, PEERS, ROWS, SEEN, SESSIONS, delivered_key, hidden_key, peer_key,
-    session_key,
+    DELIVERED, FIRST_KEY, HEADS, HIDDEN, META, PEERS, ROWS, SEEN, SESSIONS, SHREDS, delivered_key, hidden_key,
+    peer_key, session_key,
 };
 
 /// Text, and a little per entry, that may wait for the writer; past that callers wait for room.
@@ -71,6 +71,12 @@ enum Command {
     Append {
         batch: Vec<NewEntry>,
         answer: oneshot::Sender<Result<Vec<Position>, AppendError>>,
+        room: OwnedSemaphorePermit,
+    },
+    /// Something is committed in any case; of these positions it is not noted any more that words were erased.
+    Commit {
+        shredded: Vec<Position>,
+        answer: oneshot::Sender<Result<(), String>>,
         room: OwnedSemaphorePermit,
     },
     Sync {
@@ -241,6 +247,16 @@ impl Shared {
         self.command(|answer, room| Command::Remove { removal, answer, room }).await
     }
 
+    /// Returns after a commit.
+    pub(super) async fn commit(&self) -> Result<(), String> {
+        self.forget_shreds(Vec::new()).await
+    }
+
+    /// Returns when it is not noted any more that words were erased.
+    pub(super) async fn forget_shreds(&self, shredded: Vec<Position>) -> Result<(), String> {
+        self.command(|answer, room| Command::Commit { shredded, answer, room }).await
+    }
+
     async fn command(
         &self,
         make: impl FnOnce(oneshot::Sender<Result<(), String>>, OwnedSemaphorePermit) -> Command,
@@ -359,16 +375,22 @@ impl Writer {
         let transaction = self.begin().map_err(before_commit)?;
         let batches = work.commands.iter().filter_map(|command| match command {
             Command::Append { batch, .. } => Some(batch.as_slice()),
-            Command::Sync { .. } | Command::Remove { .. } => None,
+            Command::Sync { .. } | Command::Remove { .. } | Command::Commit { .. } => None,
         });
         let mut removals = work.commands.iter().filter_map(|command| match command {
             Command::Remove { removal, .. } => Some(removal),
-            Command::Append { .. } | Command::Sync { .. } => None,
+            Command::Append { .. } | Command::Sync { .. } | Command::Commit { .. } => None,
+        });
+        let shredded = work.commands.iter().filter_map(|command| match command {
+            Command::Commit { shredded, .. } => Some(shredded),
+            Command::Append { .. } | Command::Sync { .. } | Command::Remove { .. } => None,
         });
         let staged = self.check(batches).map_err(before_commit)?;
-        if staged.entries.is_empty() && work.notes.is_empty() && removals.clone().next().is_none() {
+        let others = removals.clone().next().is_some() || shredded.clone().next().is_some();
+        if staged.entries.is_empty() && work.notes.is_empty() && !others {
             return Ok(staged.outcomes);
         }
+        forget(&transaction, shredded.flatten()).map_err(before_commit)?;
         let mut tail = self.tail.clone();
         for removal in removals.clone() {
             self.remove(&transaction, &mut tail, removal).map_err(before_commit)?;
@@ -445,7 +467,9 @@ fn answer(commands: Vec<Command>, outcomes: Vec<Result<Range<u64>, AppendError>>
                 let outcome = outcomes.next().expect("every batch has an outcome");
                 answer.send(outcome.map(|positions| positions.map(Position).collect())).unwrap_or(());
             }
-            Command::Sync { answer, room } | Command::Remove { answer, room, .. } => {
+            Command::Sync { answer, room }
+            | Command::Remove { answer, room, .. }
+            | Command::Commit { answer, room, .. } => {
                 drop(room);
                 answer.send(Ok(())).unwrap_or(());
             }
@@ -457,7 +481,7 @@ fn refuse(commands: Vec<Command>, fault: &Fault) {
     for command in commands {
         match command {
             Command::Append { answer, .. } => drop(answer.send(Err(fault.append_error()))),
-            Command::Sync { answer, .. } | Command::Remove { answer, .. } => {
+            Command::Sync { answer, .. } | Command::Remove { answer, .. } | Command::Commit { answer, .. } => {
                 drop(answer.send(Err(fault.reason.clone())));
             }
         }
@@ -621,6 +645,19 @@ impl Writer {
     }
 }
 
+/// Nothing is left of what was erased there.
+fn forget<'a>(
+    transaction: &WriteTransaction,
+    mut shredded: impl Iterator<Item = &'a Position>,
+) -> Result<(), ReadError> {
+    let Some(first) = shredded.next() else { return Ok(()) };
+    let mut shreds = transaction.open_table(SHREDS)?;
+    for position in std::iter::once(first).chain(shredded) {
+        shreds.remove(position.0)?;
+    }
+    Ok(())
+}
+
 /// Writes an entry's row anew, without its words. What is not there any more, or is not meant, stays as it is.
 fn erase(
     transaction: &WriteTransaction,
@@ -632,12 +669,13 @@ fn erase(
     let found = match rows.range(..=position.0)?.next_back().transpose()? {
         Some((begin, row)) => {
             let begin = Position(begin.value());
-            row::without_words(begin, row.value(), position, is_meant)?.map(|row| (begin, row))
+            row::without_words(begin, row.value(), position, is_meant)?.map(|(row, shred)| (begin, row, shred))
         }
         None => None,
     };
-    if let Some((begin, row)) = found {
+    if let Some((begin, row, shred)) = found {
         rows.insert(begin.0, row.as_slice())?;
+        transaction.open_table(SHREDS)?.insert(position.0, (shred.checksum, shred.length))?;
         if tail.begins_at(begin) {
             *tail = Tail::of(begin, &row);
         }
