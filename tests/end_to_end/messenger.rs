@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use end_to_end::packet::{Packet, Properties, Publish, Value as Property};
+use end_to_end::programs::{self, Dialogue};
 use end_to_end::{Chatd, Client, Connect, Dice, Options, PATIENCE, eventually};
 use serde_json::{Value, json};
 
@@ -569,6 +570,88 @@ async fn presence_is_told_to_those_who_share_a_conversation() {
     let state = alice.acked_message_on("chat/alice/event/presence").await.unwrap();
     assert!(state.retain);
     assert_eq!(state.json()["status"], json!("offline"));
+    assert_well(&chatd).await;
+}
+
+/// Each command of docs/mosquitto.md is taken, and each request answered.
+#[tokio::test]
+async fn everything_can_be_done_from_a_shell() {
+    let chatd = Chatd::start().await.unwrap();
+    let mut bob = Connect::v4("bob", "bob-phone").to(&chatd).await.unwrap();
+    let mut alice = Connect::v4("alice", "alice-phone").to(&chatd).await.unwrap();
+    bob.subscribe("chat/bob/#", 1).await.unwrap();
+    alice.subscribe("chat/alice/#", 1).await.unwrap();
+    let docs = include_str!("../../docs/mosquitto.md");
+    let port = chatd.mqtt_addr().port();
+    let mut commands = 0;
+    for row in docs.lines().filter(|line| line.starts_with("| ")) {
+        for command in row.split('`').filter(|part| part.starts_with("mosquitto_")) {
+            if command.contains("lines.txt") || command.contains('…') {
+                continue;
+            }
+            commands += 1;
+            let line = command.replacen(" -u ", &format!(" -p {port} -u "), 1);
+            let output = programs::shell(&line).await.unwrap();
+            assert!(output.status.success(), "{command}: {output:?}");
+            if command.contains("/req/") {
+                let (client, me) =
+                    if command.contains("chat/bob/") { (&mut bob, "bob") } else { (&mut alice, "alice") };
+                let answer = client.acked_message_on(&format!("chat/{me}/res")).await.unwrap().json();
+                assert!(answer["ok"].is_object(), "{command}: {answer}");
+            }
+        }
+    }
+    assert!(commands >= 12, "{commands} commands");
+    // Nothing was refused.
+    for client in [&mut alice, &mut bob] {
+        let rest = client.ping().await.unwrap();
+        let is_error = |packet: &Packet| matches!(packet, Packet::Publish(event) if event.topic.ends_with("error"));
+        assert!(!rest.iter().any(is_error), "{rest:?}");
+    }
+}
+
+/// The two examples of the documentation, in Python with MQTT 3.1.1 and in JavaScript with MQTT 5 over WebSocket, talk to each other.
+#[tokio::test]
+async fn the_examples_are_messengers() {
+    let chatd = Chatd::start_with(Options::default().set("limits.presence_grace_ms", 100)).await.unwrap();
+    let port = chatd.mqtt_addr().port().to_string();
+    let url = format!("ws://{}/mqtt", chatd.http_addr());
+    let mut alice = Dialogue::python(&["alice", "127.0.0.1", &port]).await.unwrap();
+    alice.says("connected").await.unwrap();
+    let mut bob = Dialogue::node(&["bob", &url]).await.unwrap();
+    bob.says("connected").await.unwrap();
+    alice.tell("bob hello there").await.unwrap();
+    alice.says("✓ stored: hello there").await.unwrap();
+    bob.says("alice #1: hello there").await.unwrap();
+    alice.says("✓✓ bob: delivered up to #1, read up to #0").await.unwrap();
+    bob.tell("/read alice 1").await.unwrap();
+    alice.says("✓✓ bob: delivered up to #1, read up to #1").await.unwrap();
+    bob.tell("/typing alice").await.unwrap();
+    alice.says("bob is typing").await.unwrap();
+    bob.tell("alice hello yourself").await.unwrap();
+    bob.says("✓ stored: hello yourself").await.unwrap();
+    alice.says("bob #2: hello yourself").await.unwrap();
+    bob.tell("nobody-here! x").await.unwrap();
+    bob.says("refused: Publish error: Topic Name invalid").await.unwrap();
+    bob.quit().await.unwrap();
+    alice.says("bob is offline").await.unwrap();
+    alice.tell("bob come back").await.unwrap();
+    alice.says("✓ stored: come back").await.unwrap();
+
+    let mut bob = Dialogue::node(&["bob", &url]).await.unwrap();
+    bob.says("alice #3 (waited): come back").await.unwrap();
+    bob.says("alice is online").await.unwrap();
+    bob.says("conversation with alice: 1 unread, last: come back").await.unwrap();
+    bob.tell("/history alice").await.unwrap();
+    for line in ["history #1 alice: hello there", "history #2 bob: hello yourself", "history #3 alice: come back"] {
+        bob.says(line).await.unwrap();
+    }
+    alice.tell("/history bob").await.unwrap();
+    alice.says("history #2 bob: hello yourself").await.unwrap();
+    alice.tell("/read nobody 7").await.unwrap();
+    alice.says("refused: `with`: you have no conversation with nobody").await.unwrap();
+    alice.quit().await.unwrap();
+    bob.quit().await.unwrap();
     assert_well(&chatd).await;
 }
 

@@ -6,8 +6,8 @@ use std::process::{Output, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
-use tokio::io::{AsyncBufReadExt, BufReader, Lines};
-use tokio::process::{Child, ChildStdout, Command};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader, Lines};
+use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 use tokio::sync::OnceCell;
 use tokio::time::timeout;
 
@@ -165,4 +165,79 @@ async fn web() -> Result<PathBuf> {
     };
     INSTALLED.get_or_try_init(install).await?;
     Ok(folder)
+}
+
+/// A program that is talked to by lines. Killed when dropped.
+pub struct Dialogue {
+    name: &'static str,
+    child: Child,
+    input: ChildStdin,
+    lines: Lines<BufReader<ChildStdout>>,
+    /// What it has said so far.
+    said: Vec<String>,
+}
+
+impl Dialogue {
+    /// Starts `docs/examples/messenger.py`.
+    pub async fn python(arguments: &[&str]) -> Result<Self> {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs/examples/messenger.py");
+        let mut command = python().await?;
+        command.arg(script).args(arguments);
+        Self::spawn("messenger.py", command)
+    }
+
+    /// Starts `docs/examples/messenger.mjs`, with the packages of `tests/web`, where there is a link to it.
+    pub async fn node(arguments: &[&str]) -> Result<Self> {
+        let folder = web().await?;
+        let mut command = program("node", "apt-get install nodejs")?;
+        command.args(["--preserve-symlinks", "--preserve-symlinks-main"]);
+        command.arg(folder.join("messenger.mjs")).args(arguments).current_dir(&folder);
+        Self::spawn("messenger.mjs", command)
+    }
+
+    fn spawn(name: &'static str, mut command: Command) -> Result<Self> {
+        let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let input = child.stdin.take().context("stdin is piped")?;
+        let stdout = child.stdout.take().context("stdout is piped")?;
+        Ok(Self { name, child, input, lines: BufReader::new(stdout).lines(), said: Vec::new() })
+    }
+
+    /// Writes a line to it.
+    pub async fn tell(&mut self, line: &str) -> Result<()> {
+        self.input.write_all(format!("{line}\n").as_bytes()).await?;
+        Ok(self.input.flush().await?)
+    }
+
+    /// Waits until it has said this line, now or before.
+    pub async fn says(&mut self, wanted: &str) -> Result<()> {
+        while !self.said.iter().any(|line| line == wanted) {
+            match timeout(PATIENCE, self.lines.next_line()).await {
+                Ok(Ok(Some(line))) => self.said.push(line),
+                _ => bail!("{} does not say {wanted:?}, but {:?}", self.name, self.said),
+            }
+        }
+        Ok(())
+    }
+
+    /// Ends its input, and waits until it ends.
+    pub async fn quit(mut self) -> Result<()> {
+        self.tell("/quit").await?;
+        let status = timeout(PATIENCE, self.child.wait()).await.context("waiting for the end of a program")??;
+        ensure!(status.success(), "{}: {status}", self.name);
+        Ok(())
+    }
+}
+
+/// A Python that has paho-mqtt.
+async fn python() -> Result<Command> {
+    const INSTALL: &str = "apt-get install python3-paho-mqtt";
+    for python in ["python3", "/usr/bin/python3"] {
+        let has_paho = Command::new(python).args(["-c", "import paho.mqtt.client"]).stderr(Stdio::null()).status();
+        if has_paho.await.is_ok_and(|status| status.success()) {
+            let mut command = Command::new(python);
+            command.kill_on_drop(true);
+            return Ok(command);
+        }
+    }
+    bail!("there is no python3 with paho-mqtt; install it: {INSTALL}")
 }
