@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use anyhow::{Context, Result, ensure};
-use end_to_end::packet::Publish;
+use end_to_end::packet::{Packet, Publish};
 use end_to_end::{Chatd, Client, Connect};
 use serde_json::Value;
 use tokio::task::JoinHandle;
@@ -17,6 +17,13 @@ pub(crate) fn number(envelope: &Value, member: &str) -> u64 {
 /// The seqs of envelopes.
 pub(crate) fn seqs(messages: &[Publish]) -> Vec<u64> {
     messages.iter().map(|message| number(&message.json(), "seq")).collect()
+}
+
+/// What came, but for who is there: that may be told at any moment.
+pub(crate) fn without_presence(packets: Vec<Packet>) -> Vec<Packet> {
+    let tells_presence =
+        |packet: &Packet| matches!(packet, Packet::Publish(event) if event.topic.ends_with("/event/presence"));
+    packets.into_iter().filter(|packet| !tells_presence(packet)).collect()
 }
 
 /// The texts of envelopes.

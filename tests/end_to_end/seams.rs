@@ -15,7 +15,8 @@ async fn both_sides_of_a_conversation_come_in_one_order() {
     let mut chatd = Chatd::start().await.unwrap();
     let tablet = Connect::v5("alice", "alice-tablet").persistent();
     let mut device = tablet.to(&chatd).await.unwrap();
-    device.subscribe("chat/alice/#", 1).await.unwrap();
+    device.subscribe("chat/alice/inbox", 1).await.unwrap();
+    device.subscribe("chat/alice/sent", 1).await.unwrap();
     device.leave().await.unwrap();
     let mut said = 0;
     for round in 0..3 {
