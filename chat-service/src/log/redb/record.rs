@@ -116,7 +116,7 @@ pub(super) fn decode_entry(position: Position, record: &[u8]) -> Result<Entry, B
     entry().map_err(broken)
 }
 
-/// A conversation's head, ready to be stored under [`schema::head_key`].
+/// A conversation's head, ready to be stored under its name.
 pub(super) fn encode_head(key: &[u8], head: ConversationHead) -> Vec<u8> {
     let mut record = Vec::new();
     begin(&mut record);
