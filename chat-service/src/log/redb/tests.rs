@@ -875,6 +875,7 @@ async fn a_backup_of_a_log_in_use_is_whole() {
     };
     tools::export(&restored, take, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap();
     assert_eq!(exported, copied);
+    assert_eq!(open(&restored).shred().await.unwrap(), 0, "it has every table");
 }
 
 #[tokio::test]

@@ -22,7 +22,7 @@ use super::recent::Posted;
 use super::record::{decode_head, decode_session};
 use super::row;
 use super::schema::{
-    BLOCKS, DELIVERED, FIRST_KEY, HEADS, HIDDEN, META, PEERS, ROWS, SEEN, SESSIONS, USAGE, USAGE_KEYS,
+    BLOCKS, DELIVERED, FIRST_KEY, HEADS, HIDDEN, META, PEERS, ROWS, SEEN, SESSIONS, SHREDS, USAGE, USAGE_KEYS,
 };
 use super::{RedbLog, RedbOptions};
 
@@ -540,6 +540,8 @@ fn copy_tables(
     copy_table!(writing, PEERS);
     copy_table!(writing, HIDDEN);
     copy_table!(writing, SEEN);
+    // A copy has no free pages with words that were erased.
+    writing.open_table(SHREDS).map_err(|error| failed(&error))?;
     writing.open_table(ROWS).map_err(|error| failed(&error))?;
     writing.commit().map_err(|error| failed(&error))?;
 
