@@ -453,12 +453,12 @@ where
                 match message.keeping() {
                     Keeping::Durable => {
                         session.bus_seen = session.bus_seen.max(message.position);
-                        if let Some(slot) = session.slot(&message.topic) {
+                        if let Some(slot) = session.slot(message.bound_topic()) {
                             slot.stream.on_live(message);
                         }
                     }
                     Keeping::Live => {
-                        let Some(qos) = session.live_qos(&message.topic) else { continue };
+                        let Some(qos) = session.live_qos(message.bound_topic()) else { continue };
                         let qos = if message.is_at_most_once() { 0 } else { qos };
                         if session.queue.len() < LIVE_MESSAGES_MAX {
                             session.queue.push_back(Queued::Live(message, qos));
@@ -977,7 +977,7 @@ where
                 let stored = cursors.iter().find(|(name, _)| *name == topic.name).map(|(_, position)| *position);
                 let after = match stored {
                     Some(position) => position,
-                    None => self.shared.service.start(&topic.name).await?,
+                    None => self.shared.service.start(&session.key.user, &topic.name).await?,
                 };
                 let stream = DurableStream::new(after, self.shared.service.head());
                 session.slots.push(Slot { topic: topic.name, qos, stream });
@@ -1066,10 +1066,10 @@ where
                 }
                 let Some(after) = slot.stream.begin_read(self.shared.service.head()) else { continue };
                 let shared = Arc::clone(&self.shared);
-                let topic = Arc::clone(&slot.topic);
+                let (user, topic) = (Arc::clone(&session.key.user), Arc::clone(&slot.topic));
                 let reading = async move {
                     let limit = ReadLimit { messages: PAGE_MESSAGES, bytes: PAGE_BYTES };
-                    shared.service.read(&topic, after, limit).await
+                    shared.service.read(&user, &topic, after, limit).await
                 };
                 self.reading = Some((Arc::clone(&slot.topic), Box::pin(reading)));
                 break;
@@ -1262,7 +1262,7 @@ fn send_ready(
 ) -> Result<Option<u16>, NotSent> {
     match ready {
         Ready::Live(message) => engine.publish(Outgoing {
-            topic,
+            topic: &message.topic,
             payload: &message.payload,
             qos,
             retain,
@@ -1271,7 +1271,7 @@ fn send_ready(
             again,
         }),
         Ready::Stored(delivery) => engine.publish(Outgoing {
-            topic,
+            topic: delivery.topic.as_deref().unwrap_or(topic),
             payload: &delivery.payload,
             qos,
             retain,

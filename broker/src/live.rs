@@ -12,8 +12,10 @@ use crate::service::{Keeping, Position};
 /// A message of a bound topic, live.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LiveMessage {
-    /// The bound topic.
+    /// The topic that subscribers see.
     pub topic: Arc<str>,
+    /// The bound topic, if it is another: one that gathers the messages of many.
+    gathered_by: Option<Arc<str>>,
     /// Where it stands in the log, or 0 for a topic that is not kept.
     pub position: Position,
     /// When the sender's PUBLISH was read, in microseconds since the process began; 0 if unknown.
@@ -54,6 +56,7 @@ impl LiveMessage {
         }
         Self {
             topic,
+            gathered_by: None,
             position,
             received_us,
             payload,
@@ -87,6 +90,16 @@ impl LiveMessage {
     pub fn at_most_once(mut self) -> Self {
         self.flags |= AT_MOST_ONCE;
         self
+    }
+
+    /// The same for the subscribers of a bound topic that gathers it.
+    pub(crate) fn gathered(&self, by: &Arc<str>) -> Self {
+        Self { gathered_by: Some(Arc::clone(by)), ..self.clone() }
+    }
+
+    /// The name of the bound topic that it is delivered for.
+    pub(crate) fn bound_topic(&self) -> &str {
+        self.gathered_by.as_deref().unwrap_or(&self.topic)
     }
 
     pub(crate) fn correlation(&self) -> &Bytes {
@@ -139,6 +152,7 @@ impl LiveMessage {
         }
         Some(Self {
             topic,
+            gathered_by: None,
             position: Position(position),
             received_us,
             payload: bytes.slice(payload_at..),

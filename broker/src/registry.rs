@@ -5,6 +5,7 @@
 
 use std::hash::BuildHasher;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::{FxBuildHasher, FxHashMap};
@@ -12,6 +13,7 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 use crate::live::LiveMessage;
 use crate::mailbox::{Ending, Mailbox};
 use crate::service::SessionKey;
+use crate::topics::filter;
 
 const SHARDS: usize = 64;
 
@@ -42,6 +44,9 @@ type Subscribers = FxHashMap<Arc<str>, Vec<(ConnectionNumber, Arc<Mailbox>)>>;
 pub(crate) struct Registry {
     sessions: Mutex<Sessions>,
     topics: Vec<RwLock<Subscribers>>,
+    /// Bound topics with subscribers that gather the messages of many: few. Empty in nearly every server, so that is looked at first.
+    gathering: RwLock<Vec<Arc<str>>>,
+    gathers: AtomicBool,
 }
 
 impl Registry {
@@ -49,6 +54,8 @@ impl Registry {
         Self {
             sessions: Mutex::new(Sessions::default()),
             topics: (0..SHARDS).map(|_| RwLock::new(Subscribers::default())).collect(),
+            gathering: RwLock::new(Vec::new()),
+            gathers: AtomicBool::new(false),
         }
     }
 
@@ -114,6 +121,13 @@ impl Registry {
         if !subscribers.iter().any(|(other, _)| *other == number) {
             subscribers.push((number, Arc::clone(mailbox)));
         }
+        if filter::has_wildcard(topic) {
+            let mut gathering = self.gathering.write();
+            if !gathering.contains(topic) {
+                gathering.push(Arc::clone(topic));
+            }
+            self.gathers.store(true, Ordering::Release);
+        }
     }
 
     pub(crate) fn unsubscribe(&self, topic: &str, number: ConnectionNumber) {
@@ -122,6 +136,11 @@ impl Registry {
             subscribers.retain(|(other, _)| *other != number);
             if subscribers.is_empty() {
                 shard.remove(topic);
+                if filter::has_wildcard(topic) {
+                    let mut gathering = self.gathering.write();
+                    gathering.retain(|other| **other != *topic);
+                    self.gathers.store(!gathering.is_empty(), Ordering::Release);
+                }
             }
         }
     }
@@ -131,7 +150,17 @@ impl Registry {
     }
 
     pub(crate) fn deliver(&self, message: &Arc<LiveMessage>) {
-        if let Some(subscribers) = self.shard(&message.topic).read().get(&*message.topic) {
+        self.deliver_to(&message.topic, message);
+        if self.gathers.load(Ordering::Acquire) {
+            let gathering = self.gathering.read().clone();
+            for bound in gathering.iter().filter(|bound| filter::matches(bound, &message.topic)) {
+                self.deliver_to(bound, &Arc::new(message.gathered(bound)));
+            }
+        }
+    }
+
+    fn deliver_to(&self, bound: &str, message: &Arc<LiveMessage>) {
+        if let Some(subscribers) = self.shard(bound).read().get(bound) {
             for (_, mailbox) in subscribers {
                 mailbox.push_live(message);
             }
@@ -176,6 +205,31 @@ mod tests {
         assert!(registry.is_connected("bob"));
         assert!(registry.detach(&key("bob"), ConnectionNumber(3)));
         assert!(!registry.is_connected("bob"));
+    }
+
+    #[test]
+    fn a_topic_may_gather_the_messages_of_many() {
+        let registry = Registry::new();
+        let (every, exact, box_, own) = (Arc::from("chat/+/inbox"), Arc::from("chat/bob/inbox"), mailbox(), mailbox());
+        registry.subscribe(&every, ConnectionNumber(1), &box_);
+        registry.subscribe(&exact, ConnectionNumber(2), &own);
+        assert!(registry.has_subscribers("chat/+/inbox") && !registry.has_subscribers("chat/carol/inbox"));
+        for topic in ["chat/bob/inbox", "chat/carol/inbox", "chat/bob/sent"] {
+            registry.deliver(&Arc::new(LiveMessage::event(topic.into(), "x")));
+        }
+        let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
+        let mut got = |mailbox: &Mailbox| match mailbox.poll(&mut cx, true) {
+            std::task::Poll::Ready(mail) => {
+                let of = |one: &Arc<LiveMessage>| format!("{} for {}", one.topic, one.bound_topic());
+                mail.live.iter().map(of).collect::<Vec<_>>()
+            }
+            std::task::Poll::Pending => Vec::new(),
+        };
+        assert_eq!(got(&box_), ["chat/bob/inbox for chat/+/inbox", "chat/carol/inbox for chat/+/inbox"]);
+        assert_eq!(got(&own), ["chat/bob/inbox for chat/bob/inbox"]);
+        registry.unsubscribe("chat/+/inbox", ConnectionNumber(1));
+        registry.deliver(&Arc::new(LiveMessage::event("chat/bob/inbox".into(), "x")));
+        assert!(got(&box_).is_empty() && !registry.gathers.load(Ordering::Acquire));
     }
 
     #[test]

@@ -121,7 +121,7 @@ pub enum SubscribeRoute {
 /// A topic that belongs to the service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct BoundTopic {
-    /// Its topic name.
+    /// Its topic name, or a filter if it gathers the messages of many topics; each of those is announced on its own topic.
     pub name: Arc<str>,
     /// Whether a log stands behind it.
     pub keeping: Keeping,
@@ -180,6 +180,8 @@ pub enum PublishOutcome {
 pub struct Delivery {
     /// Where it stands in the log.
     pub position: Position,
+    /// The topic for subscribers, if it is another than the bound topic's name.
+    pub topic: Option<Arc<str>>,
     /// The application message for subscribers.
     pub payload: Bytes,
     /// MQTT 5 user properties for subscribers.
@@ -296,13 +298,14 @@ pub trait Service: Send + Sync + 'static {
     /// Messages of a durable topic after a position. Must see everything that was committed before the call.
     fn read(
         &self,
+        user: &str,
         topic: &str,
         after: Position,
         limit: ReadLimit,
     ) -> impl Future<Output = Result<Page, ServiceError>> + Send;
 
     /// Where a new subscription to a durable topic begins.
-    fn start(&self, topic: &str) -> impl Future<Output = Result<Position, ServiceError>> + Send;
+    fn start(&self, user: &str, topic: &str) -> impl Future<Output = Result<Position, ServiceError>> + Send;
 
     /// The last committed position of the whole log: what is above it is live.
     fn head(&self) -> Position;

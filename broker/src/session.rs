@@ -279,6 +279,7 @@ mod tests {
                                 .take(most)
                                 .map(|(at, _)| Delivery {
                                     position: Position(at),
+                                    topic: None,
                                     payload: Bytes::from_static(b"x"),
                                     properties: Arc::new([]),
                                 })

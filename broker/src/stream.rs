@@ -231,6 +231,7 @@ mod tests {
             .into_iter()
             .map(|position| Delivery {
                 position: Position(position),
+                topic: None,
                 payload: Bytes::from(position.to_string()),
                 properties: Arc::new([]),
             })

@@ -13,6 +13,7 @@ use broker::completion::{Reply, complete};
 use broker::live::LiveMessage;
 use broker::service::PublishOutcome;
 use chat_protocol::request::RequestError;
+use chat_protocol::topic::Down;
 use chat_protocol::{ConversationId, ErrorCode, Timestamp};
 use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::{mpsc, oneshot};
@@ -327,14 +328,17 @@ fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: 
 
 /// Answers senders and puts messages on the bus, batch after batch in the order of the log.
 async fn announce(mut committed: mpsc::Receiver<Committed>, announcer: Announcer, metrics: Arc<Metrics>) {
+    let (every_inbox, every_sent) = (Down::Inbox.filter(), Down::Sent.filter());
     while let Some(Committed { batch, plan, positions }) = committed.recv().await {
+        let observed = [&every_inbox, &every_sent].map(|filter| announcer.has_subscribers(filter));
         let mut messages = Vec::with_capacity(positions.len());
         let mut outcomes = Vec::with_capacity(batch.len());
         for (submission, decision) in batch.into_iter().zip(&plan.decisions) {
             let head = match decision {
                 Decision::Append(index) => {
                     let entry = &plan.entries[*index];
-                    push_live(&mut messages, &announcer, entry, positions[*index], submission.answer.received_at());
+                    let received_at = submission.answer.received_at();
+                    push_live(&mut messages, &announcer, &observed, entry, positions[*index], received_at);
                     ConversationHead { seq: entry.seq, at: entry.at }
                 }
                 Decision::SameAsNew(index) => {
@@ -401,17 +405,19 @@ fn refused(decision: Decision) -> (ErrorCode, &'static str) {
     }
 }
 
+/// `observed`: whether somebody reads every inbox, and what everybody sends.
 fn push_live(
     messages: &mut Vec<LiveMessage>,
     announcer: &Announcer,
+    observed: &[bool; 2],
     entry: &NewEntry,
     position: Position,
     received_at: Option<Instant>,
 ) {
-    let inbox = chat_protocol::topic::Down::Inbox.topic(&entry.to);
-    let sent = chat_protocol::topic::Down::Sent.topic(&entry.from);
-    let to_inbox = !entry.withheld && announcer.has_subscribers(&inbox);
-    let to_sent = announcer.has_subscribers(&sent);
+    let inbox = Down::Inbox.topic(&entry.to);
+    let sent = Down::Sent.topic(&entry.from);
+    let to_inbox = !entry.withheld && (observed[0] || announcer.has_subscribers(&inbox));
+    let to_sent = observed[1] || announcer.has_subscribers(&sent);
     if !to_inbox && !to_sent {
         return;
     }

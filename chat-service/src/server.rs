@@ -121,6 +121,7 @@ impl Server {
             receipts,
             typing,
             presence,
+            observers: settings.auth.observers.clone(),
         });
         let edge_limits = broker_limits(settings);
         let packet_bytes = edge_limits.packet_bytes;

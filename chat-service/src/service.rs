@@ -15,13 +15,13 @@ use broker::service::{
 };
 use chat_protocol::event::TypingState;
 use chat_protocol::request::RequestError;
-use chat_protocol::topic::{self, Down, Up};
+use chat_protocol::topic::{self, Down, Observed, Up};
 use chat_protocol::{ConversationId, ErrorCode, MessageId, Seq, UserId};
 use tokio::sync::mpsc;
 
 use crate::core::Send as ChatSend;
 use crate::envelope;
-use crate::log::{self, Advance, Device, Log, LogError, Side, Stream};
+use crate::log::{self, Advance, Cursors, Device, Log, LogError, Side, Stream};
 use crate::metrics::Metrics;
 use crate::presence::Presence;
 use crate::receipts::Receipts;
@@ -47,6 +47,8 @@ pub struct ChatService<L> {
     pub receipts: Arc<Receipts<L>>,
     pub typing: Arc<TypingRelay<L>>,
     pub presence: Arc<Presence<L>>,
+    /// Who may read what others write.
+    pub observers: Vec<UserId>,
 }
 
 /// What a publish wants.
@@ -172,14 +174,28 @@ impl<L: Log> ChatService<L> {
         }
     }
 
-    fn stream(topic: &str) -> Result<Stream, ServiceError> {
-        let unknown = || ServiceError(format!("{topic} is no durable topic"));
-        let (user, side) = match topic.strip_prefix("chat/").and_then(|rest| rest.split_once('/')) {
-            Some((user, "inbox")) => (user, Side::Inbox),
-            Some((user, "sent")) => (user, Side::Sent),
-            _ => return Err(unknown()),
+    /// What a durable topic means for its reader.
+    fn stream(reader: &str, topic: &str) -> Result<Stream, ServiceError> {
+        let side = match topic.strip_prefix("chat/").and_then(|rest| rest.split_once('/')) {
+            Some(("+", "inbox")) => Side::EveryInbox,
+            Some(("+", "sent")) => Side::EverySent,
+            Some((user, "inbox")) if user == reader => Side::Inbox,
+            Some((user, "sent")) if user == reader => Side::Sent,
+            _ => return Err(ServiceError(format!("{topic} is no durable topic of {reader}"))),
         };
-        Ok(Stream { user: UserId::parse(user).map_err(|_| unknown())?, side })
+        Ok(Stream { user: UserId::parse(reader).map_err(|error| ServiceError(error.to_string()))?, side })
+    }
+
+    fn bound(name: String, down: Down) -> BoundTopic {
+        let keeping = match down {
+            Down::Inbox | Down::Sent => Keeping::Durable,
+            Down::Receipt | Down::Read | Down::Typing | Down::Presence | Down::Error | Down::Res => Keeping::Live,
+        };
+        BoundTopic { name: name.into(), keeping }
+    }
+
+    fn is_observer(&self, user: &str) -> bool {
+        self.observers.iter().any(|observer| observer.as_str() == user)
     }
 
     fn device(session: &SessionKey) -> Result<Device, ServiceError> {
@@ -251,20 +267,22 @@ impl<L: Log> Service for ChatService<L> {
             return SubscribeRoute::Bound(vec![BoundTopic { name: filter.into(), keeping: Keeping::Live }]);
         }
         match topic::parse_filter(&me, filter) {
-            Ok(topics) => SubscribeRoute::Bound(
-                topics
-                    .into_iter()
-                    .map(|down| BoundTopic {
-                        name: down.topic(&me).into(),
-                        keeping: match down {
-                            Down::Inbox | Down::Sent => Keeping::Durable,
-                            Down::Receipt | Down::Read | Down::Typing | Down::Presence | Down::Error | Down::Res => {
-                                Keeping::Live
-                            }
-                        },
-                    })
-                    .collect(),
-            ),
+            Ok(topics) => {
+                SubscribeRoute::Bound(topics.into_iter().map(|down| Self::bound(down.topic(&me), down)).collect())
+            }
+            Err(error) if self.is_observer(user) => match topic::parse_observer_filter(filter) {
+                Some(observed) => {
+                    let topics = observed.topics().into_iter();
+                    SubscribeRoute::Bound(topics.map(|down| Self::bound(down.filter(), down)).collect())
+                }
+                None => {
+                    let filters = Observed::FILTERS.join(", ");
+                    refuse(
+                        RefusalCode::NotAuthorized,
+                        format!("not_authorized: {error}; as an observer also to {filters}"),
+                    )
+                }
+            },
             Err(error) => refuse(RefusalCode::NotAuthorized, format!("not_authorized: {error}")),
         }
     }
@@ -318,8 +336,8 @@ impl<L: Log> Service for ChatService<L> {
         refusal::count_and_tell(&self.announcer, &self.metrics, user, true, code, sentence, topic, None);
     }
 
-    async fn read(&self, topic: &str, after: Position, limit: ReadLimit) -> Result<Page, ServiceError> {
-        let stream = Self::stream(topic)?;
+    async fn read(&self, user: &str, topic: &str, after: Position, limit: ReadLimit) -> Result<Page, ServiceError> {
+        let stream = Self::stream(user, topic)?;
         let limit = log::ReadLimit { entries: limit.messages, bytes: limit.bytes };
         let page = self.log.read(&stream, log::Position(after.0), limit).await.map_err(service_error)?;
         let deliveries = page
@@ -327,6 +345,11 @@ impl<L: Log> Service for ChatService<L> {
             .iter()
             .map(|entry| Delivery {
                 position: Position(entry.position.0),
+                topic: match stream.side {
+                    Side::Inbox | Side::Sent => None,
+                    Side::EveryInbox => Some(Down::Inbox.topic(&entry.to).into()),
+                    Side::EverySent => Some(Down::Sent.topic(&entry.from).into()),
+                },
                 payload: envelope::encode_stored(entry),
                 properties: envelope::properties(&entry.body, entry.seq, &entry.from, entry.id.as_ref()).into(),
             })
@@ -334,13 +357,14 @@ impl<L: Log> Service for ChatService<L> {
         Ok(Page { deliveries, end: page.end })
     }
 
-    async fn start(&self, topic: &str) -> Result<Position, ServiceError> {
-        let stream = Self::stream(topic)?;
+    async fn start(&self, user: &str, topic: &str) -> Result<Position, ServiceError> {
+        let stream = Self::stream(user, topic)?;
         match stream.side {
             // What no device of the user has had.
             Side::Inbox => Ok(Position(self.log.delivered(&stream).await.map_err(service_error)?.position.0)),
             // The user's own messages came from a device of theirs: a new one sees what is sent from now on.
-            Side::Sent => Ok(self.head()),
+            // An observer as well: what was before is in the export.
+            Side::Sent | Side::EveryInbox | Side::EverySent => Ok(self.head()),
         }
     }
 
@@ -349,7 +373,7 @@ impl<L: Log> Service for ChatService<L> {
     }
 
     fn acknowledged(&self, session: &SessionKey, persistent: bool, topic: &str, after: Position, position: Position) {
-        let (Ok(stream), Ok(device)) = (Self::stream(topic), Self::device(session)) else { return };
+        let (Ok(stream), Ok(device)) = (Self::stream(&session.user, topic), Self::device(session)) else { return };
         let inbox_of = (stream.side == Side::Inbox).then(|| stream.user.clone());
         self.log.advance(vec![Advance {
             stream,
@@ -373,12 +397,11 @@ impl<L: Log> Service for ChatService<L> {
             let alive = log::SessionRecord { ended_at_ms: None, ..record.clone() };
             self.log.put_session(&device, alive).await.map_err(service_error)?;
         }
-        let mut cursors = Vec::with_capacity(2);
-        for (down, cursor) in [(Down::Inbox, record.inbox), (Down::Sent, record.sent)] {
-            if let Some(position) = cursor {
-                cursors.push((down.topic(&device.user).into(), Position(position.0)));
-            }
-        }
+        let cursors = Side::ALL.into_iter().filter_map(|side| {
+            let position = record.cursors.of(side)?;
+            Some((durable_topic(side, &device.user).into(), Position(position.0)))
+        });
+        let cursors = cursors.collect();
         Ok(Some(SessionRecord {
             subscriptions: record
                 .subscriptions
@@ -397,13 +420,14 @@ impl<L: Log> Service for ChatService<L> {
 
     async fn save_session(&self, session: &SessionKey, record: SessionRecord) -> Result<(), ServiceError> {
         let device = Self::device(session)?;
-        let cursor = |down: Down| {
-            let topic = down.topic(&device.user);
-            record.cursors.iter().find(|(name, _)| **name == *topic).map(|(_, position)| log::Position(position.0))
-        };
+        let mut cursors = Cursors::default();
+        for side in Side::ALL {
+            let topic = durable_topic(side, &device.user);
+            let found = record.cursors.iter().find(|(name, _)| **name == *topic);
+            *cursors.of_mut(side) = found.map(|(_, position)| log::Position(position.0));
+        }
         let stored = log::SessionRecord {
-            inbox: cursor(Down::Inbox),
-            sent: cursor(Down::Sent),
+            cursors,
             expiry_s: record.expiry_s,
             ended_at_ms: None,
             subscriptions: record
@@ -475,6 +499,16 @@ impl<L: Log> Service for ChatService<L> {
             Observation::QueueFull => self.metrics.refused("queue_full"),
             Observation::Panicked => self.metrics.refused("panic"),
         }
+    }
+}
+
+/// The bound topic behind which a stream of the user's stands.
+fn durable_topic(side: Side, user: &UserId) -> String {
+    match side {
+        Side::Inbox => Down::Inbox.topic(user),
+        Side::Sent => Down::Sent.topic(user),
+        Side::EveryInbox => Down::Inbox.filter(),
+        Side::EverySent => Down::Sent.filter(),
     }
 }
 

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use chat_protocol::UserId;
 use config::{Config, ConfigError, Environment, File, FileFormat, Map, Source, Value, ValueKind};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use tracing_subscriber::EnvFilter;
@@ -77,6 +78,8 @@ pub struct StorageSettings {
 pub struct AuthSettings {
     #[serde(deserialize_with = "text")]
     pub mode: AuthMode,
+    #[serde(deserialize_with = "list", serialize_with = "as_list")]
+    pub observers: Vec<UserId>,
 }
 
 /// How a client proves who it is.
@@ -508,6 +511,54 @@ where
     deserializer.deserialize_any(Text)?.parse().map_err(de::Error::custom)
 }
 
+/// Texts: a list of them, or one with commas between, as in the environment.
+struct Texts;
+
+impl<'de> de::Visitor<'de> for Texts {
+    type Value = Vec<String>;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("a list of texts in quotes")
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<Vec<String>, E> {
+        Ok(value.split(',').map(|text| text.trim().to_owned()).filter(|text| !text.is_empty()).collect())
+    }
+
+    fn visit_seq<A: de::SeqAccess<'de>>(self, mut list: A) -> Result<Vec<String>, A::Error> {
+        let mut texts = Vec::new();
+        while let Some(text) = list.next_element_seed(OneText)? {
+            texts.push(text);
+        }
+        Ok(texts)
+    }
+}
+
+struct OneText;
+
+impl<'de> de::DeserializeSeed<'de> for OneText {
+    type Value = String;
+
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<String, D::Error> {
+        deserializer.deserialize_any(Text)
+    }
+}
+
+fn list<'de, D, T>(deserializer: D) -> Result<Vec<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr,
+    T::Err: fmt::Display,
+{
+    let texts = deserializer.deserialize_any(Texts)?;
+    let parse = |text: String| text.parse().map_err(|error| de::Error::custom(format!("{text:?}: {error}")));
+    texts.into_iter().map(parse).collect()
+}
+
+fn as_list<T: fmt::Display, S: Serializer>(list: &[T], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_seq(list.iter().map(T::to_string))
+}
+
 fn listen_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
     let address = deserializer.deserialize_any(Text)?;
     address.parse().map_err(|_| {
@@ -653,6 +704,18 @@ mod tests {
         let toml = changed.to_toml();
         assert_eq!(load(&toml, &[], Flags::default()).unwrap(), changed, "{toml}");
         assert_says(&toml, &["[mqtt]\nlisten = \"127.0.0.1:1883\"\n", "idle_timeout_ms = 5\n", "format = \"json\"\n"]);
+    }
+
+    #[test]
+    fn names_are_a_list_or_have_commas_between() {
+        let names = |settings: Settings| settings.auth.observers.iter().map(UserId::to_string).collect::<Vec<_>>();
+        let in_file = load("[auth]\nobservers = ['eve', 'the-bot']", &[], Flags::default()).unwrap();
+        assert_eq!(names(in_file.clone()), ["eve", "the-bot"]);
+        assert_eq!(load(&in_file.to_toml(), &[], Flags::default()).unwrap(), in_file);
+        let in_environment = load("", &[("CHATD__AUTH__OBSERVERS", "eve, the-bot,")], Flags::default()).unwrap();
+        assert_eq!(in_environment, in_file);
+        assert_says(&refusal("[auth]\nobservers = ['eve', 'a/b']"), &["auth.observers", "a/b"]);
+        assert_says(&refusal("[auth]\nobservers = [1]"), &["auth.observers", "text in quotes"]);
     }
 
     #[test]

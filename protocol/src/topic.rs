@@ -124,7 +124,16 @@ impl Down {
 
     /// This topic of a user.
     pub fn topic(self, user: &UserId) -> String {
-        let (user, suffix) = (user.as_str(), self.suffix());
+        self.below(user.as_str())
+    }
+
+    /// The filter for this topic of every user.
+    pub fn filter(self) -> String {
+        self.below("+")
+    }
+
+    fn below(self, user: &str) -> String {
+        let suffix = self.suffix();
         let mut topic = String::with_capacity(ROOT.len() + user.len() + suffix.len() + 2);
         for part in [ROOT, "/", user, "/", suffix] {
             topic.push_str(part);
@@ -170,6 +179,44 @@ pub fn parse_filter(me: &UserId, filter: &str) -> Result<Vec<Down>, FilterRefusa
         None => Vec::new(),
     };
     if topics.is_empty() { Err(FilterRefusal { me: me.clone() }) } else { Ok(topics) }
+}
+
+/// What an observer subscribes to besides its own topics.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Observed {
+    /// `chat/#`: everything but answers to requests.
+    Everything,
+    /// `chat/+/…`: this topic of every user.
+    Each(Down),
+    /// `chat/+/event/+`: all events of every user.
+    Events,
+}
+
+impl Observed {
+    /// The filters, as the documentation writes them.
+    pub const FILTERS: [&str; 5] = ["chat/#", "chat/+/inbox", "chat/+/sent", "chat/+/event/+", "chat/+/event/{event}"];
+
+    /// The topics that it means.
+    pub fn topics(self) -> Vec<Down> {
+        let all = Down::ALL.into_iter();
+        match self {
+            Self::Everything => all.filter(|down| *down != Down::Res).collect(),
+            Self::Each(down) => vec![down],
+            Self::Events => all.filter(|down| down.is_event()).collect(),
+        }
+    }
+}
+
+/// What a filter means for an observer; `None` if nothing.
+pub fn parse_observer_filter(filter: &str) -> Option<Observed> {
+    match filter.strip_prefix(ROOT)?.strip_prefix('/')? {
+        "#" => Some(Observed::Everything),
+        "+/event/+" | "+/event/#" => Some(Observed::Events),
+        rest => {
+            let suffix = rest.strip_prefix("+/")?;
+            Observed::Everything.topics().into_iter().find(|down| down.suffix() == suffix).map(Observed::Each)
+        }
+    }
 }
 
 /// Whether a topic is `chat/{me}/res/{token}`: one of a user's own, for answers to requests that name it. A token is as a message id.
@@ -231,6 +278,27 @@ mod tests {
         {
             assert!(parse_filter(&bob, refused).is_err(), "{refused}");
         }
+    }
+
+    #[test]
+    fn an_observer_sees_everything_but_answers() {
+        for (filter, expected) in [
+            ("chat/#", Some(Observed::Everything)),
+            ("chat/+/inbox", Some(Observed::Each(Down::Inbox))),
+            ("chat/+/event/typing", Some(Observed::Each(Down::Typing))),
+            ("chat/+/event/+", Some(Observed::Events)),
+            ("chat/+/res", None),
+            ("chat/+/res/1", None),
+            ("chat/+/out/bob", None),
+            ("chat/+/#", None),
+            ("chat/+", None),
+            ("chat", None),
+            ("#", None),
+        ] {
+            assert_eq!(parse_observer_filter(filter), expected, "{filter}");
+        }
+        assert!(!Observed::Everything.topics().contains(&Down::Res));
+        assert_eq!(Down::Typing.filter(), "chat/+/event/typing");
     }
 
     #[test]

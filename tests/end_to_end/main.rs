@@ -15,6 +15,8 @@ mod lifecycle;
 #[cfg(test)]
 mod messenger;
 #[cfg(test)]
+mod observer;
+#[cfg(test)]
 mod offline;
 #[cfg(test)]
 mod ordinary;

@@ -96,6 +96,11 @@ fn validate_levels(topic: &str, levels_max: usize) -> Result<(), TopicError> {
     if topic.split('/').count() > levels_max { Err(TopicError::TooManyLevels { max: levels_max }) } else { Ok(()) }
 }
 
+/// Whether it may match more than one name.
+pub fn has_wildcard(filter: &str) -> bool {
+    filter.contains(['+', '#'])
+}
+
 /// Whether a valid, unshared filter matches a valid name. A wildcard in the first level does not match a name that begins with `$`
 /// [MQTT-4.7.2-1].
 pub fn matches(filter: &str, topic: &str) -> bool {

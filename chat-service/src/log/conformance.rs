@@ -11,8 +11,8 @@ use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use tokio::task::JoinSet;
 
 use super::{
-    Account, Advance, AppendError, Body, ConversationHead, Device, Entry, IdKey, Log, MESSAGE_OVERHEAD_BYTES, NewEntry,
-    Page, PeerRecord, Position, ReadLimit, SessionRecord, Side, Stream, SubscriptionRecord,
+    Account, Advance, AppendError, Body, ConversationHead, Cursors, Device, Entry, IdKey, Log, MESSAGE_OVERHEAD_BYTES,
+    NewEntry, Page, PeerRecord, Position, ReadLimit, SessionRecord, Side, Stream, SubscriptionRecord,
 };
 
 /// A place for a log, empty at first.
@@ -43,6 +43,7 @@ macro_rules! for_each_log_case {
             streams_of_similar_names_do_not_mix
             pages_keep_their_limits
             the_end_is_told_exactly
+            an_observer_reads_everything
             conversations_are_read_by_seq
             a_read_sees_what_was_committed_before_it
             appends_to_many_conversations_at_once
@@ -322,6 +323,60 @@ pub async fn the_end_is_told_exactly(store: &impl Store) {
     assert_eq!(page, Page { entries: Vec::new(), end: true });
 }
 
+pub async fn an_observer_reads_everything(store: &impl Store) {
+    let log = store.open().await;
+    let of = |side| Stream { user: user("eve"), side };
+    let (inboxes, sents) = (of(Side::EveryInbox), of(Side::EverySent));
+    let page = log.read(&sents, Position(0), EVERYTHING).await.expect("a page");
+    assert_eq!(page, Page { entries: Vec::new(), end: true });
+    let mut positions = Vec::new();
+    for seq in 1..=30 {
+        let withheld = NewEntry { withheld: seq % 3 == 0, ..message("alice", "bob", seq, &"x".repeat(500)) };
+        positions.extend(append(&log, &[withheld, message("carol", "dave", seq, "y")]).await);
+    }
+    for (stream, leaves_out) in [(&sents, false), (&inboxes, true)] {
+        for entries in [1, 2, 7, 100] {
+            let mut read = Vec::new();
+            let limit = ReadLimit { entries, bytes: usize::MAX };
+            loop {
+                let after = read.last().map_or(Position(0), |entry: &Entry| entry.position);
+                let page = log.read(stream, after, limit).await.expect("a page");
+                assert!(page.end || page.entries.len() == entries, "a page is full unless it is the end");
+                read.extend(page.entries);
+                if page.end {
+                    break;
+                }
+            }
+            let expected: Vec<_> = log_of(&log, &["alice:bob", "carol:dave"]).await;
+            let expected: Vec<_> = expected.into_iter().filter(|entry| !(leaves_out && entry.withheld)).collect();
+            assert_eq!(read, expected, "{stream}, {entries} at once");
+        }
+    }
+    let page = log.read(&sents, *positions.last().expect("entries"), EVERYTHING).await.expect("a page");
+    assert_eq!(page, Page { entries: Vec::new(), end: true });
+    // Its cursors are its own, also where it has a stream of the usual kind.
+    let tail = Device { user: user("eve"), client_id: "tail".into() };
+    let cursors = Cursors { every_inbox: Some(Position(0)), every_sent: Some(Position(4)), ..in_inbox(1) };
+    log.put_session(&tail, SessionRecord { cursors, ..a_session() }).await.expect("a session");
+    log.advance(vec![Advance { stream: inboxes.clone(), device: Some(tail.clone()), position: Position(9) }]);
+    log.flush().await.expect("flushed");
+    drop(log);
+    let log = store.open().await;
+    let cursors = log.session(&tail).await.expect("a session").expect("a session").cursors;
+    assert_eq!(cursors, Cursors { every_inbox: Some(Position(9)), every_sent: Some(Position(4)), ..in_inbox(1) });
+    assert_eq!(log.delivered(&of(Side::Inbox)).await.expect("a cursor").position, Position(0));
+}
+
+/// The entries of these conversations in the order of the log.
+async fn log_of(log: &impl Log, conversations: &[&str]) -> Vec<Entry> {
+    let mut all = Vec::new();
+    for name in conversations {
+        all.extend(log.read_conversation(&conversation(name), None, EVERYTHING).await.expect("a page").entries);
+    }
+    all.sort_by_key(|entry| entry.position);
+    all
+}
+
 pub async fn conversations_are_read_by_seq(store: &impl Store) {
     let log = store.open().await;
     for seq in 1..=300 {
@@ -434,12 +489,13 @@ pub async fn appends_to_one_conversation_at_once<S: Store>(store: &S) {
 pub async fn cursors_only_advance(store: &impl Store) {
     let log = store.open().await;
     let phone = device("bob", "phone");
-    let record = SessionRecord { inbox: Some(Position(3)), sent: Some(Position(0)), ..SessionRecord::default() };
+    let record =
+        SessionRecord { cursors: Cursors { sent: Some(Position(0)), ..in_inbox(3) }, ..SessionRecord::default() };
     log.put_session(&phone, record).await.expect("a session");
     for (to, expected) in [(5, 5), (4, 5), (0, 5), (6, 6)] {
         log.advance(vec![advance(&inbox("bob"), Some(&phone), to)]);
         assert_eq!(delivered(&log, &inbox("bob")).await, Position(expected));
-        assert_eq!(session(&log, &phone).await.expect("a session").inbox, Some(Position(expected)));
+        assert_eq!(session(&log, &phone).await.expect("a session").cursors.inbox, Some(Position(expected)));
         if to == 4 {
             log.flush().await.expect("cursors on disk");
         }
@@ -455,7 +511,7 @@ pub async fn cursors_only_advance(store: &impl Store) {
     assert_eq!(delivered(&log, &inbox("eve")).await, Position(1));
     assert_eq!(delivered(&log, &sent("eve")).await, Position(0));
     let record = session(&log, &phone).await.expect("a session");
-    assert_eq!((record.inbox, record.sent), (Some(Position(6)), Some(Position(2))));
+    assert_eq!((record.cursors.inbox, record.cursors.sent), (Some(Position(6)), Some(Position(2))));
     log.advance(Vec::new());
 }
 
@@ -468,7 +524,7 @@ pub async fn a_device_without_a_session_moves_the_users_cursor_only(store: &impl
     log.flush().await.expect("cursors on disk");
     assert_eq!(session(&log, &phone).await, None);
     // A session made later stands where it says.
-    let record = SessionRecord { inbox: Some(Position(2)), ..SessionRecord::default() };
+    let record = SessionRecord { cursors: in_inbox(2), ..SessionRecord::default() };
     log.put_session(&phone, record.clone()).await.expect("a session");
     assert_eq!(session(&log, &phone).await, Some(record));
 }
@@ -476,12 +532,12 @@ pub async fn a_device_without_a_session_moves_the_users_cursor_only(store: &impl
 pub async fn a_session_without_a_cursor_gets_none(store: &impl Store) {
     let log = store.open().await;
     let phone = device("bob", "phone");
-    let record = SessionRecord { inbox: Some(Position(0)), sent: None, ..SessionRecord::default() };
+    let record = SessionRecord { cursors: in_inbox(0), ..SessionRecord::default() };
     log.put_session(&phone, record).await.expect("a session");
     for _ in 0..2 {
         log.advance(vec![advance(&sent("bob"), Some(&phone), 5), advance(&inbox("bob"), Some(&phone), 4)]);
         let record = session(&log, &phone).await.expect("a session");
-        assert_eq!((record.inbox, record.sent), (Some(Position(4)), None));
+        assert_eq!((record.cursors.inbox, record.cursors.sent), (Some(Position(4)), None));
         assert_eq!(delivered(&log, &sent("bob")).await, Position(5));
         log.flush().await.expect("cursors on disk");
     }
@@ -490,13 +546,13 @@ pub async fn a_session_without_a_cursor_gets_none(store: &impl Store) {
 pub async fn sessions_are_replaced_and_removed(store: &impl Store) {
     let log = store.open().await;
     let (phone, laptop) = (device("bob", "phone"), device("bob", "laptop"));
-    let first = SessionRecord { inbox: Some(Position(8)), expiry_s: 60, ..a_session() };
+    let first = SessionRecord { cursors: in_inbox(8), expiry_s: 60, ..a_session() };
     log.put_session(&phone, first.clone()).await.expect("a session");
     log.put_session(&laptop, a_session()).await.expect("a session");
     assert_eq!(session(&log, &phone).await, Some(first));
     // Cursors are replaced too, backwards as well.
     log.advance(vec![advance(&inbox("bob"), Some(&phone), 20)]);
-    let second = SessionRecord { inbox: Some(Position(1)), sent: None, ..SessionRecord::default() };
+    let second = SessionRecord { cursors: in_inbox(1), ..SessionRecord::default() };
     log.put_session(&phone, second.clone()).await.expect("a session");
     assert_eq!(session(&log, &phone).await, Some(second.clone()));
     log.flush().await.expect("cursors on disk");
@@ -544,7 +600,7 @@ pub async fn client_ids_may_be_anything(store: &impl Store) {
         device("bobby", ""),
         device("b", "ob"),
     ];
-    let record = |index: usize| SessionRecord { inbox: Some(Position(index as u64)), ..a_session() };
+    let record = |index: usize| SessionRecord { cursors: in_inbox(index as u64), ..a_session() };
     {
         let log = store.open().await;
         for (index, device) in devices.iter().enumerate() {
@@ -566,18 +622,18 @@ pub async fn noted_changes_are_made_in_their_order(store: &impl Store) {
     let log = store.open().await;
     let phone = device("bob", "phone");
     for round in 1..=20 {
-        log.put_session(&phone, SessionRecord { inbox: Some(Position(round)), ..SessionRecord::default() })
+        log.put_session(&phone, SessionRecord { cursors: in_inbox(round), ..SessionRecord::default() })
             .await
             .expect("a session");
         log.advance(vec![advance(&inbox("bob"), Some(&phone), 100)]);
         log.end_session(&phone, round, 9);
         let record = session(&log, &phone).await.expect("a session");
-        assert_eq!((record.inbox, record.ended_at_ms, record.expiry_s), (Some(Position(100)), Some(round), 9));
-        log.put_session(&phone, SessionRecord { inbox: Some(Position(0)), ..SessionRecord::default() })
+        assert_eq!((record.cursors.inbox, record.ended_at_ms, record.expiry_s), (Some(Position(100)), Some(round), 9));
+        log.put_session(&phone, SessionRecord { cursors: in_inbox(0), ..SessionRecord::default() })
             .await
             .expect("a session");
         let record = session(&log, &phone).await.expect("a session");
-        assert_eq!((record.inbox, record.ended_at_ms), (Some(Position(0)), None));
+        assert_eq!((record.cursors.inbox, record.ended_at_ms), (Some(Position(0)), None));
     }
 }
 
@@ -615,7 +671,7 @@ pub async fn cursors_and_sessions_survive(store: &impl Store) {
         log.flush().await.expect("noted changes on disk");
     }
     let log = store.open().await;
-    let moved = SessionRecord { inbox: Some(Position(50)), ..a_session() };
+    let moved = SessionRecord { cursors: in_inbox(50), ..a_session() };
     assert_eq!(session(&log, &phone).await, Some(moved));
     let ended = SessionRecord { ended_at_ms: Some(5_000), expiry_s: 30, ..a_session() };
     assert_eq!(session(&log, &laptop).await, Some(ended));
@@ -972,6 +1028,11 @@ fn device(name: &str, client_id: &str) -> Device {
     Device { user: user(name), client_id: client_id.into() }
 }
 
+/// Only a cursor in the inbox.
+fn in_inbox(position: u64) -> Cursors {
+    Cursors { inbox: Some(Position(position)), ..Cursors::default() }
+}
+
 fn a_session() -> SessionRecord {
     SessionRecord {
         subscriptions: vec![
@@ -985,8 +1046,7 @@ fn a_session() -> SessionRecord {
         ],
         expiry_s: u32::MAX,
         ended_at_ms: None,
-        inbox: Some(Position(7)),
-        sent: None,
+        cursors: in_inbox(7),
     }
 }
 

@@ -155,7 +155,15 @@ impl Log for MemoryLog {
 
     async fn read(&self, stream: &Stream, after: Position, limit: ReadLimit) -> Result<Page, LogError> {
         let state = self.state.lock();
-        let positions = state.streams.get(stream).map_or(&[][..], Vec::as_slice);
+        let every;
+        let positions = match stream.side {
+            Side::Inbox | Side::Sent => state.streams.get(stream).map_or(&[][..], Vec::as_slice),
+            Side::EveryInbox | Side::EverySent => {
+                let meant = |entry: &&Entry| stream.side == Side::EverySent || !entry.withheld;
+                every = state.entries.iter().filter(meant).map(|entry| entry.position).collect::<Vec<_>>();
+                &every
+            }
+        };
         let rest = &positions[positions.partition_point(|position| *position <= after)..];
         Ok(state.page(rest, limit))
     }

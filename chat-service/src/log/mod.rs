@@ -130,7 +130,7 @@ pub struct IdKey {
     pub id: MessageId,
 }
 
-/// One user's side of the log: what others sent them, or what they sent.
+/// One user's side of the log: what others sent them, what they sent, or what they observe.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Stream {
     pub user: UserId,
@@ -144,6 +144,15 @@ pub enum Side {
     Inbox,
     /// Entries sent by the user.
     Sent,
+    /// What is in anybody's inbox, as this user reads it: an observer.
+    EveryInbox,
+    /// What anybody sent, as this user reads it: every entry of the log.
+    EverySent,
+}
+
+impl Side {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Inbox, Self::Sent, Self::EveryInbox, Self::EverySent];
 }
 
 impl fmt::Display for Stream {
@@ -151,6 +160,8 @@ impl fmt::Display for Stream {
         let side = match self.side {
             Side::Inbox => "inbox",
             Side::Sent => "sent",
+            Side::EveryInbox => "+/inbox",
+            Side::EverySent => "+/sent",
         };
         write!(f, "{}/{side}", self.user)
     }
@@ -212,19 +223,40 @@ pub struct SessionRecord {
     pub expiry_s: u32,
     /// When its last connection ended, in milliseconds since the Unix epoch; `None` while one may be there.
     pub ended_at_ms: Option<u64>,
-    /// Where the device stands in each of its user's streams; `None` where it never subscribed.
+    /// Where the device stands.
+    pub cursors: Cursors,
+}
+
+/// Where a device stands in each of its user's streams; `None` where it never subscribed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cursors {
     pub inbox: Option<Position>,
     pub sent: Option<Position>,
+    pub every_inbox: Option<Position>,
+    pub every_sent: Option<Position>,
+}
+
+impl Cursors {
+    /// The one in this stream.
+    pub fn of(mut self, side: Side) -> Option<Position> {
+        *self.of_mut(side)
+    }
+
+    /// The one in this stream, to be set.
+    pub fn of_mut(&mut self, side: Side) -> &mut Option<Position> {
+        match side {
+            Side::Inbox => &mut self.inbox,
+            Side::Sent => &mut self.sent,
+            Side::EveryInbox => &mut self.every_inbox,
+            Side::EverySent => &mut self.every_sent,
+        }
+    }
 }
 
 impl SessionRecord {
     /// Moves a cursor forward, if it is there and the position is later.
     fn advance(&mut self, side: Side, position: Position) {
-        let cursor = match side {
-            Side::Inbox => &mut self.inbox,
-            Side::Sent => &mut self.sent,
-        };
-        if let Some(cursor) = cursor {
+        if let Some(cursor) = self.cursors.of_mut(side) {
             *cursor = position.max(*cursor);
         }
     }

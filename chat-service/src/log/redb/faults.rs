@@ -168,7 +168,7 @@ async fn check(log: &RedbLog, promise: Promise, what: &str) -> u64 {
     let page = log.read_conversation(&conversation, None, EVERYTHING).await.unwrap();
     assert_eq!(page.entries.len() as u64, head - removed, "{what}");
     let session = log.session(&phone()).await.unwrap();
-    assert!(session.and_then(|session| session.inbox) >= promise.cursor.map(Position), "{what}");
+    assert!(session.and_then(|session| session.cursors.inbox) >= promise.cursor.map(Position), "{what}");
     head
 }
 

@@ -54,12 +54,11 @@ impl Filter {
 mod tests {
     use chat_protocol::UserId;
 
-    use super::super::super::Side;
     use super::super::key::Keys;
     use super::*;
 
     fn key(number: u32) -> Key {
-        Keys::new((1, 2)).side(&UserId::parse(&format!("user-{number}")).unwrap(), Side::Inbox)
+        Keys::new((1, 2)).inbox(&UserId::parse(&format!("user-{number}")).unwrap())
     }
 
     #[test]

@@ -9,8 +9,6 @@ use std::hash::Hasher as _;
 use chat_protocol::{ConversationId, MessageId, Seq, UserId};
 use siphasher::sip128::{Hasher128 as _, SipHasher13};
 
-use super::super::{Side, Stream};
-
 /// Bytes of a [`Key`] on disk.
 pub(super) const KEY_BYTES: usize = 13;
 const HASH_BITS: u32 = 96;
@@ -87,16 +85,14 @@ impl Keys {
         self.key(Kind::Conversation, |hasher| write_conversation(hasher, conversation))
     }
 
-    pub(super) fn stream(&self, stream: &Stream) -> Key {
-        self.side(&stream.user, stream.side)
+    /// Of what was sent to a user.
+    pub(super) fn inbox(&self, user: &UserId) -> Key {
+        self.key(Kind::Inbox, |hasher| hasher.write(user.as_str().as_bytes()))
     }
 
-    pub(super) fn side(&self, user: &UserId, side: Side) -> Key {
-        let kind = match side {
-            Side::Inbox => Kind::Inbox,
-            Side::Sent => Kind::Sent,
-        };
-        self.key(kind, |hasher| hasher.write(user.as_str().as_bytes()))
+    /// Of what a user sent.
+    pub(super) fn sent(&self, user: &UserId) -> Key {
+        self.key(Kind::Sent, |hasher| hasher.write(user.as_str().as_bytes()))
     }
 
     pub(super) fn id(&self, conversation: &ConversationId, from: &UserId, id: &MessageId) -> Key {
@@ -151,9 +147,9 @@ mod tests {
         let id = MessageId::parse("m").unwrap();
         let all = [
             keys.conversation(&conversation),
-            keys.side(&user("alice"), Side::Inbox),
-            keys.side(&user("alice"), Side::Sent),
-            keys.side(&user("bob"), Side::Inbox),
+            keys.inbox(&user("alice")),
+            keys.sent(&user("alice")),
+            keys.inbox(&user("bob")),
             keys.id(&conversation, &user("alice"), &id),
             keys.id(&conversation, &user("bob"), &id),
             keys.change(&conversation, Seq::FIRST),
@@ -173,7 +169,7 @@ mod tests {
     #[test]
     fn keys_stay_what_they_were() {
         // What is on disk depends on it.
-        let key = Keys::new((7, 9)).side(&UserId::parse("alice").unwrap(), Side::Inbox);
+        let key = Keys::new((7, 9)).inbox(&UserId::parse("alice").unwrap());
         assert_eq!(key.to_bytes().escape_ascii().to_string(), KNOWN);
     }
 

@@ -8,7 +8,7 @@ use std::ops::RangeInclusive;
 use chat_protocol::{Seq, UserId};
 use rustc_hash::FxHashMap;
 
-use super::super::{Advance, Delivered, Device, PeerRecord, Position, SessionRecord, Side, Stream};
+use super::super::{Advance, Cursors, Delivered, Device, PeerRecord, Position, SessionRecord, Side, Stream};
 
 /// Notes since some moment, folded.
 #[derive(Clone, Debug, Default)]
@@ -59,8 +59,7 @@ impl PeerNote {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct SessionNote {
     replaced: Option<Replacement>,
-    inbox: Option<Position>,
-    sent: Option<Position>,
+    cursors: Cursors,
     ended: Option<End>,
 }
 
@@ -115,10 +114,7 @@ impl Notes {
         let Advance { stream, device, position } = advance;
         if let Some(device) = device {
             let note = self.sessions.entry(device).or_default();
-            let cursor = match stream.side {
-                Side::Inbox => &mut note.inbox,
-                Side::Sent => &mut note.sent,
-            };
+            let cursor = note.cursors.of_mut(stream.side);
             *cursor = (*cursor).max(Some(position));
         }
         self.delivered_up_to(stream, Delivered { position, moved: head });
@@ -166,8 +162,10 @@ impl SessionNote {
             *self = later;
             return;
         }
-        self.inbox = self.inbox.max(later.inbox);
-        self.sent = self.sent.max(later.sent);
+        for side in Side::ALL {
+            let cursor = self.cursors.of_mut(side);
+            *cursor = (*cursor).max(later.cursors.of(side));
+        }
         self.ended = later.ended.or(self.ended);
     }
 
@@ -179,8 +177,8 @@ impl SessionNote {
     /// The session as it is now, from the one stored before the note.
     pub(super) fn apply(&self, stored: Option<SessionRecord>) -> Option<SessionRecord> {
         let mut session = self.replaced.clone().unwrap_or(stored)?;
-        for (side, cursor) in [(Side::Inbox, self.inbox), (Side::Sent, self.sent)] {
-            if let Some(position) = cursor {
+        for side in Side::ALL {
+            if let Some(position) = self.cursors.of(side) {
                 session.advance(side, position);
             }
         }
@@ -208,7 +206,7 @@ mod tests {
     }
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
-        let side = prop_oneof![Just(Side::Inbox), Just(Side::Sent)];
+        let side = prop_oneof![Just(Side::Inbox), Just(Side::Sent), Just(Side::EveryInbox)];
         let step = prop_oneof![
             (side, 0_u64..20).prop_map(|(side, position)| Step::Advance(side, position)),
             (any::<Option<bool>>(), any::<Option<bool>>())
@@ -237,7 +235,8 @@ mod tests {
     }
 
     fn record(inbox: Option<u64>, sent: Option<u64>) -> SessionRecord {
-        SessionRecord { inbox: inbox.map(Position), sent: sent.map(Position), ..SessionRecord::default() }
+        let cursors = Cursors { inbox: inbox.map(Position), sent: sent.map(Position), ..Cursors::default() };
+        SessionRecord { cursors, ..SessionRecord::default() }
     }
 
     /// What the steps do to a session one by one.

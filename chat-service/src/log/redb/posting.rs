@@ -234,7 +234,6 @@ mod tests {
     use chat_protocol::{ConversationId, UserId};
     use proptest::prelude::*;
 
-    use super::super::super::Side;
     use super::super::key::Keys;
     use super::*;
 
@@ -264,7 +263,7 @@ mod tests {
                         if is_conversation {
                             List { key: keys.conversation(&conversation), positions, last }
                         } else {
-                            List { key: keys.side(&user, Side::Inbox), positions, last: Last::default() }
+                            List { key: keys.inbox(&user), positions, last: Last::default() }
                         }
                     })
                     .collect();
@@ -328,11 +327,8 @@ mod tests {
     #[test]
     fn every_flipped_bit_of_a_block_is_noticed() {
         let keys = Keys::new((3, 4));
-        let list = List {
-            key: keys.side(&UserId::parse("bob").unwrap(), Side::Sent),
-            positions: vec![101, 105],
-            last: Last::default(),
-        };
+        let list =
+            List { key: keys.sent(&UserId::parse("bob").unwrap()), positions: vec![101, 105], last: Last::default() };
         let (key, block) = blocks(&[list]).remove(0);
         for bit in 0..block.len() * 8 {
             let mut flipped = block.clone();

@@ -290,7 +290,7 @@ impl Shared {
         }
         let key = |account: &Account| match account {
             Account::Conversation(conversation) => self.keys.conversation(conversation),
-            Account::Sender(user) => self.keys.side(user, Side::Sent),
+            Account::Sender(user) => self.keys.sent(user),
         };
         self.index.usage(&accounts.iter().map(key).collect::<Vec<_>>())
     }
@@ -320,13 +320,52 @@ impl Shared {
     }
 
     pub(super) fn stream(&self, stream: &Stream, after: Position, limit: ReadLimit) -> Result<Page, ReadError> {
-        let of = |entry: &Entry| match stream.side {
-            Side::Inbox => entry.to == stream.user,
-            Side::Sent => entry.from == stream.user,
-        };
+        let user = &stream.user;
         // A page has one at least; another says whether it is the end.
         let wanted = limit.entries.max(1).saturating_add(1);
-        self.page_of(self.keys.stream(stream), After::Position(after.0), wanted, limit, |_, entry| of(entry))
+        let after_position = After::Position(after.0);
+        match stream.side {
+            Side::Inbox => {
+                self.page_of(self.keys.inbox(user), after_position, wanted, limit, |_, entry| entry.to == *user)
+            }
+            Side::Sent => {
+                self.page_of(self.keys.sent(user), after_position, wanted, limit, |_, entry| entry.from == *user)
+            }
+            Side::EveryInbox => self.everything(after, limit, |entry| !entry.withheld),
+            Side::EverySent => self.everything(after, limit, |_| true),
+        }
+    }
+
+    /// A page of all entries after a position, in the order of the log.
+    fn everything(
+        &self,
+        after: Position,
+        limit: ReadLimit,
+        is_meant: impl Fn(&Entry) -> bool,
+    ) -> Result<Page, ReadError> {
+        let snapshot = self.begin_read()?;
+        let rows = snapshot.open_table(ROWS)?;
+        let next = after.0.saturating_add(1);
+        // The row that has it may begin before it.
+        let begin = rows.range(..=next)?.next_back().transpose()?.map_or(next, |(first, _)| first.value());
+        let mut page = Page { entries: Vec::new(), end: true };
+        let mut bytes = 0;
+        for found in rows.range(begin..)? {
+            let (first, row) = found?;
+            for entry in row::entries(Position(first.value()), row.value()) {
+                let entry = entry?;
+                if entry.position <= after || !is_meant(&entry) {
+                    continue;
+                }
+                if !limit.has_room(page.entries.len(), bytes, entry.body.text().len()) {
+                    page.end = false;
+                    return Ok(page);
+                }
+                bytes += entry.body.text().len();
+                page.entries.push(entry);
+            }
+        }
+        Ok(page)
     }
 
     pub(super) fn conversation(

@@ -4,7 +4,7 @@
 
 use rustc_hash::FxHashMap;
 
-use super::super::{ConversationHead, Entry, NewEntry, Position, Side};
+use super::super::{ConversationHead, Entry, NewEntry, Position};
 use super::key::{Key, Keys};
 use super::posting::{Last, ListRef};
 
@@ -69,8 +69,8 @@ impl Posted {
         Self {
             position: position.0,
             conversation,
-            inbox: (!new.withheld).then(|| keys.side(&new.to, Side::Inbox)),
-            sent: keys.side(&new.from, Side::Sent),
+            inbox: (!new.withheld).then(|| keys.inbox(&new.to)),
+            sent: keys.sent(&new.from),
             id: new.id.as_ref().map(|id| keys.id(&new.conversation, &new.from, id)),
             change: new.body.target().map(|target| keys.change(&new.conversation, target)),
             last: Last { seq: new.seq.get(), at_ms: new.at.as_ms() },
@@ -82,8 +82,8 @@ impl Posted {
         Self {
             position: entry.position.0,
             conversation: keys.conversation(&entry.conversation),
-            inbox: (!entry.withheld).then(|| keys.side(&entry.to, Side::Inbox)),
-            sent: keys.side(&entry.from, Side::Sent),
+            inbox: (!entry.withheld).then(|| keys.inbox(&entry.to)),
+            sent: keys.sent(&entry.from),
             id: entry.id.as_ref().map(|id| keys.id(&entry.conversation, &entry.from, id)),
             change: entry.body.target().map(|target| keys.change(&entry.conversation, target)),
             last: Last { seq: entry.seq.get(), at_ms: entry.at.as_ms() },

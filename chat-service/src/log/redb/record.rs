@@ -6,7 +6,7 @@
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 
 use super::super::{
-    Body, ConversationHead, Device, Entry, NewEntry, PeerRecord, Position, SessionRecord, SubscriptionRecord,
+    Body, ConversationHead, Cursors, Device, Entry, NewEntry, PeerRecord, Position, SessionRecord, SubscriptionRecord,
 };
 use super::schema;
 
@@ -166,6 +166,8 @@ pub(super) fn decode_peer(key: &[u8], record: &[u8]) -> Result<PeerRecord, Broke
 const HAS_ENDED: u64 = 1;
 const HAS_INBOX: u64 = 2;
 const HAS_SENT: u64 = 4;
+const HAS_EVERY_INBOX: u64 = 8;
+const HAS_EVERY_SENT: u64 = 16;
 
 const NO_LOCAL: u64 = 4;
 const RETAIN_AS_PUBLISHED: u64 = 8;
@@ -177,8 +179,10 @@ pub(super) fn encode_session(key: &[u8], session: &SessionRecord) -> Vec<u8> {
     begin(&mut record);
     let optional = [
         (HAS_ENDED, session.ended_at_ms),
-        (HAS_INBOX, session.inbox.map(|position| position.0)),
-        (HAS_SENT, session.sent.map(|position| position.0)),
+        (HAS_INBOX, session.cursors.inbox.map(|position| position.0)),
+        (HAS_SENT, session.cursors.sent.map(|position| position.0)),
+        (HAS_EVERY_INBOX, session.cursors.every_inbox.map(|position| position.0)),
+        (HAS_EVERY_SENT, session.cursors.every_sent.map(|position| position.0)),
     ];
     put_number(&mut record, u64::from(session.expiry_s));
     put_number(&mut record, optional.iter().filter(|(_, value)| value.is_some()).map(|(flag, _)| flag).sum());
@@ -210,8 +214,13 @@ pub(super) fn decode_session(device: &Device, record: &[u8]) -> Result<SessionRe
         let present = body.number()?;
         let mut optional = |flag| if present & flag == 0 { Ok(None) } else { body.number().map(Some) };
         let ended_at_ms = optional(HAS_ENDED)?;
-        let inbox = optional(HAS_INBOX)?.map(Position);
-        let sent = optional(HAS_SENT)?.map(Position);
+        let mut cursor = |flag| Ok::<_, String>(optional(flag)?.map(Position));
+        let cursors = Cursors {
+            inbox: cursor(HAS_INBOX)?,
+            sent: cursor(HAS_SENT)?,
+            every_inbox: cursor(HAS_EVERY_INBOX)?,
+            every_sent: cursor(HAS_EVERY_SENT)?,
+        };
         let count = body.number()?;
         let mut subscriptions = Vec::new();
         for _ in 0..count {
@@ -224,7 +233,7 @@ pub(super) fn decode_session(device: &Device, record: &[u8]) -> Result<SessionRe
             });
         }
         body.finish()?;
-        Ok(SessionRecord { subscriptions, expiry_s, ended_at_ms, inbox, sent })
+        Ok(SessionRecord { subscriptions, expiry_s, ended_at_ms, cursors })
     };
     session().map_err(broken)
 }
@@ -407,10 +416,18 @@ mod tests {
             ],
             expiry_s: u32::MAX,
             ended_at_ms: Some(u64::MAX),
-            inbox: Some(Position(0)),
-            sent: Some(Position(u64::MAX)),
+            cursors: Cursors {
+                inbox: Some(Position(0)),
+                sent: Some(Position(u64::MAX)),
+                every_inbox: Some(Position(1)),
+                every_sent: Some(Position(2)),
+            },
         };
-        let half = SessionRecord { ended_at_ms: None, inbox: None, ..full.clone() };
+        let half = SessionRecord {
+            ended_at_ms: None,
+            cursors: Cursors { inbox: None, every_sent: None, ..full.cursors },
+            ..full.clone()
+        };
         for session in [SessionRecord::default(), full, half] {
             let record = encode_session(&schema::session_key(&device), &session);
             assert_eq!(decode_session(&device, &record).unwrap(), session);

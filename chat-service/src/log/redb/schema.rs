@@ -89,6 +89,8 @@ const fn side_byte(side: Side) -> u8 {
     match side {
         Side::Inbox => 0,
         Side::Sent => 1,
+        Side::EveryInbox => 2,
+        Side::EverySent => 3,
     }
 }
 

@@ -11,6 +11,7 @@ use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use proptest::prelude::*;
 use tempfile::TempDir;
 
+use super::super::Cursors;
 use super::super::conformance::Store;
 use super::super::{Body, Log, MemoryLog, Side, SubscriptionRecord};
 use super::disk::FaultyDisk;
@@ -77,8 +78,13 @@ pub(super) fn phone() -> Device {
     Device { user: user("bob"), client_id: "phone".into() }
 }
 
+/// Only a cursor in the inbox.
+fn in_inbox(position: u64) -> Cursors {
+    Cursors { inbox: Some(Position(position)), ..Cursors::default() }
+}
+
 pub(super) fn at(position: u64) -> SessionRecord {
-    SessionRecord { inbox: Some(Position(position)), ..SessionRecord::default() }
+    SessionRecord { cursors: in_inbox(position), ..SessionRecord::default() }
 }
 
 fn advance(position: u64) -> Vec<Advance> {
@@ -119,7 +125,7 @@ async fn a_log_of_format_2_is_brought_to_this_one() {
         assert_eq!(page.entries.len(), 40);
         assert_eq!((page.entries[19].body.text(), page.entries[19].seq.get()), ("text 20", 20));
         assert_eq!((page.entries[39].from.as_str(), page.entries[39].seq.get()), ("eve", 20));
-        assert_eq!(log.session(&phone()).await.unwrap().unwrap().inbox, Some(Position(9)));
+        assert_eq!(log.session(&phone()).await.unwrap().unwrap().cursors.inbox, Some(Position(9)));
     }
     assert_eq!(verified(folder.path()).problems, [""; 0]);
     let log = open(folder.path());
@@ -498,7 +504,7 @@ async fn a_full_disk_refuses_and_recovers() {
             Err(error) => panic!("with {free} blocks free: {error}"),
         }
         assert_eq!(log.health(), Ok(()));
-        assert_eq!(log.session(&phone()).await.unwrap().unwrap().inbox, Some(cursor));
+        assert_eq!(log.session(&phone()).await.unwrap().unwrap().cursors.inbox, Some(cursor));
         let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
         assert_eq!(page.entries.len() as u64, seq, "with {free} blocks free");
     }
@@ -652,7 +658,11 @@ async fn step<L: Log>(log: &L, step: &Step) -> String {
                 retain_as_published: false,
             };
             let inbox = inbox.map(Position);
-            let record = SessionRecord { subscriptions: vec![filter], inbox, ..SessionRecord::default() };
+            let record = SessionRecord {
+                subscriptions: vec![filter],
+                cursors: Cursors { inbox, ..Cursors::default() },
+                ..SessionRecord::default()
+            };
             log.put_session(&nth_device(*nth), record).await.unwrap();
             String::new()
         }

@@ -166,12 +166,12 @@ impl Sums {
         let position = entry.position.0;
         self.always.add(keys.conversation(&entry.conversation), position, entry.seq.get());
         if !entry.withheld {
-            self.always.add(keys.side(&entry.to, Side::Inbox), position, 0);
+            self.always.add(keys.inbox(&entry.to), position, 0);
         }
         if let Some(target) = entry.body.target() {
             self.always.add(keys.change(&entry.conversation, target), position, 0);
         }
-        self.always.add(keys.side(&entry.from, Side::Sent), position, 0);
+        self.always.add(keys.sent(&entry.from), position, 0);
         if let Some(id) = &entry.id {
             self.ids.add(keys.id(&entry.conversation, &entry.from, id), position, 0);
         }
@@ -366,7 +366,8 @@ fn verify_cursors(snapshot: &ReadTransaction, last: Position, found: &mut Verifi
         };
         match decode_session(&device, record.value()) {
             Ok(session) => {
-                for cursor in [session.inbox, session.sent].into_iter().flatten().filter(|cursor| *cursor > last) {
+                let cursors = Side::ALL.into_iter().filter_map(|side| session.cursors.of(side));
+                for cursor in cursors.filter(|cursor| *cursor > last) {
                     found.problem(format!("session of {device}: its cursor {} is behind the end", cursor.0));
                 }
             }
