@@ -26,3 +26,4 @@ pub mod settings;
 pub mod tools;
 pub mod typing;
 pub mod views;
+pub mod webhooks;

@@ -44,12 +44,20 @@ pub struct Metrics {
     refused: Family<Reason, Counter>,
     bus_gaps: Family<Bus, Counter>,
     bus_restarts: Family<Bus, Counter>,
+    webhook_posts: Family<Event, Counter>,
+    webhook_failures: Family<Event, Counter>,
+    webhook_lag: Family<Event, Gauge>,
     registry: Registry,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Reason {
     reason: Name,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Event {
+    event: Name,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -84,6 +92,9 @@ impl Metrics {
             refused: Family::default(),
             bus_gaps: Family::default(),
             bus_restarts: Family::default(),
+            webhook_posts: Family::default(),
+            webhook_failures: Family::default(),
+            webhook_lag: Family::default(),
             registry: Registry::with_prefix("chatd"),
         };
         metrics.registered()
@@ -120,7 +131,26 @@ impl Metrics {
         );
         r.register("bus_gaps", "Times that live messages were lost on a bus and read again", self.bus_gaps.clone());
         r.register("bus_restarts", "Times that a bus had ended and was replaced", self.bus_restarts.clone());
+        r.register("webhook_posts", "Webhook events that the receiver took", self.webhook_posts.clone());
+        r.register("webhook_failures", "Attempts to post a webhook that failed", self.webhook_failures.clone());
+        r.register("webhook_lag_messages", "Stored messages not posted as webhooks yet", self.webhook_lag.clone());
         self
+    }
+
+    /// `chatd_webhook_posts_total{event}`: the receiver took one.
+    pub fn webhook_posted(&self, event: &'static str) {
+        self.webhook_posts.get_or_create(&Event { event: Name(event) }).inc();
+    }
+
+    /// `chatd_webhook_failures_total{event}`: an attempt failed.
+    pub fn webhook_failed(&self, event: &'static str) {
+        self.webhook_failures.get_or_create(&Event { event: Name(event) }).inc();
+    }
+
+    /// `chatd_webhook_lag_messages{event}`: so many entries of the log are not done.
+    pub fn webhook_lag(&self, event: &'static str, messages: u64) {
+        let messages = i64::try_from(messages).unwrap_or(i64::MAX);
+        self.webhook_lag.get_or_create(&Event { event: Name(event) }).set(messages);
     }
 
     /// `chatd_refused_total{reason}`: a connect, publish or subscription was refused.
@@ -177,6 +207,9 @@ mod tests {
         metrics.publish_to_delivery_seconds.observe(0.002);
         metrics.bus_gap("chat");
         metrics.bus_restart("ordinary");
+        metrics.webhook_posted("message.stored");
+        metrics.webhook_failed("message.stored");
+        metrics.webhook_lag("message.stored", 7);
         let text = metrics.encode();
         for line in [
             "chatd_connections 1",
@@ -194,6 +227,9 @@ mod tests {
             "chatd_bus_gaps_total{bus=\"chat\"} 1",
             "chatd_bus_restarts_total{bus=\"ordinary\"} 1",
             concat!("chatd_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),
+            "chatd_webhook_posts_total{event=\"message.stored\"} 1",
+            "chatd_webhook_failures_total{event=\"message.stored\"} 1",
+            "chatd_webhook_lag_messages{event=\"message.stored\"} 7",
             "# UNIT chatd_start_time_seconds seconds",
         ] {
             assert!(text.lines().any(|found| found == line), "{line} is missing in\n{text}");

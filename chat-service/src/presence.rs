@@ -21,6 +21,7 @@ use tokio::time::Instant;
 
 use crate::log::{Log, LogError};
 use crate::views::Views;
+use crate::webhooks::PresenceFeed;
 
 /// Events that are announced together; the next portion comes after a pause.
 const PORTION: usize = 256;
@@ -56,10 +57,12 @@ pub struct Presence<L> {
     grace: Duration,
     state: Mutex<State>,
     wake: Notify,
+    /// Also told there.
+    webhook: Option<Arc<PresenceFeed>>,
 }
 
 impl<L: Log> Presence<L> {
-    pub fn new(log: Arc<L>, announcer: Announcer, grace: Duration) -> Self {
+    pub fn new(log: Arc<L>, announcer: Announcer, grace: Duration, webhook: Option<Arc<PresenceFeed>>) -> Self {
         Self {
             views: Views::new(Arc::clone(&log)),
             log,
@@ -67,6 +70,7 @@ impl<L: Log> Presence<L> {
             grace,
             state: Mutex::default(),
             wake: Notify::new(),
+            webhook,
         }
     }
 
@@ -185,6 +189,9 @@ impl<L: Log> Presence<L> {
 
     async fn tell(&self, user: &UserId) -> Result<(), LogError> {
         let Some(event) = self.event(user).await? else { return Ok(()) };
+        if let Some(webhook) = &self.webhook {
+            webhook.tell(event.clone());
+        }
         let event: bytes::Bytes = encode_event(&event).into();
         let peers = self.views.peers(user).await?.into_iter();
         let listening: Vec<(UserId, String)> = peers

@@ -16,7 +16,7 @@ use chat_protocol::request::RequestError;
 use chat_protocol::topic::Down;
 use chat_protocol::{ConversationId, ErrorCode, Timestamp};
 use rustc_hash::{FxHashMap, FxHashSet};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::core::{self, Decision, Plan, Quotas, Send};
 use crate::envelope;
@@ -70,20 +70,28 @@ struct Committed {
     positions: Vec<Position>,
 }
 
+/// What the sequencer works with.
+pub struct Parts<L> {
+    pub log: Arc<L>,
+    pub announcer: Announcer,
+    pub metrics: Arc<Metrics>,
+    pub quotas: Quotas,
+    pub blocks: Arc<Blocks>,
+    /// Told how far the log goes.
+    pub head: watch::Sender<Position>,
+}
+
 /// Numbers and writes until `shutdown`, and then what the queue still holds.
 pub async fn run<L: Log>(
-    log: Arc<L>,
+    parts: Parts<L>,
     mut queue: mpsc::Receiver<Vec<Submission>>,
-    announcer: Announcer,
-    metrics: Arc<Metrics>,
-    quotas: Quotas,
-    blocks: Arc<Blocks>,
     shutdown: impl Future<Output = ()> + std::marker::Send,
 ) {
+    let Parts { log, announcer, metrics, quotas, blocks, head } = parts;
     let mut shutdown = std::pin::pin!(shutdown);
     let mut open = true;
     let (committed, to_announce) = mpsc::channel(COMMITTED_BATCHES_MAX);
-    let announcing = tokio::spawn(announce(to_announce, announcer.clone(), Arc::clone(&metrics)));
+    let announcing = tokio::spawn(announce(to_announce, announcer.clone(), Arc::clone(&metrics), head));
     let mut known = Known { quotas, blocks, ..Known::default() };
     let mut gathered: Vec<Vec<Submission>> = Vec::new();
     loop {
@@ -327,7 +335,12 @@ fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: 
 }
 
 /// Answers senders and puts messages on the bus, batch after batch in the order of the log.
-async fn announce(mut committed: mpsc::Receiver<Committed>, announcer: Announcer, metrics: Arc<Metrics>) {
+async fn announce(
+    mut committed: mpsc::Receiver<Committed>,
+    announcer: Announcer,
+    metrics: Arc<Metrics>,
+    head: watch::Sender<Position>,
+) {
     let (every_inbox, every_sent) = (Down::Inbox.filter(), Down::Sent.filter());
     while let Some(Committed { batch, plan, positions }) = committed.recv().await {
         let observed = [&every_inbox, &every_sent].map(|filter| announcer.has_subscribers(filter));
@@ -394,6 +407,9 @@ async fn announce(mut committed: mpsc::Receiver<Committed>, announcer: Announcer
             announcer.announce(messages);
         }
         complete(outcomes);
+        if let Some(last) = positions.last() {
+            head.send_replace(*last);
+        }
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use anyhow::Context;
 use broker::{Announcer, Broker};
+use chat_protocol::UserId;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
@@ -16,7 +17,7 @@ use crate::admin;
 use crate::core::Quotas;
 use crate::erasure;
 use crate::http::{self, Readiness};
-use crate::log::{Log, RedbLog, RedbOptions};
+use crate::log::{Log, Position, RedbLog, RedbOptions};
 use crate::metrics::Metrics;
 use crate::presence::Presence;
 use crate::receipts::Receipts;
@@ -26,6 +27,7 @@ use crate::sequencer;
 use crate::service::{BOUND_FILTER, ChatService};
 use crate::settings::Settings;
 use crate::typing::TypingRelay;
+use crate::webhooks::Webhooks;
 
 /// A bus that was silent for so long is not well.
 const HEARTBEAT_AGE_MAX: Duration = Duration::from_secs(10);
@@ -55,6 +57,8 @@ pub struct Server {
     log: Arc<RedbLog>,
     broker: Broker<Chat>,
     telling: Telling,
+    webhooks: Webhooks<RedbLog>,
+    committed: watch::Receiver<Position>,
     sequencing: JoinHandle<()>,
     drain: watch::Sender<bool>,
     mqtt: TcpListener,
@@ -85,21 +89,29 @@ impl Server {
         };
         let metrics = Arc::new(Metrics::new());
         let announcer = Announcer::default();
+        let webhooks = {
+            let announcer = announcer.clone();
+            let is_connected = move |user: &UserId| announcer.is_connected(user.as_str());
+            Webhooks::new(&settings.webhooks, &log, &metrics, is_connected)
+                .context("webhooks.url: the system's certificates, which https needs")?
+        };
+        let (head, committed) = watch::channel(log.head());
         let blocks = Arc::new(Blocks::default());
         let (queue, submissions) = mpsc::channel(sequencer::SUBMISSIONS_MAX);
         let (drain, draining) = watch::channel(false);
-        let sequencing = tokio::spawn(sequencer::run(
-            Arc::clone(&log),
-            submissions,
-            announcer.clone(),
-            Arc::clone(&metrics),
+        let parts = sequencer::Parts {
+            log: Arc::clone(&log),
+            announcer: announcer.clone(),
+            metrics: Arc::clone(&metrics),
             quotas,
-            Arc::clone(&blocks),
-            told(draining),
-        ));
+            blocks: Arc::clone(&blocks),
+            head,
+        };
+        let sequencing = tokio::spawn(sequencer::run(parts, submissions, told(draining)));
         let receipts = Arc::new(Receipts::new(Arc::clone(&log), announcer.clone()));
         let typing = Arc::new(TypingRelay::new(Arc::clone(&log), announcer.clone()));
-        let presence = Arc::new(Presence::new(Arc::clone(&log), announcer.clone(), limits.presence_grace));
+        let presence =
+            Arc::new(Presence::new(Arc::clone(&log), announcer.clone(), limits.presence_grace, webhooks.presence()));
         let requests = Requests::new(requests::Parts {
             log: Arc::clone(&log),
             queue: queue.clone(),
@@ -148,6 +160,8 @@ impl Server {
             log,
             broker,
             telling,
+            webhooks,
+            committed,
             sequencing,
             drain,
             mqtt,
@@ -194,6 +208,7 @@ impl Server {
             }
         };
         self.telling.start(&stop);
+        self.webhooks.start(&self.log, &self.committed, &stop);
         drop(tokio::spawn(erasure::run(Arc::clone(&self.log), self.erase_interval, told(stop.subscribe()))));
         if !self.retention.is_zero() {
             let (log, metrics) = (Arc::clone(&self.log), Arc::clone(&self.metrics));

@@ -16,6 +16,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use tracing_subscriber::EnvFilter;
 
 use crate::cli::Flags;
+use crate::webhooks::{SECRET_BYTES_MIN, Secret, WebhookUrl};
 
 /// The file whose values are the defaults.
 const DEFAULTS: &str = include_str!("../../config/chatd.toml");
@@ -36,6 +37,7 @@ pub struct Settings {
     pub http: HttpSettings,
     pub storage: StorageSettings,
     pub auth: AuthSettings,
+    pub webhooks: WebhookSettings,
     pub limits: Limits,
     pub log: LogSettings,
 }
@@ -88,6 +90,40 @@ pub struct AuthSettings {
 pub enum AuthMode {
     /// It does not: loopback only, any name, passwords ignored.
     Development,
+}
+
+/// What is posted where.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct WebhookSettings {
+    /// `None`: nowhere.
+    #[serde(deserialize_with = "optional", serialize_with = "as_optional")]
+    pub url: Option<WebhookUrl>,
+    #[serde(deserialize_with = "text", serialize_with = "as_hidden")]
+    pub secret: Secret,
+    #[serde(deserialize_with = "list", serialize_with = "as_list")]
+    pub events: Vec<WebhookEvent>,
+    #[serde(rename = "timeout_ms")]
+    #[serde(deserialize_with = "milliseconds_within::<_, 1, 600_000>", serialize_with = "as_milliseconds")]
+    pub timeout: Duration,
+}
+
+/// What can be posted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WebhookEvent {
+    MessageStored,
+    MessageWaiting,
+    Presence,
+}
+
+impl fmt::Display for WebhookEvent {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::MessageStored => "message.stored",
+            Self::MessageWaiting => "message.waiting",
+            Self::Presence => "presence",
+        })
+    }
 }
 
 /// Capacities and deadlines; what each means is said in `config/chatd.toml`.
@@ -266,6 +302,16 @@ impl Settings {
                 ),
             });
         }
+        let secret = &self.webhooks.secret;
+        if self.webhooks.url.is_some() && secret.len() < SECRET_BYTES_MIN {
+            let reason =
+                format!("posts are signed with webhooks.secret, which needs {SECRET_BYTES_MIN} bytes at least");
+            return Err(if secret.is_empty() {
+                Wrong { key: "webhooks.url".into(), reason: format!("{reason} and is empty") }
+            } else {
+                Wrong { key: "webhooks.secret".into(), reason: format!("it is too short: {reason}") }
+            });
+        }
         let AuthMode::Development = self.auth.mode;
         for (key, address) in [("mqtt.listen", self.mqtt.listen), ("http.listen", self.http.listen)] {
             if !address.ip().to_canonical().is_loopback() {
@@ -283,7 +329,7 @@ impl Settings {
         Ok(())
     }
 
-    /// The settings as a file that would give them again, in the order of `config/chatd.toml`.
+    /// The settings as a file that would give them again, in the order of `config/chatd.toml`. A secret is not shown.
     pub fn to_toml(&self) -> String {
         let values = serde_json::to_value(self).expect("settings are strings and numbers under string keys");
         let mut section = "";
@@ -294,7 +340,7 @@ impl Settings {
                 toml.push_str(&format!("{gap}[{name}]\n"));
                 section = name;
             } else if let Some((key, _)) = line.split_once('=') {
-                // JSON writes strings and integers as TOML does.
+                // JSON writes strings, integers and lists of them as TOML does.
                 toml.push_str(&format!("{key}= {}\n", values[section][key.trim()]));
             }
         }
@@ -312,10 +358,12 @@ struct Wrong {
 impl Wrong {
     /// The last source that set the key is to blame.
     fn blame(self, layers: &[Layer]) -> SettingsError {
+        // An entry of a list is set with the list.
+        let key = self.key.split('[').next().unwrap_or_default().to_owned();
         let origin = layers
             .iter()
             .rev()
-            .find(|layer| leaves(&layer.values).contains(&self.key))
+            .find(|layer| leaves(&layer.values).contains(&key))
             .map_or(Origin::Defaults, |layer| layer.origin.clone());
         SettingsError::BadValue { origin, key: self.key, reason: self.reason }
     }
@@ -559,6 +607,24 @@ fn as_list<T: fmt::Display, S: Serializer>(list: &[T], serializer: S) -> Result<
     serializer.collect_seq(list.iter().map(T::to_string))
 }
 
+fn optional<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
+where
+    D: Deserializer<'de>,
+    T: FromStr<Err = String>,
+{
+    let text = deserializer.deserialize_any(Text)?;
+    if text.is_empty() { Ok(None) } else { text.parse().map(Some).map_err(de::Error::custom) }
+}
+
+fn as_optional<T: fmt::Display, S: Serializer>(value: &Option<T>, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(&value.as_ref().map(T::to_string).unwrap_or_default())
+}
+
+/// Too short to be taken for a secret, should somebody copy it.
+fn as_hidden<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_str(if secret.is_empty() { "" } else { "(hidden)" })
+}
+
 fn listen_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
     let address = deserializer.deserialize_any(Text)?;
     address.parse().map_err(|_| {
@@ -582,6 +648,16 @@ impl FromStr for AuthMode {
             "development" => Ok(Self::Development),
             _ => Err(format!("{mode:?} is not a mode; this version has \"development\" only")),
         }
+    }
+}
+
+impl FromStr for WebhookEvent {
+    type Err = String;
+
+    fn from_str(event: &str) -> Result<Self, String> {
+        let all = [Self::MessageStored, Self::MessageWaiting, Self::Presence];
+        let found = all.into_iter().find(|one| one.to_string() == event);
+        found.ok_or_else(|| "it is not one of message.stored, message.waiting, presence".to_owned())
     }
 }
 
@@ -663,8 +739,11 @@ mod tests {
     fn the_file_has_exactly_the_keys_of_the_settings() {
         let in_file: BTreeSet<String> =
             leaves(&File::from_str(DEFAULTS, FileFormat::Toml).collect().unwrap()).into_iter().collect();
+        // A list counts as nothing there when it is empty.
+        let mut full = defaults();
+        full.auth.observers.push("eve".parse().unwrap());
         let in_code: BTreeSet<String> =
-            leaves(&Config::try_from(&defaults()).unwrap().collect().unwrap()).into_iter().collect();
+            leaves(&Config::try_from(&full).unwrap().collect().unwrap()).into_iter().collect();
         assert_eq!(in_file, in_code);
     }
 
@@ -716,6 +795,28 @@ mod tests {
         assert_eq!(in_environment, in_file);
         assert_says(&refusal("[auth]\nobservers = ['eve', 'a/b']"), &["auth.observers", "a/b"]);
         assert_says(&refusal("[auth]\nobservers = [1]"), &["auth.observers", "text in quotes"]);
+    }
+
+    #[test]
+    fn webhooks_need_a_secret_that_is_not_shown() {
+        let secret = "correct horse battery staple";
+        let hooks = |rest: &str| format!("[webhooks]\nurl = 'http://127.0.0.1:9/hook'\n{rest}");
+        let settings = load(&hooks(&format!("secret = '{secret}'")), &[], Flags::default()).unwrap();
+        assert_eq!(settings.webhooks.url.as_ref().unwrap().to_string(), "http://127.0.0.1:9/hook");
+        for shown in [settings.to_toml(), format!("{settings:?}")] {
+            assert!(!shown.contains("horse"), "{shown}");
+        }
+        let copied = refusal(&settings.to_toml());
+        assert_says(&copied, &["webhooks.secret", "too short"]);
+        assert_says(&refusal(&hooks("")), &["`webhooks.url`", "webhooks.secret", "empty", "16 bytes"]);
+        let short =
+            load(&hooks(""), &[("CHATD__WEBHOOKS__SECRET", "short")], Flags::default()).unwrap_err().to_string();
+        assert_says(&short, &["CHATD__WEBHOOKS__SECRET", "too short"]);
+        assert_says(&refusal("[webhooks]\nurl = 'example.com'"), &["webhooks.url", "http://"]);
+        assert_says(
+            &refusal("[webhooks]\nevents = ['message.lost']"),
+            &["webhooks.events", "message.lost", "presence"],
+        );
     }
 
     #[test]

@@ -28,3 +28,5 @@ mod seams;
 mod slow;
 #[cfg(test)]
 mod storage;
+#[cfg(test)]
+mod webhooks;

@@ -8,6 +8,7 @@ pub mod dice;
 pub mod packet;
 pub mod programs;
 pub mod raw;
+pub mod receiver;
 pub mod wait;
 
 pub use chatd::{Chatd, Options};
