@@ -47,6 +47,7 @@ const FIRST_PAGE: &str = r#"<!doctype html>
 <p>Alice writes, in another:</p>
 <pre>mosquitto_pub -u alice -q 1 -t chat/alice/out/bob -m 'hello'</pre>
 <p>From a browser or Node, connect any MQTT client over WebSocket to <code>/mqtt</code> on this address.</p>
+<p><a href="/docs">The protocol</a> and how to build on it.</p>
 <p><a href="/healthz">Health</a> · <a href="/readyz">readiness</a> · <a href="/metrics">metrics</a></p>
 </html>
 "#;

@@ -8,6 +8,7 @@
 pub mod admin;
 pub mod cli;
 pub mod core;
+pub mod docs;
 pub mod envelope;
 pub mod erasure;
 pub mod http;

@@ -15,6 +15,7 @@ use tokio::task::JoinHandle;
 
 use crate::admin;
 use crate::core::Quotas;
+use crate::docs;
 use crate::erasure;
 use crate::http::{self, Readiness};
 use crate::log::{Log, Position, RedbLog, RedbOptions};
@@ -150,6 +151,7 @@ impl Server {
         let readiness = Readiness::starting();
         let health = health(&log, &broker);
         let routes = http::router(health, readiness.clone(), Arc::clone(&metrics))
+            .merge(docs::router())
             .merge(broker::websocket::router(broker.clone(), packet_bytes));
         let http_options = http::Options {
             connections: limits.connections,

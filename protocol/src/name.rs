@@ -117,6 +117,9 @@ pub struct ConversationId {
 }
 
 impl ConversationId {
+    /// The grammar, as a regular expression; besides, the names differ and are in order.
+    pub const GRAMMAR: &str = "[a-z0-9][a-z0-9_-]{0,63}:[a-z0-9][a-z0-9_-]{0,63}";
+
     /// The conversation of two users, in any order.
     pub fn between(one: &UserId, other: &UserId) -> Result<Self, SameUser> {
         match one.cmp(other) {

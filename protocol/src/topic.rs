@@ -235,7 +235,6 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::request::Method;
 
     fn user(name: &str) -> UserId {
         UserId::parse(name).expect("valid")
@@ -299,27 +298,6 @@ mod tests {
         }
         assert!(!Observed::Everything.topics().contains(&Down::Res));
         assert_eq!(Down::Typing.filter(), "chat/+/event/typing");
-    }
-
-    #[test]
-    fn the_documentation_names_every_topic_method_and_code() {
-        let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/protocol.md");
-        let docs = std::fs::read_to_string(path).expect("docs/protocol.md is there");
-        for pattern in Up::PATTERNS {
-            assert!(docs.contains(&format!("`{pattern}`")), "{pattern} is not in docs/protocol.md");
-        }
-        for down in Down::ALL {
-            let topic = format!("`chat/{{me}}/{}`", down.suffix());
-            assert!(docs.contains(&topic), "{topic} is not in docs/protocol.md");
-        }
-        for method in Method::ALL {
-            let row = format!("| `{}` |", method.as_str());
-            assert!(docs.contains(&row), "{row} is not in docs/protocol.md");
-        }
-        for code in ErrorCode::ALL {
-            let row = format!("| `{}` | 0x{:02X} |", code.as_str(), code.reason_code());
-            assert!(docs.contains(&row), "{row} is not in docs/protocol.md");
-        }
     }
 
     proptest! {

@@ -5,6 +5,8 @@
 #[cfg(test)]
 mod chat;
 #[cfg(test)]
+mod contract;
+#[cfg(test)]
 mod crash;
 #[cfg(test)]
 mod first_message;

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use end_to_end::packet::{Packet, Properties, Publish, Value as Property};
 use end_to_end::programs::{self, Dialogue};
-use end_to_end::{Chatd, Client, Connect, Dice, Options, PATIENCE, eventually};
+use end_to_end::{Chatd, Client, Connect, Dice, Options, PATIENCE, contract, eventually};
 use serde_json::{Value, json};
 
 use crate::chat::{assert_well, listener, number, numbered, sends, seqs, texts, without_presence};
@@ -32,6 +32,7 @@ async fn ask(client: &mut Client, me: &str, method: &str, mut members: Value) ->
     loop {
         let answer = client.acked_message_on(&format!("chat/{me}/res")).await.unwrap().json();
         if answer["ref"] == reference {
+            contract::check(&format!("response-{method}"), &answer).unwrap();
             return answer;
         }
     }
@@ -41,6 +42,7 @@ async fn ask(client: &mut Client, me: &str, method: &str, mut members: Value) ->
 async fn ok(client: &mut Client, me: &str, method: &str, members: Value) -> Value {
     let answer = ask(client, me, method, members.clone()).await;
     assert!(answer["ok"].is_object(), "{method} {members}: {answer}");
+    contract::check(&format!("request-{method}"), &members).unwrap();
     answer["ok"].clone()
 }
 

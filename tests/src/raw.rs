@@ -18,6 +18,7 @@ use tokio_tungstenite::tungstenite::client::IntoClientRequest;
 use tokio_tungstenite::tungstenite::http::HeaderValue;
 
 use crate::chatd::Chatd;
+use crate::contract;
 use crate::packet::{self, ConnectFields, Packet, Properties, Publish, Value, Version, Will, id};
 use crate::wait::PATIENCE;
 
@@ -266,6 +267,9 @@ impl Client {
     async fn read_packet(&mut self) -> Result<Option<Packet>> {
         loop {
             if let Some((packet, length)) = packet::decode(self.version, &self.buffer[self.decoded..])? {
+                if let Packet::Publish(publish) = &packet {
+                    contract::check_published(&publish.topic, &publish.payload)?;
+                }
                 self.decoded += length;
                 if self.decoded == self.buffer.len() {
                     self.buffer.clear();

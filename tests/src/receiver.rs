@@ -22,10 +22,14 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
 use crate::chatd::Options;
+use crate::contract;
 use crate::wait::PATIENCE;
 
 /// What posts are signed with.
 const SECRET: &str = "correct horse battery staple";
+
+/// Events that may wait for the test.
+const EVENTS_MAX: usize = 10_000;
 
 /// A post that was answered with 200.
 #[derive(Clone, Debug)]
@@ -60,14 +64,14 @@ pub enum Reply {
 struct Shared {
     answer: Box<Answer>,
     attempts: parking_lot::Mutex<BTreeMap<String, u32>>,
-    events: mpsc::UnboundedSender<Result<Event>>,
+    events: mpsc::Sender<Result<Event>>,
 }
 
 /// A running receiver. Ends when dropped.
 pub struct Receiver {
     address: SocketAddr,
     shared: Arc<Shared>,
-    events: mpsc::UnboundedReceiver<Result<Event>>,
+    events: mpsc::Receiver<Result<Event>>,
     serving: JoinHandle<()>,
 }
 
@@ -80,7 +84,7 @@ impl Drop for Receiver {
 impl Receiver {
     /// On a free port.
     pub async fn start(answer: impl Fn(u32) -> Reply + Send + Sync + 'static) -> Result<Self> {
-        let (events, received) = mpsc::unbounded_channel();
+        let (events, received) = mpsc::channel(EVENTS_MAX);
         let shared = Arc::new(Shared { answer: Box::new(answer), attempts: Default::default(), events });
         let listener = TcpListener::bind("127.0.0.1:0").await?;
         let address = listener.local_addr()?;
@@ -137,7 +141,7 @@ async fn take(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes
             let status = StatusCode::from_u16(status).expect("a status");
             if status.is_success() || event.is_err() {
                 // Nobody may be left who asks.
-                drop(shared.events.send(event));
+                drop(shared.events.send(event).await);
             }
             status
         }
@@ -156,5 +160,7 @@ fn checked(headers: &HeaderMap, body: &[u8]) -> Result<Event> {
     mac.update(body);
     let signature = format!("v1,{}", BASE64.encode(mac.finalize().into_bytes()));
     ensure!(header("webhook-signature")? == signature, "the signature is wrong");
-    Ok(Event { id: id.to_owned(), body: serde_json::from_slice(body)? })
+    let body: Value = serde_json::from_slice(body)?;
+    contract::check(&format!("webhook-{}", body["type"].as_str().context("a type")?), &body)?;
+    Ok(Event { id: id.to_owned(), body })
 }
