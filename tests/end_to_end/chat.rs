@@ -1,9 +1,14 @@
 //! What several topics' tests say about chat.
 
+use std::collections::BTreeMap;
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
+use chat_protocol::{ConversationId, Seq, Timestamp, UserId};
+use chat_service::log::{Log, NewEntry, RedbLog, RedbOptions};
 use end_to_end::packet::{Packet, Publish};
 use end_to_end::{Chatd, Client, Connect};
 use serde_json::Value;
@@ -101,6 +106,39 @@ async fn exchange(ada: &mut Client, max: &mut Client, round: u64) -> Result<()> 
     ensure!(got.json()["text"] == format!("to ada {round}"), "ada got {got:?}");
     ensure!(got.json()["seq"] == 2 * round, "two messages a round: {got:?}");
     Ok(())
+}
+
+/// A message that was sent some time ago.
+pub(crate) struct Told {
+    pub(crate) from: String,
+    pub(crate) to: String,
+    pub(crate) text: String,
+    pub(crate) days_ago: u64,
+}
+
+/// Puts messages into a data folder that no chatd has open, as the first ones of their conversations.
+pub(crate) async fn put_messages(folder: &Path, messages: impl IntoIterator<Item = Told>) {
+    let log = RedbLog::open(folder, RedbOptions::default()).unwrap();
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let mut seqs: BTreeMap<ConversationId, u64> = BTreeMap::new();
+    let entry = |Told { from, to, text, days_ago }| {
+        let (from, to) = (UserId::parse(&from).unwrap(), UserId::parse(&to).unwrap());
+        let conversation = ConversationId::between(&from, &to).unwrap();
+        let seq = seqs.entry(conversation.clone()).or_default();
+        *seq += 1;
+        let at = now - Duration::from_secs(days_ago * 86_400);
+        NewEntry {
+            conversation,
+            seq: Seq::new(*seq).unwrap(),
+            from,
+            to,
+            id: None,
+            at: Timestamp::from_ms(u64::try_from(at.as_millis()).unwrap()),
+            body: text.into(),
+            withheld: false,
+        }
+    };
+    log.append(messages.into_iter().map(entry).collect()).await.unwrap();
 }
 
 /// Healthy, no task panicked, and neither bus had to be replaced.

@@ -1,14 +1,9 @@
 //! The disk under a real chatd, and the tools for what lies on it.
 
-use std::path::Path;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
-
-use chat_protocol::{ConversationId, Seq, Timestamp, UserId};
-use chat_service::log::{Log, NewEntry, RedbLog, RedbOptions};
 use end_to_end::packet::{Packet, Publish};
 use end_to_end::{Chatd, Connect, Options, PATIENCE, eventually};
 
-use crate::chat::{assert_well, listener, seqs, texts};
+use crate::chat::{Told, assert_well, listener, put_messages, seqs, texts};
 
 /// Longer than what one message takes of the files' reserve, so that the disk is soon full.
 fn long(number: u64) -> String {
@@ -188,31 +183,19 @@ async fn senders_in_one_write_share_their_quota() {
     assert_eq!(seqs(&bob.acked_messages(100).await.unwrap()), (1..=100).collect::<Vec<_>>());
 }
 
-/// Puts messages of days ago into a data folder that no chatd has open.
-async fn put_old_messages(folder: &Path, days_ago: &[u64]) {
-    let log = RedbLog::open(folder, RedbOptions::default()).unwrap();
-    let (alice, bob) = (UserId::parse("alice").unwrap(), UserId::parse("bob").unwrap());
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
-    let entry = |(seq, days): (u64, &u64)| NewEntry {
-        conversation: ConversationId::between(&alice, &bob).unwrap(),
-        seq: Seq::new(seq).unwrap(),
-        from: alice.clone(),
-        to: bob.clone(),
-        id: None,
-        at: Timestamp::from_ms(u64::try_from((now - Duration::from_secs(days * 86_400)).as_millis()).unwrap()),
-        body: format!("{days} days ago").into(),
-        withheld: false,
-    };
-    log.append((1..).zip(days_ago).map(entry).collect()).await.unwrap();
-}
-
 #[tokio::test]
 async fn messages_older_than_the_retention_are_removed() {
     let mut chatd = Chatd::start_with(Options::default().set("storage.retention_days", 7)).await.unwrap();
     let bob = Connect::v5("bob", "bob-phone").persistent();
     listener(&chatd, bob.clone()).await.unwrap().leave().await.unwrap();
     assert!(chatd.terminate().await.unwrap().success());
-    put_old_messages(&chatd.data(), &[30, 9, 8, 6, 1]).await;
+    let old = [30, 9, 8, 6, 1].map(|days_ago| Told {
+        from: "alice".to_owned(),
+        to: "bob".to_owned(),
+        text: format!("{days_ago} days ago"),
+        days_ago,
+    });
+    put_messages(&chatd.data(), old).await;
     chatd.restart().await.unwrap();
     eventually("three messages are removed", PATIENCE, async || {
         chatd.metric("chatd_messages_removed_total").await.is_ok_and(|removed| removed > 2.5)
