@@ -21,7 +21,7 @@ use crate::limits::Limits;
 use crate::live::LiveMessage;
 use crate::mailbox::{Mailbox, Ordinary};
 use crate::registry::{ConnectionNumber, Registry};
-use crate::service::{Observation, Service, SessionKey};
+use crate::service::{Observation, Peer, Service, SessionKey};
 use crate::session::Resend;
 use crate::topics::message::Message;
 use crate::topics::retained::{Retained, RetainedFull};
@@ -264,7 +264,7 @@ impl<S: Service> Broker<S> {
     }
 
     /// Serves one byte stream until it ends. Returns at once; the connection has a task of its own.
-    pub fn serve<T>(&self, io: T, peer: String)
+    pub fn serve<T>(&self, io: T, peer: Peer)
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {

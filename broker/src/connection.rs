@@ -26,9 +26,9 @@ use crate::engine::{
 use crate::mailbox::{Ending, LIVE_MESSAGES_MAX, Mail, Mailbox, Ordinary};
 use crate::registry::ConnectionNumber;
 use crate::service::{
-    BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Keeping, Observation, Page, Position,
-    PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError, SessionKey, SubscribeRoute,
-    Subscriber, SubscriptionRecord,
+    Authentication, BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, Keeping, Observation,
+    Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError,
+    SessionKey, SubscribeRoute, Subscriber, SubscriptionRecord,
 };
 use crate::session::{Queued, Session, Slot, Subscribed, Subscription, Target};
 use crate::stream::{DurableStream, Ready};
@@ -96,7 +96,7 @@ struct Connection<S: Service, T> {
     shared: Arc<Shared<S>>,
     number: ConnectionNumber,
     io: T,
-    peer: String,
+    peer: Peer,
     engine: Engine,
     packets: VecDeque<Incoming>,
     /// Bytes that came after a CONNECT that is not answered yet.
@@ -129,7 +129,7 @@ struct Connection<S: Service, T> {
 }
 
 /// Serves one connection until it ends.
-pub(crate) async fn run<S, T>(shared: Arc<Shared<S>>, number: ConnectionNumber, io: T, peer: String)
+pub(crate) async fn run<S, T>(shared: Arc<Shared<S>>, number: ConnectionNumber, io: T, peer: Peer)
 where
     S: Service,
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
@@ -403,8 +403,13 @@ where
                 .disconnect(DisconnectReasonCode::KeepAliveTimeout, "nothing was heard for 1.5 times the keep alive");
             return;
         }
+        let expires_at = self.session.as_ref().and_then(|session| session.identity.expires_at);
+        if expires_at.is_some_and(|at| now >= at) {
+            self.engine.disconnect(DisconnectReasonCode::NotAuthorized, "what proved who you are has expired");
+            return;
+        }
         let connect_by = if self.session.is_none() { self.deadline } else { None };
-        let next = [connect_by, silent_until, self.retry_at, self.taken_over].into_iter().flatten().min();
+        let next = [connect_by, silent_until, expires_at, self.retry_at, self.taken_over].into_iter().flatten().min();
         match next {
             // Hearing from a client moves its deadline on: the timer is only set anew when it fires, or for something earlier.
             Some(next) if self.timer_at <= now || next < self.timer_at => {
@@ -516,10 +521,7 @@ where
                     self.disconnect(session_expiry_s).await;
                     self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
                 }
-                Incoming::Auth => {
-                    self.engine
-                        .disconnect(DisconnectReasonCode::ProtocolError, "no authentication method was agreed on");
-                }
+                Incoming::Auth(authentication) => self.authenticate_again(&authentication).await,
             }
         }
         if advanced {
@@ -527,6 +529,34 @@ where
         }
         if delivered > 0 {
             self.shared.service.observe(Observation::Delivered(delivered));
+        }
+    }
+
+    async fn authenticate_again(&mut self, authentication: &Authentication) {
+        let Some(session) = &mut self.session else { return };
+        match &session.authentication_method {
+            Some(method) if *method == authentication.method => {}
+            Some(_) => {
+                // [MQTT-4.12.1-1]
+                let sentence = "the authentication method is that of CONNECT";
+                self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
+                return;
+            }
+            None => {
+                let sentence = "no authentication method was agreed on";
+                self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
+                return;
+            }
+        }
+        match self.shared.service.authenticate_again(&self.peer, &session.identity, authentication).await {
+            Ok(identity) => {
+                session.identity = identity;
+                self.engine.authenticated_again(&authentication.method);
+            }
+            Err(refusal) => {
+                tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused to authenticate again");
+                self.engine.disconnect(DisconnectReasonCode::NotAuthorized, &refusal.reason);
+            }
         }
     }
 
@@ -543,12 +573,6 @@ where
 
     async fn open_session(&mut self, connect: Connect, departure: &mut Departure<S>) -> Result<(), ConnectRefusal> {
         let refuse = |code, reason: &str| ConnectRefusal { code, reason: reason.to_owned() };
-        if connect.authentication_method {
-            return Err(refuse(
-                ConnectRefusalCode::BadAuthenticationMethod,
-                "extended authentication is not supported: use user name and password",
-            ));
-        }
         let assigned = connect.client_id.is_empty();
         if assigned && !self.engine.is_v5() && !connect.clean_start {
             return Err(refuse(
@@ -558,21 +582,24 @@ where
         }
         let client_id: Arc<str> =
             if assigned { self.shared.assigned_client_id(self.number) } else { connect.client_id.into() };
-        let user = self.shared.service.connect(&ConnectRequest {
+        let asked = ConnectRequest {
+            peer: &self.peer,
             client_id: &client_id,
             client_id_assigned: assigned,
             user_name: connect.user_name.as_deref(),
             password: connect.password.as_deref(),
-        })?;
+            authentication: connect.authentication.as_ref(),
+        };
+        let identity = self.shared.service.connect(asked).await?;
         if let Some(will) = &connect.will
-            && let Err(refusal) = self.route(&user, &will.topic)
+            && let Err(refusal) = self.route(&identity, &will.topic)
         {
             return Err(refuse(
                 ConnectRefusalCode::NotAuthorized,
                 &format!("the will cannot be published: {}", refusal.reason),
             ));
         }
-        let key = SessionKey { user, client_id };
+        let key = SessionKey { user: Arc::clone(&identity.user), client_id };
         let previous = self
             .shared
             .registry
@@ -597,7 +624,8 @@ where
             refuse(ConnectRefusalCode::ServerUnavailable, "the session store cannot be read or written now")
         };
         let stored = self.shared.service.load_session(&key).await.map_err(unavailable)?;
-        let mut session = Session::new(key, expiry_s, usize::from(window.max(1)));
+        let mut session = Session::new(key, identity, expiry_s, usize::from(window.max(1)));
+        session.authentication_method = connect.authentication.map(|authentication| authentication.method);
         let stored_expiry_s = stored.as_ref().map(|record| record.expiry_s);
         if stored.is_some() && (connect.clean_start || expiry_s == 0) {
             // A session that ends with this connection needs no record any more: what it restores is in memory now.
@@ -618,7 +646,7 @@ where
 
         if let Some(record) = resumed {
             for subscription in record.subscriptions {
-                let to = match self.shared.service.route_subscribe(&session.key.user, &subscription.filter) {
+                let to = match self.shared.service.route_subscribe(&session.identity, &subscription.filter) {
                     SubscribeRoute::Bound(topics) => Subscribed::Bound(topics),
                     SubscribeRoute::Ordinary => {
                         self.insert_ordinary(&subscription, departure);
@@ -643,7 +671,8 @@ where
         let assigned_client_id =
             self.session.as_ref().filter(|_| assigned).map(|session| Arc::clone(&session.key.client_id));
         let expiry_told = (expiry_s != connect.session_expiry_s).then_some(expiry_s);
-        self.engine.accept(session_present, assigned_client_id.as_deref(), expiry_told, None);
+        let method = self.session.as_ref().and_then(|session| session.authentication_method.as_deref());
+        self.engine.accept(session_present, assigned_client_id.as_deref(), expiry_told, None, method);
         self.deadline = None;
         self.timer_at = Instant::now();
         Ok(())
@@ -655,14 +684,14 @@ where
     }
 
     /// Where a publish goes; wildcards, `$` topics and unreasonable names go nowhere.
-    fn route(&self, user: &str, topic: &str) -> Result<PublishRoute, Refusal> {
+    fn route(&self, who: &Identity, topic: &str) -> Result<PublishRoute, Refusal> {
         if let Err(error) = filter::validate_topic_name(topic, self.shared.limits.topic_levels) {
             return Err(self.refusal(RefusalCode::TopicNameInvalid, &error.to_string()));
         }
         if topic.starts_with('$') {
             return Err(self.refusal(RefusalCode::NotAuthorized, "topics that begin with $ belong to the server"));
         }
-        match self.shared.service.route_publish(user, topic) {
+        match self.shared.service.route_publish(who, topic) {
             PublishRoute::Refused(refusal) => Err(refusal),
             route => Ok(route),
         }
@@ -673,9 +702,9 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
-        let user = Arc::clone(&session.key.user);
+        let (user, roles) = (Arc::clone(&session.key.user), session.identity.roles);
         let received_at = Instant::now();
-        match self.route(&user, &publish.topic) {
+        match self.route(&session.identity, &publish.topic) {
             Ok(PublishRoute::Bound) => {
                 let reply = match publish.packet_id {
                     Some(packet_id) => {
@@ -686,6 +715,7 @@ where
                 };
                 self.unsent.push(BoundPublish {
                     user,
+                    roles,
                     topic: publish.topic,
                     payload: publish.payload,
                     response_topic: publish.properties.response_topic,
@@ -796,13 +826,13 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
-        let user = Arc::clone(&session.key.user);
+        let who = session.identity.clone();
         let mut granted = Vec::with_capacity(filters.len());
         let mut first_reason: Option<String> = None;
         let mut retained: Vec<Ordinary> = Vec::new();
         let mut changed = false;
         for wanted in filters {
-            match self.add_subscription(&user, wanted, &mut retained, &mut changed, departure) {
+            match self.add_subscription(&who, wanted, &mut retained, &mut changed, departure) {
                 Ok(qos) => granted.push(Granted::Qos(qos)),
                 Err(refusal) => {
                     self.shared.service.observe(Observation::Refused(refusal.code));
@@ -823,7 +853,7 @@ where
 
     fn add_subscription(
         &mut self,
-        user: &str,
+        who: &Identity,
         wanted: Filter,
         retained: &mut Vec<Ordinary>,
         changed: &mut bool,
@@ -835,7 +865,7 @@ where
         }
         filter::validate_topic_filter(&wanted.filter, self.shared.limits.topic_levels)
             .map_err(|error| self.refusal(RefusalCode::TopicFilterInvalid, &error.to_string()))?;
-        let route = self.shared.service.route_subscribe(user, &wanted.filter);
+        let route = self.shared.service.route_subscribe(who, &wanted.filter);
         let Some(session) = &mut self.session else { return Ok(0) };
         let existing = session.subscriptions.iter().position(|one| one.record.filter == wanted.filter);
         if existing.is_none() && session.subscriptions.len() >= self.shared.limits.subscriptions_per_session {
@@ -1211,15 +1241,16 @@ where
         if let Some(will) = session.will.take()
             && wants_will
         {
-            self.publish_will(&session.key, will).await;
+            self.publish_will(&session.identity, will).await;
         }
     }
 
-    async fn publish_will(&mut self, key: &SessionKey, will: Will) {
-        match self.route(&key.user, &will.topic) {
+    async fn publish_will(&mut self, identity: &Identity, will: Will) {
+        match self.route(identity, &will.topic) {
             Ok(PublishRoute::Bound) => {
                 let mut publishes = vec![BoundPublish {
-                    user: Arc::clone(&key.user),
+                    user: Arc::clone(&identity.user),
+                    roles: identity.roles,
                     topic: will.topic,
                     payload: will.payload,
                     id_property: None,

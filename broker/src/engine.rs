@@ -15,14 +15,14 @@ use mqtt_protocol_core::mqtt::packet::{
     v3_1_1, v5_0,
 };
 use mqtt_protocol_core::mqtt::result_code::{
-    ConnectReasonCode, ConnectReturnCode, DisconnectReasonCode, MqttError, PubackReasonCode, PubcompReasonCode,
-    PubrecReasonCode, SubackReasonCode, SubackReturnCode, UnsubackReasonCode,
+    AuthReasonCode, ConnectReasonCode, ConnectReturnCode, DisconnectReasonCode, MqttError, PubackReasonCode,
+    PubcompReasonCode, PubrecReasonCode, SubackReasonCode, SubackReturnCode, UnsubackReasonCode,
 };
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
 use crate::framing::{Framing, Malformed};
 use crate::live::LiveMessage;
-use crate::service::{ConnectRefusalCode, RefusalCode};
+use crate::service::{Authentication, ConnectRefusalCode, RefusalCode};
 use crate::topics::message::MessageProperties;
 
 /// Topic aliases that a client may set up. They save bytes, and each costs the server a topic name of memory.
@@ -50,7 +50,7 @@ pub(crate) struct Connect {
     /// `None` where the client names no window: MQTT 3.1.1, or the property is absent.
     pub(crate) receive_maximum: Option<u16>,
     pub(crate) will: Option<Will>,
-    pub(crate) authentication_method: bool,
+    pub(crate) authentication: Option<Authentication>,
 }
 
 /// PUBLISH from the client.
@@ -98,7 +98,8 @@ pub(crate) enum Incoming {
         with_will: bool,
         session_expiry_s: Option<u32>,
     },
-    Auth,
+    /// The client proves again who it is.
+    Auth(Authentication),
 }
 
 /// MQTT 5 user properties of a message of a bound topic.
@@ -286,18 +287,23 @@ impl Engine {
                     retain: p.will_retain(),
                     properties: MessageProperties::default(),
                 }),
-                authentication_method: false,
+                authentication: None,
             })),
             Packet::V5_0Connect(p) => {
                 let mut session_expiry_s = 0;
                 let mut receive_maximum = None;
-                let mut authentication_method = false;
+                let mut authentication = Authentication::default();
+                let mut has_method = false;
                 for property in p.props() {
                     match property {
                         Property::SessionExpiryInterval(value) => session_expiry_s = value.val(),
                         Property::ReceiveMaximum(value) => receive_maximum = Some(value.val()),
                         Property::RequestProblemInformation(value) => self.problem_information = value.val() != 0,
-                        Property::AuthenticationMethod(_) => authentication_method = true,
+                        Property::AuthenticationMethod(method) => {
+                            has_method = true;
+                            authentication.method = method.val().to_owned();
+                        }
+                        Property::AuthenticationData(data) => authentication.data = data.val().to_vec(),
                         _ => {}
                     }
                 }
@@ -316,7 +322,7 @@ impl Engine {
                         retain: p.will_retain(),
                         properties: message_properties(p.will_props()),
                     }),
-                    authentication_method,
+                    authentication: has_method.then_some(authentication),
                 }))
             }
             Packet::V3_1_1Publish(p) => {
@@ -414,7 +420,17 @@ impl Engine {
                     })
                 }),
             },
-            Packet::V5_0Auth(_) => Incoming::Auth,
+            Packet::V5_0Auth(p) => {
+                let mut authentication = Authentication::default();
+                for property in p.props().iter().flatten() {
+                    match property {
+                        Property::AuthenticationMethod(method) => method.val().clone_into(&mut authentication.method),
+                        Property::AuthenticationData(data) => authentication.data = data.val().to_vec(),
+                        _ => {}
+                    }
+                }
+                Incoming::Auth(authentication)
+            }
             // Server-only packets: the engine refuses them before they get here.
             Packet::V3_1_1Connack(_)
             | Packet::V3_1_1Suback(_)
@@ -445,6 +461,7 @@ impl Engine {
         assigned_client_id: Option<&str>,
         session_expiry_s: Option<u32>,
         keep_alive_s: Option<u16>,
+        authentication_method: Option<&str>,
     ) {
         self.connected = true;
         let sent = if self.is_v5() {
@@ -463,6 +480,9 @@ impl Engine {
             if let Some(keep_alive) = keep_alive_s {
                 push(&mut properties, mqtt::packet::ServerKeepAlive::new(keep_alive).map(Property::from));
             }
+            if let Some(method) = authentication_method {
+                push(&mut properties, mqtt::packet::AuthenticationMethod::new(method).map(Property::from));
+            }
             v5_0::Connack::builder()
                 .session_present(session_present)
                 .reason_code(ConnectReasonCode::Success)
@@ -479,6 +499,18 @@ impl Engine {
         self.must(sent);
     }
 
+    /// Tells the client that it has proved again who it is.
+    pub(crate) fn authenticated_again(&mut self, method: &str) {
+        let mut properties = Vec::new();
+        push(&mut properties, mqtt::packet::AuthenticationMethod::new(method).map(Property::from));
+        let sent = v5_0::Auth::builder()
+            .reason_code(AuthReasonCode::Success)
+            .props(properties)
+            .build()
+            .and_then(|packet| self.send(packet.into()));
+        self.must(sent);
+    }
+
     /// Refuses the CONNECT and ends the connection.
     pub(crate) fn refuse(&mut self, code: ConnectRefusalCode, reason: &str) {
         let sent = if self.is_v5() {
@@ -488,6 +520,7 @@ impl Engine {
                 ConnectRefusalCode::NotAuthorized => ConnectReasonCode::NotAuthorized,
                 ConnectRefusalCode::ServerUnavailable => ConnectReasonCode::ServerUnavailable,
                 ConnectRefusalCode::BadAuthenticationMethod => ConnectReasonCode::BadAuthenticationMethod,
+                ConnectRefusalCode::ConnectionRateExceeded => ConnectReasonCode::ConnectionRateExceeded,
             };
             let mut properties = Vec::new();
             push(&mut properties, ReasonString::new(reason).map(Property::from));
@@ -504,7 +537,9 @@ impl Engine {
                 ConnectRefusalCode::NotAuthorized | ConnectRefusalCode::BadAuthenticationMethod => {
                     ConnectReturnCode::NotAuthorized
                 }
-                ConnectRefusalCode::ServerUnavailable => ConnectReturnCode::ServerUnavailable,
+                ConnectRefusalCode::ServerUnavailable | ConnectRefusalCode::ConnectionRateExceeded => {
+                    ConnectReturnCode::ServerUnavailable
+                }
             };
             v3_1_1::Connack::builder()
                 .session_present(false)

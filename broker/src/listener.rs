@@ -8,7 +8,7 @@ use std::time::Duration;
 use tokio::net::TcpListener;
 
 use crate::broker::Broker;
-use crate::service::Service;
+use crate::service::{Peer, Service};
 
 /// How long to wait when the process has no more file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -26,7 +26,7 @@ pub async fn run<S: Service>(listener: TcpListener, broker: Broker<S>, shutdown:
                 if let Err(error) = socket.set_nodelay(true) {
                     tracing::debug!(%peer, %error, "no TCP_NODELAY");
                 }
-                broker.serve(socket, peer.to_string());
+                broker.serve(socket, Peer { address: Some(peer), certificate_name: None });
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");

@@ -5,7 +5,9 @@
 //! what a *bound subscription* has to deliver. A bound topic is `Durable` (a log stands behind it: entries have growing
 //! positions, and a session keeps a cursor there) or `Live` (delivered to whoever is connected, or not at all).
 
+use std::fmt;
 use std::future::Future;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -28,9 +30,53 @@ pub struct SessionKey {
     pub client_id: Arc<str>,
 }
 
+/// What a connection may do besides what every user may. The broker carries it; what it means is the service's.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Roles(pub u32);
+
+/// Who a connection is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Identity {
+    /// The authenticated user.
+    pub user: Arc<str>,
+    /// What it may do.
+    pub roles: Roles,
+    /// When it has to prove again who it is (see [`Service::authenticate_again`]), or is disconnected.
+    pub expires_at: Option<Instant>,
+}
+
+/// Where a connection comes from.
+#[derive(Clone, Debug, Default)]
+pub struct Peer {
+    /// Its address, if it has one.
+    pub address: Option<SocketAddr>,
+    /// The common name of the certificate that it showed and proved to own.
+    pub certificate_name: Option<Arc<str>>,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.address {
+            Some(address) => address.fmt(f),
+            None => f.write_str("an unknown address"),
+        }
+    }
+}
+
+/// MQTT 5 extended authentication, as CONNECT and AUTH carry it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Authentication {
+    /// Authentication method.
+    pub method: String,
+    /// Authentication data; empty if there is none.
+    pub data: Vec<u8>,
+}
+
 /// What a CONNECT asks for.
 #[derive(Debug)]
 pub struct ConnectRequest<'a> {
+    /// Where it comes from.
+    pub peer: &'a Peer,
     /// The client identifier; never empty (an assigned one is filled in before).
     pub client_id: &'a str,
     /// Whether the server made the client identifier up.
@@ -39,6 +85,8 @@ pub struct ConnectRequest<'a> {
     pub user_name: Option<&'a str>,
     /// The password, if one was sent.
     pub password: Option<&'a [u8]>,
+    /// MQTT 5 extended authentication, if it was asked for.
+    pub authentication: Option<&'a Authentication>,
 }
 
 /// Why a CONNECT was refused.
@@ -64,6 +112,8 @@ pub enum ConnectRefusalCode {
     ServerUnavailable,
     /// 0x8C; MQTT 5 only.
     BadAuthenticationMethod,
+    /// 0x9F, or return code 3.
+    ConnectionRateExceeded,
 }
 
 /// A refusal with the code that MQTT 5 carries and a sentence that helps.
@@ -141,6 +191,8 @@ pub enum Keeping {
 pub struct BoundPublish {
     /// The authenticated sender.
     pub user: Arc<str>,
+    /// What it may do.
+    pub roles: Roles,
     /// Topic name, aliases already resolved.
     pub topic: String,
     /// The application message.
@@ -273,14 +325,22 @@ impl Subscriber {
 
 /// What stands behind the broker. All calls may come from many tasks at once.
 pub trait Service: Send + Sync + 'static {
-    /// Who is this? The user name, or a refusal.
-    fn connect(&self, request: &ConnectRequest<'_>) -> Result<Arc<str>, ConnectRefusal>;
+    /// Who is this? An identity, or a refusal.
+    fn connect(&self, request: ConnectRequest<'_>) -> impl Future<Output = Result<Identity, ConnectRefusal>> + Send;
 
-    /// Where does a publish of `user` to `topic` (a valid topic name, no wildcards) go?
-    fn route_publish(&self, user: &str, topic: &str) -> PublishRoute;
+    /// A client whose CONNECT asked for extended authentication proves again who it is: the identity that it has from now on, of the same user.
+    fn authenticate_again(
+        &self,
+        peer: &Peer,
+        identity: &Identity,
+        authentication: &Authentication,
+    ) -> impl Future<Output = Result<Identity, ConnectRefusal>> + Send;
 
-    /// What does `filter` (a valid topic filter, not shared) mean for `user`?
-    fn route_subscribe(&self, user: &str, filter: &str) -> SubscribeRoute;
+    /// Where does a publish to `topic` (a valid topic name, no wildcards) go?
+    fn route_publish(&self, who: &Identity, topic: &str) -> PublishRoute;
+
+    /// What does `filter` (a valid topic filter, not shared) mean for this client?
+    fn route_subscribe(&self, who: &Identity, filter: &str) -> SubscribeRoute;
 
     /// Takes publishes to bound topics, in their order; every one is answered through its `reply`. Gives them back while the
     /// service is full: wait for [`Service::ready`] and try again.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use crate::engine::Will;
 use crate::live::LiveMessage;
 use crate::mailbox::Ordinary;
-use crate::service::{BoundTopic, Keeping, Position, SessionKey, SessionRecord, SubscriptionRecord};
+use crate::service::{BoundTopic, Identity, Keeping, Position, SessionKey, SessionRecord, SubscriptionRecord};
 use crate::stream::DurableStream;
 
 /// What a filter subscribes to.
@@ -63,6 +63,9 @@ struct InFlight {
 
 pub(crate) struct Session {
     pub(crate) key: SessionKey,
+    pub(crate) identity: Identity,
+    /// What CONNECT agreed on, if it asked for extended authentication.
+    pub(crate) authentication_method: Option<String>,
     pub(crate) expiry_s: u32,
     pub(crate) silence_max: Option<Duration>,
     pub(crate) will: Option<Will>,
@@ -83,9 +86,11 @@ pub(crate) struct Session {
 const IN_FLIGHT_BYTES_MAX: usize = 256 * 1024;
 
 impl Session {
-    pub(crate) fn new(key: SessionKey, expiry_s: u32, window: usize) -> Self {
+    pub(crate) fn new(key: SessionKey, identity: Identity, expiry_s: u32, window: usize) -> Self {
         Self {
             key,
+            identity,
+            authentication_method: None,
             expiry_s,
             silence_max: None,
             will: None,

@@ -8,17 +8,17 @@ use std::net::IpAddr;
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
 
-use axum::Router;
 use axum::extract::ws::{Message, WebSocket, WebSocketUpgrade};
 use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
+use axum::{Extension, Router};
 use bytes::Bytes;
 use futures_util::{Sink, Stream};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::broker::Broker;
-use crate::service::Service;
+use crate::service::{Peer, Service};
 
 const SUBPROTOCOL: &str = "mqtt";
 /// First buffers of a WebSocket, in bytes; a busy one grows.
@@ -26,14 +26,14 @@ const BUFFER_BYTES: usize = 4 * 1024;
 /// Largest WebSocket message that is sent.
 const SENT_BYTES_MAX: usize = 64 * 1024;
 
-/// The route `/mqtt` for an HTTP server.
+/// The route `/mqtt` for an HTTP server. Where a connection comes from is its request's extension [`Peer`].
 pub fn router<S: Service>(broker: Broker<S>, packet_bytes_max: u32) -> Router {
     let message_bytes_max = usize::try_from(packet_bytes_max).unwrap_or(usize::MAX).saturating_mul(2);
     Router::new().route(
         "/mqtt",
-        get(move |headers: HeaderMap, upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>| {
+        get(move |headers: HeaderMap, peer: Option<Extension<Peer>>, upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>| {
             let broker = broker.clone();
-            async move { accept(&broker, &headers, upgrade, message_bytes_max) }
+            async move { accept(&broker, &headers, upgrade, peer.map_or_else(Peer::default, |Extension(peer)| peer), message_bytes_max) }
         }),
     )
 }
@@ -42,6 +42,7 @@ fn accept<S: Service>(
     broker: &Broker<S>,
     headers: &HeaderMap,
     upgrade: Result<WebSocketUpgrade, axum::extract::ws::rejection::WebSocketUpgradeRejection>,
+    peer: Peer,
     message_bytes_max: usize,
 ) -> Response {
     let upgrade = match upgrade {
@@ -72,7 +73,7 @@ fn accept<S: Service>(
         .max_frame_size(message_bytes_max)
         .on_failed_upgrade(|error| tracing::debug!(%error, "websocket upgrade failed"))
         .on_upgrade(move |socket| async move {
-            broker.serve(WebSocketIo { socket, unread: Bytes::new() }, "websocket".to_owned());
+            broker.serve(WebSocketIo { socket, unread: Bytes::new() }, peer);
         })
 }
 

@@ -9,6 +9,7 @@ use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 
+use crate::auth::command::Passwd;
 use crate::settings::Settings;
 use crate::tools::Tool;
 
@@ -26,6 +27,7 @@ Examples:
   chatd --config chatd.toml check-config     are these settings right, and what do they amount to?
   chatd --data /var/lib/chatd backup DIR     copy all messages, while chatd runs
   chatd --data /var/lib/chatd verify         is every message there, whole and in its place?
+  chatd passwd add alice --file users        give alice a password, or another one
 
 Exit codes: 0 stopped as asked, 1 failure, 2 wrong usage or settings.";
 
@@ -43,6 +45,9 @@ struct CommandLine {
 enum Action {
     /// Print the effective settings as TOML and exit; if they are wrong, say why and exit with code 2.
     CheckConfig,
+    /// Users and their passwords.
+    #[command(subcommand)]
+    Passwd(Passwd),
     #[command(flatten)]
     Tool(Tool),
 }
@@ -103,6 +108,8 @@ pub enum Command {
     Run(Flags),
     /// Judge the settings and print them.
     CheckConfig(Flags),
+    /// Work on the password file.
+    Passwd(Flags, Passwd),
     /// Work on the log instead of serving from it.
     Tool(Flags, Tool),
 }
@@ -112,6 +119,7 @@ impl From<CommandLine> for Command {
         match line.action {
             None => Self::Run(line.flags),
             Some(Action::CheckConfig) => Self::CheckConfig(line.flags),
+            Some(Action::Passwd(passwd)) => Self::Passwd(line.flags, passwd),
             Some(Action::Tool(tool)) => Self::Tool(line.flags, tool),
         }
     }

@@ -6,6 +6,7 @@
 //! `logging`, `metrics`, `http`, and `server`, which puts the parts together; `admin` and `tools`, for operators.
 
 pub mod admin;
+pub mod auth;
 pub mod cli;
 pub mod core;
 pub mod docs;

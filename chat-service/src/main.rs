@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use chat_service::auth::command;
 use chat_service::cli::{self, Command, EXIT_FAILURE, EXIT_USAGE};
 use chat_service::server::Server;
 use chat_service::settings::Settings;
@@ -12,6 +13,17 @@ fn main() -> ExitCode {
     let flags = match cli::parse() {
         Command::Run(flags) => flags,
         Command::CheckConfig(flags) => return cli::check_config(&flags),
+        Command::Passwd(flags, passwd) => {
+            // The file may be named on the command line: settings that are wrong are no reason not to.
+            let settings = Settings::load(&flags);
+            return match (&settings, flags.config) {
+                (Err(error), Some(_)) => fail(EXIT_USAGE, error),
+                (settings, _) => {
+                    let default = settings.as_ref().ok().and_then(|settings| settings.auth.password_file.as_deref());
+                    command::run(&passwd, default)
+                }
+            };
+        }
         Command::Tool(flags, tool) => {
             return match Settings::load(&flags) {
                 Ok(settings) => tools::run(&tool, &settings.storage.path),

@@ -14,6 +14,7 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin;
+use crate::auth::Auth;
 use crate::core::Quotas;
 use crate::docs;
 use crate::erasure;
@@ -73,6 +74,7 @@ pub struct Server {
     erase_interval: Duration,
     http_options: http::Options,
     shutdown_timeout: Duration,
+    auth: Arc<Auth>,
 }
 
 impl Server {
@@ -89,6 +91,7 @@ impl Server {
             Arc::new(open.await.context("opening the log")??)
         };
         let metrics = Arc::new(Metrics::new());
+        let auth = Arc::new(Auth::new(&settings.auth)?);
         let announcer = Announcer::default();
         let webhooks = {
             let announcer = announcer.clone();
@@ -134,7 +137,7 @@ impl Server {
             receipts,
             typing,
             presence,
-            observers: settings.auth.observers.clone(),
+            auth: Arc::clone(&auth),
         });
         let edge_limits = broker_limits(settings);
         let packet_bytes = edge_limits.packet_bytes;
@@ -176,6 +179,7 @@ impl Server {
             erase_interval: settings.storage.erase_interval,
             http_options,
             shutdown_timeout: limits.shutdown_timeout,
+            auth,
         })
     }
 
@@ -185,14 +189,19 @@ impl Server {
         let storage = std::fs::canonicalize(&self.storage).unwrap_or_else(|_| self.storage.clone());
         let host = if mqtt.ip().is_loopback() && mqtt.is_ipv4() { String::new() } else { format!(" -h {}", mqtt.ip()) };
         let port = if mqtt.port() == 1883 { String::new() } else { format!(" -p {}", mqtt.port()) };
+        let (mode, password) = if self.auth.is_open() {
+            ("development mode: any user name, no password, this machine only", "")
+        } else {
+            ("authentication is required", " -P '…'")
+        };
         format!(
             "mqtt listening on {mqtt}\n\
              http listening on {http}\n\
              messages lie in {}\n\
-             development mode: any user name, no password, this machine only\n\
+             {mode}\n\
              \n\
-             bob listens:   mosquitto_sub{host}{port} -u bob -i bob-phone -c -q 1 -t chat/bob/inbox\n\
-             alice writes:  mosquitto_pub{host}{port} -u alice -q 1 -t chat/alice/out/bob -m 'hello'\n",
+             bob listens:   mosquitto_sub{host}{port} -u bob{password} -i bob-phone -c -q 1 -t chat/bob/inbox\n\
+             alice writes:  mosquitto_pub{host}{port} -u alice{password} -q 1 -t chat/alice/out/bob -m 'hello'\n",
             storage.display(),
         )
     }
@@ -218,6 +227,7 @@ impl Server {
             // It ends at the stop by itself, between two commits.
             drop(tokio::spawn(removing));
         }
+        drop(tokio::spawn(reload(self.auth, stop.subscribe())));
         self.readiness.ready();
         tracing::info!("ready");
 
@@ -266,6 +276,33 @@ impl Server {
 /// Ends when `true` is sent, or when nobody is left to send it.
 async fn told(mut flag: watch::Receiver<bool>) {
     drop(flag.wait_for(|set| *set).await);
+}
+
+/// On SIGHUP reads the files again that say who may come in.
+async fn reload(auth: Arc<Auth>, mut stop: watch::Receiver<bool>) {
+    let mut hangup = match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) {
+        Ok(hangup) => hangup,
+        Err(error) => {
+            tracing::warn!(%error, "SIGHUP will not be heard");
+            return;
+        }
+    };
+    loop {
+        tokio::select! {
+            _ = stop.wait_for(|set| *set) => return,
+            heard = hangup.recv() => {
+                if heard.is_none() {
+                    return;
+                }
+            }
+        }
+        let reading = Arc::clone(&auth);
+        match tokio::task::spawn_blocking(move || reading.reload()).await {
+            Ok(Ok(())) => tracing::info!("read the users and keys again"),
+            Ok(Err(error)) => tracing::error!(%error, "the users and keys stay as they were"),
+            Err(error) => tracing::error!(%error, "reading the users and keys panicked"),
+        }
+    }
 }
 
 async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {

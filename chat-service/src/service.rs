@@ -9,9 +9,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 use broker::Announcer;
 use broker::completion::{Reply, complete};
 use broker::service::{
-    BoundPublish, BoundTopic, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Delivery, Keeping, Observation, Page,
-    Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError, SessionKey,
-    SessionRecord, SubscribeRoute, Subscriber, SubscriptionRecord,
+    Authentication, BoundPublish, BoundTopic, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Delivery, Identity,
+    Keeping, Observation, Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service,
+    ServiceError, SessionKey, SessionRecord, SubscribeRoute, Subscriber, SubscriptionRecord,
 };
 use chat_protocol::event::TypingState;
 use chat_protocol::request::RequestError;
@@ -19,6 +19,7 @@ use chat_protocol::topic::{self, Down, Observed, Up};
 use chat_protocol::{ConversationId, ErrorCode, MessageId, Seq, UserId};
 use tokio::sync::mpsc;
 
+use crate::auth::{Auth, Role};
 use crate::core::Send as ChatSend;
 use crate::envelope;
 use crate::log::{self, Advance, Cursors, Device, Log, LogError, Side, Stream};
@@ -47,8 +48,7 @@ pub struct ChatService<L> {
     pub receipts: Arc<Receipts<L>>,
     pub typing: Arc<TypingRelay<L>>,
     pub presence: Arc<Presence<L>>,
-    /// Who may read what others write.
-    pub observers: Vec<UserId>,
+    pub auth: Arc<Auth>,
 }
 
 /// What a publish wants.
@@ -69,7 +69,9 @@ impl<L: Log> ChatService<L> {
         let me = match &up {
             Up::Out { me, .. } | Up::Read { me, .. } | Up::Typing { me, .. } | Up::Req { me, .. } => me,
         };
-        if me.as_str() != &*publish.user {
+        // A bridge writes, reads and types for others; answers to requests would go to them.
+        let acts_for_others = Role::Bridge.is_in(publish.roles) && !matches!(up, Up::Req { .. });
+        if me.as_str() != &*publish.user && !acts_for_others {
             let sentence = format!("you are {}: publish below chat/{}/", publish.user, publish.user);
             return Err((ErrorCode::NotAuthorized, sentence, None));
         }
@@ -108,6 +110,9 @@ impl<L: Log> ChatService<L> {
             (None, None) => None,
         };
         let told_id = id.as_ref().map(|id| id.as_str().to_owned());
+        if !self.auth.may_exist(&to) {
+            return Err((ErrorCode::UnknownUser, format!("there is no user {to}"), told_id));
+        }
         let conversation = ConversationId::between(&from, &to)
             .map_err(|error| (ErrorCode::SelfMessage, error.to_string(), told_id.clone()))?;
         if publish.payload.is_empty() {
@@ -194,15 +199,14 @@ impl<L: Log> ChatService<L> {
         BoundTopic { name: name.into(), keeping }
     }
 
-    fn is_observer(&self, user: &str) -> bool {
-        self.observers.iter().any(|observer| observer.as_str() == user)
-    }
-
     fn device(session: &SessionKey) -> Result<Device, ServiceError> {
         let user = UserId::parse(&session.user).map_err(|error| ServiceError(error.to_string()))?;
         Ok(Device { user, client_id: Arc::clone(&session.client_id) })
     }
 }
+
+/// Why a topic outside `chat/` is refused once authentication is on.
+const CLOSED: &str = "not_authorized: topics outside chat/ are closed here";
 
 /// Taken, with nothing to tell about it.
 const TAKEN: PublishOutcome = PublishOutcome::Stored { subscribers: true, properties: Vec::new() };
@@ -221,45 +225,47 @@ fn answer_topic(me: &UserId, response_topic: Option<&str>) -> Result<Arc<str>, R
 }
 
 impl<L: Log> Service for ChatService<L> {
-    fn connect(&self, request: &ConnectRequest<'_>) -> Result<Arc<str>, ConnectRefusal> {
-        let refuse = |code, reason: String| Err(ConnectRefusal { code, reason });
+    async fn connect(&self, request: ConnectRequest<'_>) -> Result<Identity, ConnectRefusal> {
         if request.client_id.len() > CLIENT_ID_BYTES_MAX {
             let reason = format!("the client identifier is longer than {CLIENT_ID_BYTES_MAX} bytes");
-            return refuse(ConnectRefusalCode::ClientIdentifierNotValid, reason);
+            return Err(ConnectRefusal { code: ConnectRefusalCode::ClientIdentifierNotValid, reason });
         }
-        match request.user_name {
-            Some(name) => match UserId::parse(name) {
-                Ok(user) => Ok(user.as_arc()),
-                Err(error) => refuse(ConnectRefusalCode::BadUserNameOrPassword, format!("invalid_user: {error}")),
-            },
-            None if request.client_id_assigned => refuse(
-                ConnectRefusalCode::BadUserNameOrPassword,
-                "invalid_user: name yourself: send a user name or a client identifier".to_owned(),
-            ),
-            None => match UserId::parse(request.client_id) {
-                Ok(user) => Ok(user.as_arc()),
-                Err(error) => refuse(
-                    ConnectRefusalCode::ClientIdentifierNotValid,
-                    format!("invalid_user: without a user name the client identifier is the user: {error}"),
-                ),
-            },
-        }
+        self.auth.connect(&request).await
     }
 
-    fn route_publish(&self, _user: &str, topic: &str) -> PublishRoute {
+    async fn authenticate_again(
+        &self,
+        peer: &Peer,
+        identity: &Identity,
+        authentication: &Authentication,
+    ) -> Result<Identity, ConnectRefusal> {
+        self.auth.authenticate_again(peer, identity, authentication).await
+    }
+
+    fn route_publish(&self, _who: &Identity, topic: &str) -> PublishRoute {
         // What is wrong with a chat topic is told by `submit`, which knows the codes of the protocol.
-        if topic::is_chat(topic) { PublishRoute::Bound } else { PublishRoute::Ordinary }
+        if topic::is_chat(topic) {
+            PublishRoute::Bound
+        } else if self.auth.is_open() {
+            PublishRoute::Ordinary
+        } else {
+            PublishRoute::Refused(Refusal { code: RefusalCode::NotAuthorized, reason: CLOSED.to_owned() })
+        }
     }
 
-    fn route_subscribe(&self, user: &str, filter: &str) -> SubscribeRoute {
+    fn route_subscribe(&self, who: &Identity, filter: &str) -> SubscribeRoute {
         let refuse = |code, reason: String| SubscribeRoute::Refused(Refusal { code, reason });
         if filter.starts_with("$SYS") {
             return refuse(RefusalCode::NotAuthorized, "not_authorized: $SYS is not served".to_owned());
         }
         if !topic::is_chat(filter) {
-            return SubscribeRoute::Ordinary;
+            return if self.auth.is_open() {
+                SubscribeRoute::Ordinary
+            } else {
+                refuse(RefusalCode::NotAuthorized, CLOSED.to_owned())
+            };
         }
-        let me = match UserId::parse(user) {
+        let me = match UserId::parse(&who.user) {
             Ok(me) => me,
             Err(error) => return refuse(RefusalCode::NotAuthorized, error.to_string()),
         };
@@ -270,7 +276,7 @@ impl<L: Log> Service for ChatService<L> {
             Ok(topics) => {
                 SubscribeRoute::Bound(topics.into_iter().map(|down| Self::bound(down.topic(&me), down)).collect())
             }
-            Err(error) if self.is_observer(user) => match topic::parse_observer_filter(filter) {
+            Err(error) if Role::Observer.is_in(who.roles) => match topic::parse_observer_filter(filter) {
                 Some(observed) => {
                     let topics = observed.topics().into_iter();
                     SubscribeRoute::Bound(topics.map(|down| Self::bound(down.filter(), down)).collect())

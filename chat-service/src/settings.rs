@@ -80,6 +80,16 @@ pub struct StorageSettings {
 pub struct AuthSettings {
     #[serde(deserialize_with = "text")]
     pub mode: AuthMode,
+    #[serde(deserialize_with = "optional_path", serialize_with = "as_optional_path")]
+    pub password_file: Option<PathBuf>,
+    #[serde(deserialize_with = "optional_path", serialize_with = "as_optional_path")]
+    pub jwt_key_file: Option<PathBuf>,
+    #[serde(deserialize_with = "any_text")]
+    pub jwt_audience: String,
+    #[serde(deserialize_with = "any_text")]
+    pub jwt_issuer: String,
+    #[serde(deserialize_with = "any_text")]
+    pub jwt_roles_claim: String,
     #[serde(deserialize_with = "list", serialize_with = "as_list")]
     pub observers: Vec<UserId>,
 }
@@ -90,6 +100,8 @@ pub struct AuthSettings {
 pub enum AuthMode {
     /// It does not: loopback only, any name, passwords ignored.
     Development,
+    /// With a password or a token.
+    Required,
 }
 
 /// What is posted where.
@@ -312,15 +324,21 @@ impl Settings {
                 Wrong { key: "webhooks.secret".into(), reason: format!("it is too short: {reason}") }
             });
         }
-        let AuthMode::Development = self.auth.mode;
+        if self.auth.mode == AuthMode::Required {
+            if self.auth.password_file.is_none() && self.auth.jwt_key_file.is_none() {
+                let reason = "nobody could log in: set auth.password_file or auth.jwt_key_file".to_owned();
+                return Err(Wrong { key: "auth.mode".into(), reason });
+            }
+            return Ok(());
+        }
         for (key, address) in [("mqtt.listen", self.mqtt.listen), ("http.listen", self.http.listen)] {
             if !address.ip().to_canonical().is_loopback() {
                 return Err(Wrong {
                     key: key.into(),
                     reason: format!(
                         "{address} can be reached from other machines, and auth.mode = \"development\" lets everyone in under \
-                         any name; listen on loopback (127.0.0.1:{port} or [::1]:{port}), or put authentication on, which this \
-                         version does not have yet",
+                         any name; listen on loopback (127.0.0.1:{port} or [::1]:{port}), or put authentication on \
+                         (auth.mode = \"required\", see docs/security.md)",
                         port = address.port()
                     ),
                 });
@@ -620,6 +638,20 @@ fn as_optional<T: fmt::Display, S: Serializer>(value: &Option<T>, serializer: S)
     serializer.serialize_str(&value.as_ref().map(T::to_string).unwrap_or_default())
 }
 
+fn any_text<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    deserializer.deserialize_any(Text)
+}
+
+/// Empty: none.
+fn optional_path<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<PathBuf>, D::Error> {
+    let path = deserializer.deserialize_any(Text)?;
+    Ok((!path.is_empty()).then(|| path.into()))
+}
+
+fn as_optional_path<S: Serializer>(path: &Option<PathBuf>, serializer: S) -> Result<S::Ok, S::Error> {
+    path.clone().unwrap_or_default().serialize(serializer)
+}
+
 /// Too short to be taken for a secret, should somebody copy it.
 fn as_hidden<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_str(if secret.is_empty() { "" } else { "(hidden)" })
@@ -646,7 +678,8 @@ impl FromStr for AuthMode {
     fn from_str(mode: &str) -> Result<Self, String> {
         match mode {
             "development" => Ok(Self::Development),
-            _ => Err(format!("{mode:?} is not a mode; this version has \"development\" only")),
+            "required" => Ok(Self::Required),
+            _ => Err(format!("{mode:?} is not one of development, required")),
         }
     }
 }
@@ -798,6 +831,17 @@ mod tests {
     }
 
     #[test]
+    fn authentication_opens_the_network_and_needs_a_way_in() {
+        let settings = load(
+            "[mqtt]\nlisten = '0.0.0.0:1883'\n[auth]\nmode = 'required'\npassword_file = 'users'",
+            &[],
+            Flags::default(),
+        );
+        assert_eq!(settings.unwrap().auth.password_file, Some("users".into()));
+        assert_says(&refusal("[auth]\nmode = 'required'"), &["`auth.mode`", "auth.password_file"]);
+    }
+
+    #[test]
     fn webhooks_need_a_secret_that_is_not_shown() {
         let secret = "correct horse battery staple";
         let hooks = |rest: &str| format!("[webhooks]\nurl = 'http://127.0.0.1:9/hook'\n{rest}");
@@ -917,7 +961,7 @@ mod tests {
 
     #[test]
     fn names_have_to_be_right() {
-        assert_says(&refusal("[auth]\nmode = 'none'"), &["`auth.mode`", "\"none\"", "development"]);
+        assert_says(&refusal("[auth]\nmode = 'none'"), &["`auth.mode`", "\"none\"", "development, required"]);
         assert_says(&refusal("[log]\nformat = 'xml'"), &["`log.format`", "auto, pretty, json"]);
         assert_says(&refusal("[log]\nlevel = 'loud'"), &["`log.level`", "\"loud\"", "info"]);
         assert_says(&refusal("[log]\nlevel = 'info,broker=loud'"), &["`log.level`"]);

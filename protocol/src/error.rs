@@ -15,6 +15,8 @@ pub enum ErrorCode {
     InvalidPeer,
     /// The id is outside its grammar.
     InvalidId,
+    /// The server knows all users, and not this one.
+    UnknownUser,
     /// Somebody else's branch.
     NotAuthorized,
     /// A text needs at least one byte.
@@ -51,11 +53,12 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 21] = [
         Self::InvalidTopic,
         Self::InvalidUser,
         Self::InvalidPeer,
         Self::InvalidId,
+        Self::UnknownUser,
         Self::NotAuthorized,
         Self::EmptyText,
         Self::TextTooLong,
@@ -81,6 +84,7 @@ impl ErrorCode {
             Self::InvalidUser => "invalid_user",
             Self::InvalidPeer => "invalid_peer",
             Self::InvalidId => "invalid_id",
+            Self::UnknownUser => "unknown_user",
             Self::NotAuthorized => "not_authorized",
             Self::EmptyText => "empty_text",
             Self::TextTooLong => "text_too_long",
@@ -103,7 +107,12 @@ impl ErrorCode {
     /// The MQTT 5 reason code of a PUBACK or PUBREC that carries it.
     pub fn reason_code(self) -> u8 {
         match self {
-            Self::InvalidTopic | Self::InvalidUser | Self::InvalidPeer | Self::InvalidId | Self::SelfMessage => 0x90,
+            Self::InvalidTopic
+            | Self::InvalidUser
+            | Self::InvalidPeer
+            | Self::InvalidId
+            | Self::UnknownUser
+            | Self::SelfMessage => 0x90,
             Self::NotAuthorized => 0x87,
             Self::EmptyText | Self::NotUtf8 | Self::InvalidPayload | Self::InvalidRequest => 0x99,
             // 0x95 (packet too large) is not for PUBACK; 0x97 is MQTT's "an imposed limit has been exceeded".

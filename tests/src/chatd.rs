@@ -131,6 +131,11 @@ impl Chatd {
         Ok(kill_process(self.pid()?, Signal::TERM)?)
     }
 
+    /// SIGHUP: read files again.
+    pub fn signal_hangup(&self) -> Result<()> {
+        Ok(kill_process(self.pid()?, Signal::HUP)?)
+    }
+
     /// SIGINT, without waiting.
     pub fn signal_interrupt(&self) -> Result<()> {
         Ok(kill_process(self.pid()?, Signal::INT)?)

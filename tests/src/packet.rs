@@ -36,6 +36,7 @@ pub mod id {
     pub const ASSIGNED_CLIENT_ID: u8 = 0x12;
     pub const SERVER_KEEP_ALIVE: u8 = 0x13;
     pub const AUTHENTICATION_METHOD: u8 = 0x15;
+    pub const AUTHENTICATION_DATA: u8 = 0x16;
     pub const WILL_DELAY: u8 = 0x18;
     pub const REASON_STRING: u8 = 0x1f;
     pub const RECEIVE_MAXIMUM: u8 = 0x21;
@@ -177,6 +178,7 @@ pub enum Packet {
     Unsuback { packet_id: u16, codes: Vec<u8>, properties: Properties },
     Pingresp,
     Disconnect { code: u8, properties: Properties },
+    Auth { code: u8, properties: Properties },
 }
 
 /// The fields of a CONNECT.
@@ -307,6 +309,14 @@ pub fn unsubscribe(version: Version, packet_id: u16, filters: &[&str]) -> Vec<u8
         string(&mut body, filter.as_bytes());
     }
     frame(0xa2, &body)
+}
+
+/// AUTH, which proves again who the client is.
+pub fn authenticate_again(method: &str, data: &[u8]) -> Vec<u8> {
+    let mut body = vec![0x19];
+    let properties = Properties::none().with(id::AUTHENTICATION_METHOD, Value::Text(method.to_owned()));
+    properties.with(id::AUTHENTICATION_DATA, Value::Binary(data.to_vec())).encode(&mut body);
+    frame(0xf0, &body)
 }
 
 pub fn pingreq() -> Vec<u8> {
@@ -487,6 +497,11 @@ fn decode_body(version: Version, first: u8, reader: &mut Reader<'_>) -> Result<P
             ensure!(v5, "a server may not send DISCONNECT in MQTT 3.1.1");
             let (code, properties) = reader.reason(version)?;
             Packet::Disconnect { code, properties }
+        }
+        15 => {
+            ensure!(v5, "there is no AUTH in MQTT 3.1.1");
+            let (code, properties) = reader.reason(version)?;
+            Packet::Auth { code, properties }
         }
         other => bail!("a server may not send packet type {other}"),
     })

@@ -106,6 +106,13 @@ impl Connect {
         self
     }
 
+    /// With a password.
+    #[must_use]
+    pub fn password(mut self, password: impl Into<Vec<u8>>) -> Self {
+        self.password = Some(password.into());
+        self
+    }
+
     /// The CONNECT packet.
     pub fn bytes(&self) -> Vec<u8> {
         packet::connect(&ConnectFields {

@@ -1,0 +1,125 @@
+//! `chatd passwd`: adds users to the password file, removes them, and checks a password.
+
+use std::io::{BufRead, IsTerminal};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use chat_protocol::UserId;
+
+use super::Role;
+use super::passwords::{PASSWORD_BYTES_MAX, PasswordFile, PasswordFileError, User};
+use crate::cli::{EXIT_FAILURE, EXIT_USAGE};
+
+/// What is to be done to the password file.
+#[derive(Clone, Debug, PartialEq, Eq, clap::Subcommand)]
+pub enum Passwd {
+    /// Add a user, or give one another password. The password is asked for, or read from the standard input.
+    Add {
+        name: UserId,
+        /// observer, bridge or admin; may be given several times.
+        #[arg(long = "role", value_name = "ROLE")]
+        roles: Vec<Role>,
+        #[command(flatten)]
+        file: PasswordFilePath,
+    },
+    /// Remove a user.
+    Remove {
+        name: UserId,
+        #[command(flatten)]
+        file: PasswordFilePath,
+    },
+    /// Is this the user's password? Exit code 0: yes; 1: no.
+    Check {
+        name: UserId,
+        #[command(flatten)]
+        file: PasswordFilePath,
+    },
+}
+
+/// Where the users are.
+#[derive(Clone, Debug, Default, PartialEq, Eq, clap::Args)]
+pub struct PasswordFilePath {
+    /// The password file [default: auth.password_file of the settings]
+    #[arg(long, value_name = "FILE")]
+    file: Option<PathBuf>,
+}
+
+/// Does it. `default`: the file of the settings.
+pub fn run(command: &Passwd, default: Option<&Path>) -> ExitCode {
+    let (Passwd::Add { file, .. } | Passwd::Remove { file, .. } | Passwd::Check { file, .. }) = command;
+    let Some(path) = file.file.as_deref().or(default) else {
+        eprintln!("chatd: which file? Name it with --file, or set auth.password_file");
+        return ExitCode::from(EXIT_USAGE);
+    };
+    let done = match command {
+        Passwd::Add { name, roles, .. } => add(path, name, roles),
+        Passwd::Remove { name, .. } => remove(path, name),
+        Passwd::Check { name, .. } => check(path, name),
+    };
+    match done {
+        Ok(sentence) => {
+            eprintln!("{sentence}");
+            ExitCode::SUCCESS
+        }
+        Err(sentence) => {
+            eprintln!("chatd: {sentence}");
+            ExitCode::from(EXIT_FAILURE)
+        }
+    }
+}
+
+fn add(path: &Path, name: &UserId, roles: &[Role]) -> Result<String, String> {
+    let mut users = match PasswordFile::read(path) {
+        Err(PasswordFileError::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => {
+            PasswordFile::default()
+        }
+        read => read.map_err(|error| error.to_string())?,
+    };
+    let password = ask(name, true)?;
+    let new = users.put(name.clone(), User::with_password(&password, roles.to_vec()));
+    users.write(path).map_err(|error| error.to_string())?;
+    let done = if new { "was added to" } else { "has another password in" };
+    Ok(format!("{name} {done} {}; a chatd that runs reads it on SIGHUP", path.display()))
+}
+
+fn remove(path: &Path, name: &UserId) -> Result<String, String> {
+    let mut users = PasswordFile::read(path).map_err(|error| error.to_string())?;
+    if !users.remove(name) {
+        return Err(format!("there is no {name} in {}", path.display()));
+    }
+    users.write(path).map_err(|error| error.to_string())?;
+    Ok(format!("{name} was removed from {}; a chatd that runs reads it on SIGHUP", path.display()))
+}
+
+fn check(path: &Path, name: &UserId) -> Result<String, String> {
+    let users = PasswordFile::read(path).map_err(|error| error.to_string())?;
+    let user = users.get(name).ok_or_else(|| format!("there is no {name} in {}", path.display()))?;
+    if user.is_password(&ask(name, false)?) {
+        Ok(format!("this is the password of {name}"))
+    } else {
+        Err(format!("this is not the password of {name}"))
+    }
+}
+
+/// A password: unseen on a terminal, else the first line of the standard input.
+fn ask(name: &UserId, twice: bool) -> Result<Vec<u8>, String> {
+    let failed = |error: std::io::Error| format!("the password cannot be read: {error}");
+    let password = if std::io::stdin().is_terminal() {
+        let password = rpassword::prompt_password(format!("Password for {name}: ")).map_err(failed)?;
+        if twice && rpassword::prompt_password("Once more: ").map_err(failed)? != password {
+            return Err("these are two passwords; nothing was changed".to_owned());
+        }
+        password
+    } else {
+        let mut line = String::new();
+        std::io::stdin().lock().read_line(&mut line).map_err(failed)?;
+        line.trim_end_matches(['\r', '\n']).to_owned()
+    };
+    if password.is_empty() {
+        return Err("the password is empty; nothing was changed".to_owned());
+    }
+    if password.len() > PASSWORD_BYTES_MAX {
+        return Err(format!("a password has at most {PASSWORD_BYTES_MAX} bytes"));
+    }
+    Ok(password.into_bytes())
+}

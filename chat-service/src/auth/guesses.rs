@@ -1,0 +1,186 @@
+//! Who guesses passwords: counted for each address and for each address and user, and made to wait.
+//!
+//! A user's name alone counts for nothing, or anybody could lock anybody out. Pure: the caller brings the clock.
+
+use std::collections::VecDeque;
+use std::net::{IpAddr, Ipv6Addr};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustc_hash::FxHashMap;
+
+/// Failures of one address and user, and of one address, until it has to wait.
+const USER_FAILURES_MAX: u32 = 10;
+const ADDRESS_FAILURES_MAX: u32 = 100;
+/// The first wait; it doubles with each failure after it.
+const FIRST_WAIT: Duration = Duration::from_secs(60);
+const WAIT_MAX: Duration = Duration::from_secs(3_600);
+/// Failures are forgotten so long after the last.
+const MEMORY: Duration = Duration::from_secs(3_600);
+/// Guessers that are remembered; the oldest are forgotten.
+const GUESSERS_MAX: usize = 100_000;
+
+/// An address, and perhaps the user whose password was tried. Of IPv6 the network counts: whoever has one has all of its addresses.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Guesser {
+    address: IpAddr,
+    user: Option<Arc<str>>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Failures {
+    count: u32,
+    last: Instant,
+}
+
+/// Failed logins.
+#[derive(Debug, Default)]
+pub(super) struct Guesses {
+    failures: FxHashMap<Guesser, Failures>,
+    /// By their last failure when they were put here, the oldest first.
+    order: VecDeque<(Instant, Guesser)>,
+}
+
+fn network(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(address) => IpAddr::V4(address),
+        IpAddr::V6(address) => {
+            let [a, b, c, d, ..] = address.segments();
+            IpAddr::V6(Ipv6Addr::new(a, b, c, d, 0, 0, 0, 0))
+        }
+    }
+}
+
+fn guessers(address: IpAddr, user: &Arc<str>) -> [(Guesser, u32); 2] {
+    let address = network(address);
+    [
+        (Guesser { address, user: Some(Arc::clone(user)) }, USER_FAILURES_MAX),
+        (Guesser { address, user: None }, ADDRESS_FAILURES_MAX),
+    ]
+}
+
+impl Guesses {
+    /// How long they still have to wait before anything is looked at.
+    pub(super) fn wait(&self, address: IpAddr, user: &Arc<str>, now: Instant) -> Option<Duration> {
+        let wait = |(guesser, max): (Guesser, u32)| {
+            let failures = self.failures.get(&guesser).filter(|failures| now < failures.last + MEMORY)?;
+            let beyond = failures.count.checked_sub(max)?;
+            let wait = FIRST_WAIT.saturating_mul(1 << beyond.min(10)).min(WAIT_MAX);
+            (failures.last + wait).checked_duration_since(now).filter(|left| !left.is_zero())
+        };
+        guessers(address, user).into_iter().filter_map(wait).max()
+    }
+
+    pub(super) fn failed(&mut self, address: IpAddr, user: &Arc<str>, now: Instant) {
+        self.forget_old(now);
+        for (guesser, _) in guessers(address, user) {
+            let failures = self.failures.entry(guesser.clone()).or_insert(Failures { count: 0, last: now });
+            if failures.count == 0 || now >= failures.last + MEMORY {
+                failures.count = 0;
+                self.order.push_back((now, guesser));
+            }
+            failures.count = failures.count.saturating_add(1);
+            failures.last = now;
+        }
+    }
+
+    /// Whoever knows the password is no guesser. The address is not forgiven: it may have one account and guess at others.
+    pub(super) fn succeeded(&mut self, address: IpAddr, user: &Arc<str>) {
+        let [(guesser, _), _] = guessers(address, user);
+        self.failures.remove(&guesser);
+    }
+
+    fn forget_old(&mut self, now: Instant) {
+        while let Some((since, guesser)) = self.order.front() {
+            let last = self.failures.get(guesser).map(|failures| failures.last);
+            match last {
+                // It failed again since: its place is further back.
+                Some(last) if last > *since && now < last + MEMORY && self.order.len() <= GUESSERS_MAX => {
+                    let guesser = guesser.clone();
+                    self.order.pop_front();
+                    self.order.push_back((last, guesser));
+                }
+                Some(last) if now < last + MEMORY && self.order.len() <= GUESSERS_MAX => return,
+                _ => {
+                    self.failures.remove(guesser);
+                    self.order.pop_front();
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HOME: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
+    const ELSEWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 2));
+
+    fn bob() -> Arc<str> {
+        Arc::from("bob")
+    }
+
+    #[test]
+    fn a_guesser_waits_longer_each_time_and_nobody_else_does() {
+        let (mut guesses, begin) = (Guesses::default(), Instant::now());
+        for _ in 0..USER_FAILURES_MAX {
+            assert_eq!(guesses.wait(HOME, &bob(), begin), None);
+            guesses.failed(HOME, &bob(), begin);
+        }
+        assert_eq!(guesses.wait(HOME, &bob(), begin), Some(FIRST_WAIT));
+        assert_eq!(guesses.wait(HOME, &bob(), begin + FIRST_WAIT), None, "it may try again");
+        guesses.failed(HOME, &bob(), begin + FIRST_WAIT);
+        assert_eq!(guesses.wait(HOME, &bob(), begin + FIRST_WAIT), Some(FIRST_WAIT * 2));
+        assert_eq!(guesses.wait(ELSEWHERE, &bob(), begin), None, "bob himself is somewhere else");
+        assert_eq!(guesses.wait(HOME, &Arc::from("alice"), begin), None);
+        for _ in 0..20 {
+            guesses.failed(HOME, &bob(), begin);
+        }
+        assert_eq!(guesses.wait(HOME, &bob(), begin), Some(WAIT_MAX));
+        assert_eq!(guesses.wait(HOME, &bob(), begin + MEMORY), None);
+    }
+
+    #[test]
+    fn an_address_that_tries_many_names_waits_for_all() {
+        let (mut guesses, now) = (Guesses::default(), Instant::now());
+        for nth in 0..ADDRESS_FAILURES_MAX {
+            guesses.failed(HOME, &Arc::from(format!("user-{nth}")), now);
+        }
+        assert!(guesses.wait(HOME, &bob(), now).is_some());
+        assert!(guesses.wait(ELSEWHERE, &bob(), now).is_none());
+    }
+
+    #[test]
+    fn an_ipv6_network_counts_as_one() {
+        let (mut guesses, now) = (Guesses::default(), Instant::now());
+        for nth in 0..USER_FAILURES_MAX {
+            guesses.failed(format!("2001:db8::{nth}").parse().unwrap(), &bob(), now);
+        }
+        assert!(guesses.wait("2001:db8::ffff".parse().unwrap(), &bob(), now).is_some());
+        assert!(guesses.wait("2001:db8:0:1::1".parse().unwrap(), &bob(), now).is_none());
+    }
+
+    #[test]
+    fn who_knows_the_password_is_forgiven() {
+        let (mut guesses, now) = (Guesses::default(), Instant::now());
+        for _ in 0..USER_FAILURES_MAX - 1 {
+            guesses.failed(HOME, &bob(), now);
+        }
+        guesses.succeeded(HOME, &bob());
+        guesses.failed(HOME, &bob(), now);
+        assert_eq!(guesses.wait(HOME, &bob(), now), None);
+    }
+
+    #[test]
+    fn what_is_remembered_is_bounded() {
+        let (mut guesses, mut now) = (Guesses::default(), Instant::now());
+        for nth in 0..150_000_u32 {
+            now += Duration::from_micros(1);
+            guesses.failed(IpAddr::V4(nth.into()), &bob(), now);
+        }
+        assert!(guesses.failures.len() <= GUESSERS_MAX + 2 && guesses.order.len() <= GUESSERS_MAX + 2);
+        guesses.failed(HOME, &bob(), now + MEMORY);
+        assert!(guesses.failures.len() <= 2 && guesses.order.len() <= 2);
+    }
+}

@@ -1,0 +1,367 @@
+//! JSON Web Tokens in place of passwords: whose key signed them, for whom, and until when.
+//!
+//! A key has one algorithm, which the key decides and never the token. A token needs `sub`, the user, and `exp`.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use chat_protocol::UserId;
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, PublicKeyUse};
+use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::Role;
+
+/// A shorter secret is guessed too easily (RFC 7518, section 3.2).
+const SECRET_BYTES_MIN: usize = 32;
+/// Longest token, in bytes.
+const TOKEN_BYTES_MAX: usize = 16 * 1024;
+/// Clocks may differ by so much.
+const LEEWAY_S: u64 = 5;
+
+/// What is wrong with a file of keys.
+#[derive(Debug, thiserror::Error)]
+#[error("{}: {reason}", path.display())]
+pub struct KeyError {
+    path: PathBuf,
+    reason: String,
+}
+
+/// A key that tokens are checked with.
+#[derive(Clone)]
+struct Key {
+    id: Option<String>,
+    algorithm: Algorithm,
+    key: DecodingKey,
+}
+
+/// What a token has to say, besides.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Claims {
+    /// `aud`; empty: any.
+    pub audience: String,
+    /// `iss`; empty: any.
+    pub issuer: String,
+    /// The name of the claim that lists roles.
+    pub roles: String,
+}
+
+/// The keys that are taken, and what else a token needs.
+#[derive(Clone)]
+pub struct Tokens {
+    keys: Vec<Key>,
+    claims: Claims,
+}
+
+/// What a token proves.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Proof {
+    pub user: UserId,
+    pub roles: Vec<Role>,
+    pub expires_at: Instant,
+}
+
+#[derive(Deserialize)]
+struct Body {
+    sub: String,
+    exp: u64,
+    #[serde(flatten)]
+    others: serde_json::Map<String, Value>,
+}
+
+impl Tokens {
+    /// Keys of a file: a PEM public key (RSA: RS256, P-256: ES256, Ed25519: EdDSA), a JWK or a set of them, or else a secret (HS256).
+    ///
+    /// # Errors
+    /// The file cannot be read, or has no key that can be used.
+    pub fn read(path: &Path, claims: Claims) -> Result<Self, KeyError> {
+        let error = |reason: String| KeyError { path: path.to_owned(), reason };
+        let bytes = std::fs::read(path).map_err(|cause| error(cause.to_string()))?;
+        Ok(Self { keys: keys(&bytes).map_err(error)?, claims })
+    }
+
+    /// Whether something that was sent as a password looks like a token.
+    pub fn is_token(password: &[u8]) -> bool {
+        std::str::from_utf8(password).is_ok_and(|text| text.split('.').count() == 3 && decode_header(text).is_ok())
+    }
+
+    /// Who a token says its bearer is.
+    ///
+    /// # Errors
+    /// Why it proves nothing.
+    pub fn check(&self, token: &[u8]) -> Result<Proof, String> {
+        if token.len() > TOKEN_BYTES_MAX {
+            return Err(format!("a token has at most {TOKEN_BYTES_MAX} bytes"));
+        }
+        let token = std::str::from_utf8(token).map_err(|_| "it is no token".to_owned())?;
+        let header = decode_header(token).map_err(|_| "it is no token".to_owned())?;
+        let named = |key: &&Key| match (&key.id, &header.kid) {
+            (Some(id), Some(named)) => id == named,
+            _ => true,
+        };
+        let mut reason = "no key here has signed such a token".to_owned();
+        for key in self.keys.iter().filter(named).filter(|key| key.algorithm == header.alg) {
+            match decode::<Body>(token, &key.key, &self.validation(key.algorithm)) {
+                Ok(found) => return self.proof(found.claims),
+                Err(error) => reason = error.to_string(),
+            }
+        }
+        Err(reason)
+    }
+
+    fn validation(&self, algorithm: Algorithm) -> Validation {
+        let mut validation = Validation::new(algorithm);
+        validation.leeway = LEEWAY_S;
+        validation.validate_nbf = true;
+        let mut required = vec!["exp", "sub"];
+        validation.validate_aud = !self.claims.audience.is_empty();
+        if validation.validate_aud {
+            validation.set_audience(&[&self.claims.audience]);
+            required.push("aud");
+        }
+        if !self.claims.issuer.is_empty() {
+            validation.set_issuer(&[&self.claims.issuer]);
+            required.push("iss");
+        }
+        validation.set_required_spec_claims(&required);
+        validation
+    }
+
+    fn proof(&self, body: Body) -> Result<Proof, String> {
+        let user = UserId::parse(&body.sub).map_err(|error| format!("sub: {error}"))?;
+        let roles = match body.others.get(&self.claims.roles) {
+            // Roles of other services may be in the same list.
+            Some(Value::Array(names)) => names.iter().filter_map(|name| name.as_str()?.parse().ok()).collect(),
+            Some(Value::String(names)) => names.split_whitespace().filter_map(|name| name.parse().ok()).collect(),
+            _ => Vec::new(),
+        };
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let left = Duration::from_secs(body.exp.saturating_add(LEEWAY_S)).saturating_sub(now);
+        // Nobody waits for ever.
+        let left = left.min(Duration::from_secs(100 * 365 * 86_400));
+        Ok(Proof { user, roles, expires_at: Instant::now() + left })
+    }
+}
+
+fn keys(bytes: &[u8]) -> Result<Vec<Key>, String> {
+    let text = std::str::from_utf8(bytes).unwrap_or_default().trim();
+    if text.starts_with("-----BEGIN") {
+        if text.contains("PRIVATE KEY") {
+            return Err("it is a private key: tokens are checked with the public one, and whoever has the private one can make them".to_owned());
+        }
+        return pem(text).map(|key| vec![key]);
+    }
+    if text.starts_with('{') {
+        return json_web_keys(text);
+    }
+    let secret = bytes.trim_ascii_end();
+    if secret.len() < SECRET_BYTES_MIN {
+        return Err(format!(
+            "it is no PEM and no JWK, so a secret for HS256; that has {SECRET_BYTES_MIN} bytes at least"
+        ));
+    }
+    Ok(vec![Key { id: None, algorithm: Algorithm::HS256, key: DecodingKey::from_secret(secret) }])
+}
+
+fn pem(text: &str) -> Result<Key, String> {
+    let pem = text.as_bytes();
+    let attempts = [
+        (Algorithm::RS256, DecodingKey::from_rsa_pem(pem)),
+        (Algorithm::ES256, DecodingKey::from_ec_pem(pem)),
+        (Algorithm::EdDSA, DecodingKey::from_ed_pem(pem)),
+    ];
+    let found = attempts.into_iter().find_map(|(algorithm, key)| Some(Key { id: None, algorithm, key: key.ok()? }));
+    found.ok_or_else(|| "it is no public key of RSA, P-256 or Ed25519".to_owned())
+}
+
+/// Those of a set that can be used; others may be for other things.
+fn json_web_keys(text: &str) -> Result<Vec<Key>, String> {
+    let set = serde_json::from_str::<JwkSet>(text)
+        .or_else(|_| serde_json::from_str::<Jwk>(text).map(|key| JwkSet { keys: vec![key] }))
+        .map_err(|error| format!("it is no JWK and no set of them: {error}"))?;
+    let keys: Vec<Key> = set.keys.iter().filter_map(json_web_key).collect();
+    if keys.is_empty() { Err("it has no key for RS256, ES256, EdDSA or HS256".to_owned()) } else { Ok(keys) }
+}
+
+fn json_web_key(jwk: &Jwk) -> Option<Key> {
+    if jwk.common.public_key_use.as_ref().is_some_and(|usage| *usage != PublicKeyUse::Signature) {
+        return None;
+    }
+    let algorithm = match &jwk.algorithm {
+        AlgorithmParameters::RSA(_) => Algorithm::RS256,
+        AlgorithmParameters::EllipticCurve(curve) if curve.curve == EllipticCurve::P256 => Algorithm::ES256,
+        AlgorithmParameters::OctetKeyPair(curve) if curve.curve == EllipticCurve::Ed25519 => Algorithm::EdDSA,
+        AlgorithmParameters::OctetKey(_) => Algorithm::HS256,
+        _ => return None,
+    };
+    // A key that says what it is for is used for nothing else.
+    if jwk.common.key_algorithm.is_some_and(|named| named.to_string() != format!("{algorithm:?}")) {
+        return None;
+    }
+    Some(Key { id: jwk.common.key_id.clone(), algorithm, key: DecodingKey::from_jwk(jwk).ok()? })
+}
+
+#[cfg(test)]
+mod tests {
+    use jsonwebtoken::{EncodingKey, Header, encode};
+    use proptest::prelude::*;
+    use serde_json::json;
+
+    use super::*;
+
+    const SECRET: &str = "0123456789abcdef0123456789abcdef";
+
+    fn now_s() -> u64 {
+        SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
+    }
+
+    fn tokens(key: &str, claims: Claims) -> Tokens {
+        Tokens { keys: keys(key.as_bytes()).unwrap(), claims }
+    }
+
+    fn usual() -> Claims {
+        Claims { roles: "roles".to_owned(), ..Claims::default() }
+    }
+
+    fn signed(algorithm: Algorithm, key: &EncodingKey, body: &Value) -> String {
+        encode(&Header::new(algorithm), body, key).unwrap()
+    }
+
+    fn hs256(body: &Value) -> String {
+        signed(Algorithm::HS256, &EncodingKey::from_secret(SECRET.as_bytes()), body)
+    }
+
+    fn body(more: &Value) -> Value {
+        let mut body = json!({"sub": "bob", "exp": now_s() + 60});
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    }
+
+    #[test]
+    fn a_token_proves_who_and_until_when() {
+        let proof =
+            tokens(SECRET, usual()).check(hs256(&body(&json!({"roles": ["observer", "x"]}))).as_bytes()).unwrap();
+        assert_eq!((proof.user.as_str(), proof.roles), ("bob", vec![Role::Observer]));
+        let left = proof.expires_at.saturating_duration_since(Instant::now());
+        assert!((60..=60 + LEEWAY_S).contains(&left.as_secs().max(60)), "{left:?}");
+        let others = Claims { roles: "scope".to_owned(), ..Claims::default() };
+        let proof = tokens(SECRET, others).check(hs256(&body(&json!({"scope": "bridge email"}))).as_bytes()).unwrap();
+        assert_eq!(proof.roles, [Role::Bridge]);
+    }
+
+    #[test]
+    fn a_token_that_is_wrong_proves_nothing() {
+        let claims = Claims { audience: "chat".to_owned(), issuer: "us".to_owned(), ..usual() };
+        let tokens = tokens(SECRET, claims);
+        let right = json!({"aud": ["other", "chat"], "iss": "us"});
+        tokens.check(hs256(&body(&right)).as_bytes()).unwrap();
+        for (member, value) in [
+            ("aud", json!("other")),
+            ("aud", Value::Null),
+            ("iss", json!("them")),
+            ("iss", Value::Null),
+            ("exp", json!(now_s() - 60)),
+            ("exp", Value::Null),
+            ("exp", json!("tomorrow")),
+            ("sub", Value::Null),
+            ("sub", json!("Bob")),
+            ("sub", json!("+")),
+            ("nbf", json!(now_s() + 600)),
+        ] {
+            let mut wrong = body(&right);
+            if value.is_null() {
+                wrong.as_object_mut().unwrap().remove(member);
+            } else {
+                wrong[member] = value.clone();
+            }
+            assert!(tokens.check(hs256(&wrong).as_bytes()).is_err(), "{member}: {value}");
+        }
+        let other = EncodingKey::from_secret(b"another secret of 32 bytes or more");
+        assert!(tokens.check(signed(Algorithm::HS256, &other, &body(&right)).as_bytes()).is_err());
+        assert!(
+            tokens
+                .check(signed(Algorithm::HS512, &EncodingKey::from_secret(SECRET.as_bytes()), &body(&right)).as_bytes())
+                .is_err()
+        );
+    }
+
+    /// The old tricks: no algorithm, and a public key taken for a secret.
+    #[test]
+    fn the_key_decides_the_algorithm() {
+        let encoded = |json: Value| {
+            use base64::Engine as _;
+            base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(json.to_string())
+        };
+        for algorithm in ["none", "None", "HS256", "RS256"] {
+            let unsigned = format!("{}.{}.", encoded(json!({"alg": algorithm})), encoded(body(&json!({}))));
+            assert!(tokens(SECRET, usual()).check(unsigned.as_bytes()).is_err(), "{algorithm}");
+        }
+        let public = include_str!("../../fixtures/rsa-public.pem");
+        let confused = signed(Algorithm::HS256, &EncodingKey::from_secret(public.as_bytes()), &body(&json!({})));
+        assert!(tokens(public, usual()).check(confused.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn keys_of_all_kinds_are_taken() {
+        let rsa = EncodingKey::from_rsa_pem(include_bytes!("../../fixtures/rsa-private.pem")).unwrap();
+        let ec = EncodingKey::from_ec_pem(include_bytes!("../../fixtures/ec-private.pem")).unwrap();
+        let ed = EncodingKey::from_ed_pem(include_bytes!("../../fixtures/ed25519-private.pem")).unwrap();
+        for (public, algorithm, private) in [
+            (include_str!("../../fixtures/rsa-public.pem"), Algorithm::RS256, &rsa),
+            (include_str!("../../fixtures/ec-public.pem"), Algorithm::ES256, &ec),
+            (include_str!("../../fixtures/ed25519-public.pem"), Algorithm::EdDSA, &ed),
+        ] {
+            let token = signed(algorithm, private, &body(&json!({})));
+            assert_eq!(tokens(public, usual()).check(token.as_bytes()).unwrap().user.as_str(), "bob", "{algorithm:?}");
+            assert!(tokens(SECRET, usual()).check(token.as_bytes()).is_err());
+        }
+        for (file, reason) in [
+            (include_str!("../../fixtures/rsa-private.pem"), "private key"),
+            ("short", "32 bytes"),
+            ("{}", "no key"),
+            ("{", "JWK"),
+            (r#"{"keys":[]}"#, "no key"),
+            ("-----BEGIN PUBLIC KEY-----\nx\n-----END PUBLIC KEY-----", "no public key"),
+        ] {
+            let error = keys(file.as_bytes()).err().unwrap();
+            assert!(error.contains(reason), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_key_of_a_set_is_found_by_its_name() {
+        let set = json!({"keys": [
+            {"kty": "oct", "kid": "old", "alg": "HS256", "k": "b2xkIG9sZCBvbGQgb2xkIG9sZCBvbGQgb2xkIG9sZCBvbGQ"},
+            {"kty": "oct", "kid": "new", "k": "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"},
+            {"kty": "oct", "kid": "enc", "use": "enc", "k": "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"},
+        ]});
+        let tokens = tokens(&set.to_string(), usual());
+        let named = |kid: Option<&str>| {
+            let header = Header { kid: kid.map(str::to_owned), ..Header::new(Algorithm::HS256) };
+            encode(&header, &body(&json!({})), &EncodingKey::from_secret(SECRET.as_bytes())).unwrap()
+        };
+        tokens.check(named(Some("new")).as_bytes()).unwrap();
+        tokens.check(named(None).as_bytes()).unwrap();
+        for wrong in ["old", "enc", "other"] {
+            assert!(tokens.check(named(Some(wrong)).as_bytes()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn passwords_are_not_taken_for_tokens() {
+        assert!(Tokens::is_token(hs256(&body(&json!({}))).as_bytes()));
+        for password in [&b"secret"[..], b"a.b.c", b"..", b"", b"\xff.\xff.\xff"] {
+            assert!(!Tokens::is_token(password), "{password:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn no_bytes_panic(bytes in prop::collection::vec(any::<u8>(), 0..200), text in "[A-Za-z0-9_-]{0,40}\\.[A-Za-z0-9_-]{0,40}\\.[A-Za-z0-9_-]{0,40}") {
+            let tokens = tokens(SECRET, usual());
+            prop_assert!(tokens.check(&bytes).is_err());
+            prop_assert!(tokens.check(text.as_bytes()).is_err());
+        }
+    }
+}
