@@ -8,6 +8,8 @@
 pub mod admin;
 pub mod auth;
 pub mod cli;
+#[cfg(test)]
+mod convergence;
 pub mod core;
 pub mod docs;
 pub mod envelope;

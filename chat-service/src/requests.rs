@@ -286,6 +286,12 @@ impl<L: Log> Shared<L> {
 }
 
 impl<L: Log> Requests<L> {
+    /// Carries out a request and gives back what would be published.
+    #[cfg(test)]
+    pub(crate) async fn ask(&self, asked: &Asked) -> Vec<u8> {
+        self.shared.answer(asked).await
+    }
+
     /// Room for one more; `None` if too many are under way.
     pub fn room(&self) -> Option<Room<L>> {
         let permit = Arc::clone(&self.permits).try_acquire_owned().ok()?;

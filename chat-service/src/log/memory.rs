@@ -1,7 +1,7 @@
 //! A log in memory, for tests: the trait's meaning in its simplest form.
 //!
 //! It keeps every promise of [`Log`] but one: nothing is on disk. A clone is another handle to the same log, which is how tests
-//! "open it again". One lock guards everything and is never held across an await.
+//! "open it again"; [`MemoryLog::crash`] says what the disk would not have had. One lock guards everything and is never held across an await.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;
@@ -31,17 +31,40 @@ struct State {
     conversations: FxHashMap<ConversationId, Vec<Position>>,
     streams: FxHashMap<Stream, Vec<Position>>,
     ids: FxHashMap<IdKey, Vec<Position>>,
+    hidden: BTreeMap<(UserId, UserId, Seq), Position>,
+    records: Records,
+    /// What a crash leaves of the records.
+    written: Records,
+}
+
+/// What may be noted first and written later.
+#[derive(Clone, Debug, Default)]
+struct Records {
     delivered: FxHashMap<Stream, Delivered>,
     sessions: FxHashMap<Device, SessionRecord>,
     peers: BTreeMap<(UserId, UserId), PeerRecord>,
-    hidden: BTreeMap<(UserId, UserId, Seq), Position>,
     seen: FxHashMap<UserId, u64>,
+}
+
+impl Records {
+    /// A user's record about a peer, to be changed now.
+    fn peer(&mut self, user: &UserId, peer: &UserId, head: Position) -> &mut PeerRecord {
+        let record = self.peers.entry((user.clone(), peer.clone())).or_default();
+        record.changed = head;
+        record
+    }
 }
 
 impl MemoryLog {
     /// An empty log.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// Loses what was noted since the last [`Log::flush`], and nothing that was on disk when its call returned.
+    pub fn crash(&self) {
+        let mut state = self.state.lock();
+        state.records = state.written.clone();
     }
 }
 
@@ -67,7 +90,9 @@ impl State {
         self.conversations.entry(conversation.clone()).or_default().push(position);
         if seq == Seq::FIRST {
             for pair in [(from.clone(), to.clone()), (to.clone(), from.clone())] {
-                self.peers.entry(pair).or_default().changed = position;
+                for records in [&mut self.records, &mut self.written] {
+                    records.peers.entry(pair.clone()).or_default().changed = position;
+                }
             }
         }
         let inbox = (!withheld).then_some((&to, Side::Inbox));
@@ -102,13 +127,6 @@ impl State {
 
     fn head(&self) -> Position {
         Position(self.entries.len() as u64)
-    }
-
-    fn peer(&mut self, user: &UserId, peer: &UserId) -> &mut PeerRecord {
-        let head = self.head();
-        let record = self.peers.entry((user.clone(), peer.clone())).or_default();
-        record.changed = head;
-        record
     }
 
     /// `positions` are those still to be read.
@@ -211,12 +229,12 @@ impl Log for MemoryLog {
 
     fn advance(&self, advances: Vec<Advance>) {
         let mut state = self.state.lock();
+        let moved = state.head();
         for Advance { stream, device, position } in advances {
-            if let Some(session) = device.and_then(|device| state.sessions.get_mut(&device)) {
+            if let Some(session) = device.and_then(|device| state.records.sessions.get_mut(&device)) {
                 session.advance(stream.side, position);
             }
-            let moved = state.head();
-            let delivered = state.delivered.entry(stream).or_default();
+            let delivered = state.records.delivered.entry(stream).or_default();
             if position > delivered.position {
                 *delivered = Delivered { position, moved };
             }
@@ -228,50 +246,58 @@ impl Log for MemoryLog {
     }
 
     async fn delivered(&self, stream: &Stream) -> Result<Delivered, LogError> {
-        Ok(self.state.lock().delivered.get(stream).copied().unwrap_or_default())
+        Ok(self.state.lock().records.delivered.get(stream).copied().unwrap_or_default())
     }
 
     async fn session(&self, device: &Device) -> Result<Option<SessionRecord>, LogError> {
-        Ok(self.state.lock().sessions.get(device).cloned())
+        Ok(self.state.lock().records.sessions.get(device).cloned())
     }
 
     async fn put_session(&self, device: &Device, record: SessionRecord) -> Result<(), LogError> {
-        self.state.lock().sessions.insert(device.clone(), record);
+        let mut state = self.state.lock();
+        state.written.sessions.insert(device.clone(), record.clone());
+        state.records.sessions.insert(device.clone(), record);
         Ok(())
     }
 
     fn end_session(&self, device: &Device, ended_at_ms: u64, expiry_s: u32) {
-        if let Some(session) = self.state.lock().sessions.get_mut(device) {
+        if let Some(session) = self.state.lock().records.sessions.get_mut(device) {
             session.ended_at_ms = Some(ended_at_ms);
             session.expiry_s = expiry_s;
         }
     }
 
     async fn delete_session(&self, device: &Device) -> Result<(), LogError> {
-        self.state.lock().sessions.remove(device);
+        let mut state = self.state.lock();
+        state.written.sessions.remove(device);
+        state.records.sessions.remove(device);
         Ok(())
     }
 
     async fn peers(&self, user: &UserId) -> Result<Vec<(UserId, PeerRecord)>, LogError> {
         let state = self.state.lock();
-        let of_user = state.peers.iter().filter(|((me, _), _)| me == user);
+        let of_user = state.records.peers.iter().filter(|((me, _), _)| me == user);
         Ok(of_user.map(|((_, peer), record)| (peer.clone(), *record)).collect())
     }
 
     async fn peer(&self, user: &UserId, peer: &UserId) -> Result<Option<PeerRecord>, LogError> {
-        Ok(self.state.lock().peers.get(&(user.clone(), peer.clone())).copied())
+        Ok(self.state.lock().records.peers.get(&(user.clone(), peer.clone())).copied())
     }
 
     fn advance_read(&self, user: &UserId, peer: &UserId, seq: Seq) {
         let mut state = self.state.lock();
-        let before = state.peers.get(&(user.clone(), peer.clone())).map_or(0, |record| record.read);
+        let head = state.head();
+        let before = state.records.peers.get(&(user.clone(), peer.clone())).map_or(0, |record| record.read);
         if seq.get() > before {
-            state.peer(user, peer).read = seq.get();
+            state.records.peer(user, peer, head).read = seq.get();
         }
     }
 
     async fn set_blocked(&self, user: &UserId, peer: &UserId, at_ms: Option<u64>) -> Result<(), LogError> {
-        self.state.lock().peer(user, peer).blocked_at_ms = at_ms;
+        let mut state = self.state.lock();
+        let head = state.head();
+        state.written.peer(user, peer, head).blocked_at_ms = at_ms;
+        state.records.peer(user, peer, head).blocked_at_ms = at_ms;
         Ok(())
     }
 
@@ -296,12 +322,12 @@ impl Log for MemoryLog {
 
     fn note_seen(&self, user: &UserId, at_ms: u64) {
         let mut state = self.state.lock();
-        let seen = state.seen.entry(user.clone()).or_default();
+        let seen = state.records.seen.entry(user.clone()).or_default();
         *seen = at_ms.max(*seen);
     }
 
     async fn last_seen(&self, user: &UserId) -> Result<Option<u64>, LogError> {
-        Ok(self.state.lock().seen.get(user).copied())
+        Ok(self.state.lock().records.seen.get(user).copied())
     }
 
     async fn changes(&self, conversation: &ConversationId, targets: Vec<Seq>) -> Result<Vec<Vec<Entry>>, LogError> {
@@ -322,6 +348,8 @@ impl Log for MemoryLog {
     }
 
     async fn flush(&self) -> Result<(), LogError> {
+        let mut state = self.state.lock();
+        state.written = state.records.clone();
         Ok(())
     }
 
