@@ -731,7 +731,7 @@ impl World {
         let sends = self.sends(texts);
         let mut stored = self.model.clone();
         for send in &sends {
-            drop(stored.store(send));
+            stored.store(send).unwrap_or_default();
         }
         drop(self.server.submit(sends).await);
         for _ in 0..turns {
@@ -1022,22 +1022,55 @@ fn words(number: u8) -> String {
     ["a", "b", "long", "longer"][usize::from(number)].to_owned()
 }
 
+/// Takes the steps, with so many devices for each user.
+fn run(devices: &[usize], steps: &[Step]) {
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        let mut world = World::new(devices).await;
+        for step in steps {
+            world.take(step).await;
+            world.check_cursors().await;
+        }
+        world.check_convergence().await;
+    });
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 256, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 512, failure_persistence: None, ..ProptestConfig::default() })]
 
     #[test]
     fn devices_converge_and_cursors_only_advance(
         devices in prop::collection::vec(1..4usize, 2..5),
         steps in prop::collection::vec(step(), 1..80),
     ) {
-        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
-        runtime.block_on(async {
-            let mut world = World::new(&devices).await;
-            for step in &steps {
-                world.take(step).await;
-                world.check_cursors().await;
-            }
-            world.check_convergence().await;
-        });
+        run(&devices, &steps);
     }
+}
+
+#[test]
+fn what_was_told_as_delivered_stays_so_when_more_is_withheld() {
+    let send = |pair| Step::Send(vec![Text { pair, id: None, text: 0 }]);
+    let (alice_bob, bob_alice, carol_alice) = (Pair(0, 0), Pair(1, 1), Pair(2, 0));
+    let glance = || Step::Glance { user: 0, entries: 4 };
+    run(
+        &[1, 1, 1],
+        &[
+            send(alice_bob),
+            send(carol_alice),
+            glance(),
+            Step::Block(alice_bob, true),
+            send(bob_alice),
+            send(carol_alice),
+            glance(),
+        ],
+    );
+}
+
+#[test]
+fn the_id_of_an_erased_text_is_no_other_message() {
+    let (pair, id) = (Pair(0, 0), Some(0));
+    let send = |id, text| Step::Send(vec![Text { pair, id, text }]);
+    // The text of id 0 is unsent. Neither a longer text under that id nor an unsend of another text is a resend of it.
+    let unsend = Step::Unsend { pair, seq: 0, id: None };
+    run(&[1, 1], &[send(id, 0), unsend, send(id, 0), send(id, 3), send(None, 0), Step::Unsend { pair, seq: 2, id }]);
 }

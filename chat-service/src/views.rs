@@ -101,23 +101,23 @@ impl<L: Log> Views<L> {
         Ok(delivered.max(read))
     }
 
-    /// `last`, or the last entry before it that was not withheld, if the sender's last entry up to there was.
+    /// `last`, or what is before the sender's entries that were withheld, if the last of them up to there were. As `last` grows it never
+    /// goes back.
     async fn not_withheld(&self, id: &ConversationId, from: &UserId, last: u64) -> Result<u64, LogError> {
-        let (mut end, mut withheld) = (last, false);
+        let (mut end, mut told) = (last, last);
         while end > 0 {
-            let begin = end.saturating_sub(if withheld { WINDOW } else { 4 });
+            let begin = end.saturating_sub(if told < last { WINDOW } else { 4 });
             let limit = ReadLimit { entries: usize::try_from(end - begin).unwrap_or(1), bytes: usize::MAX };
             let entries = self.log.read_conversation(id, Seq::new(begin), limit).await?.entries;
             for entry in entries.iter().rev().filter(|entry| entry.from == *from && entry.seq.get() <= end) {
-                match (entry.withheld, withheld) {
-                    (true, _) => withheld = true,
-                    (false, true) => return Ok(entry.seq.get()),
-                    (false, false) => return Ok(last),
+                if !entry.withheld {
+                    return Ok(told);
                 }
+                told = entry.seq.get() - 1;
             }
             end = begin;
         }
-        Ok(if withheld { 0 } else { last })
+        Ok(told)
     }
 
     /// How the conversation with a peer stands for a user.

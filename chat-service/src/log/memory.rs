@@ -1,7 +1,7 @@
 //! A log in memory, for tests: the trait's meaning in its simplest form.
 //!
 //! It keeps every promise of [`Log`] but one: nothing is on disk. A clone is another handle to the same log, which is how tests
-//! "open it again"; [`MemoryLog::crash`] says what the disk would not have had. One lock guards everything and is never held across an await.
+//! "open it again", and [`MemoryLog::crash`] forgets what a disk might not have had. One lock guards everything and is never held across an await.
 
 use std::collections::BTreeMap;
 use std::ops::RangeInclusive;

@@ -53,7 +53,7 @@ impl Body {
     }
 
     /// The same without its words; `None` if it has none.
-    fn erased(&self) -> Option<Self> {
+    pub(crate) fn erased(&self) -> Option<Self> {
         match self {
             Self::Text(text) => Some(Self::Erased { bytes: text.len() as u64, target: None }),
             Self::Edit { target, text } => Some(Self::Erased { bytes: text.len() as u64, target: Some(*target) }),
