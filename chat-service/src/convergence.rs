@@ -18,9 +18,10 @@ use chat_protocol::{ConversationId, Envelope, ErrorCode, Kind, MessageId, Seq, U
 use proptest::prelude::*;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::task::JoinHandle;
 
+use crate::auth::Auth;
 use crate::core::{Quotas, Send};
 use crate::log::{Body, ConversationHead, Device, Log, MemoryLog, Side, Stream};
 use crate::metrics::Metrics;
@@ -156,15 +157,15 @@ impl Server {
         let announcer = Announcer::default();
         let blocks = Arc::new(Blocks::default());
         let (queue, submissions) = mpsc::channel(sequencer::SUBMISSIONS_MAX);
-        let sequencing = tokio::spawn(sequencer::run(
-            Arc::clone(log),
-            submissions,
-            announcer.clone(),
-            Arc::clone(&metrics),
-            Quotas::NONE,
-            Arc::clone(&blocks),
-            std::future::pending(),
-        ));
+        let parts = sequencer::Parts {
+            log: Arc::clone(log),
+            announcer: announcer.clone(),
+            metrics: Arc::clone(&metrics),
+            quotas: Quotas::NONE,
+            blocks: Arc::clone(&blocks),
+            head: watch::Sender::new(log.head()),
+        };
+        let sequencing = tokio::spawn(sequencer::run(parts, submissions, std::future::pending()));
         let receipts = Arc::new(Receipts::new(Arc::clone(log), announcer.clone()));
         let requests = Requests::new(Parts {
             log: Arc::clone(log),
@@ -184,8 +185,8 @@ impl Server {
             requests,
             receipts,
             typing: Arc::new(TypingRelay::new(Arc::clone(log), announcer.clone())),
-            presence: Arc::new(Presence::new(Arc::clone(log), announcer, Duration::from_secs(10))),
-            observers: Vec::new(),
+            presence: Arc::new(Presence::new(Arc::clone(log), announcer, Duration::from_secs(10), None)),
+            auth: Auth::development(),
         };
         Self { service, sequencing }
     }
