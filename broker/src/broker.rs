@@ -4,6 +4,9 @@
 //! mailboxes of the connections that want them.
 
 use std::collections::HashSet;
+use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,7 +15,7 @@ use futures_util::FutureExt;
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::Semaphore;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use crate::bus::{Bus, BusCounters, BusError, BusMessage, BusOptions, BusSink};
@@ -272,6 +275,13 @@ impl<S: Service> Broker<S> {
             tracing::warn!(%peer, "refused a connection: limits.connections is reached");
             return;
         };
+        self.serve_with(permit, io, peer);
+    }
+
+    fn serve_with<T>(&self, permit: OwnedSemaphorePermit, io: T, peer: Peer)
+    where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let number = ConnectionNumber(self.shared.next_connection.fetch_add(1, Ordering::Relaxed));
         let shared = Arc::clone(&self.shared);
         self.shared.tasks.spawn(async move {
@@ -282,6 +292,32 @@ impl<S: Service> Broker<S> {
                 tracing::error!(%peer, "a connection's task panicked; the connection is closed, please report this");
             }
             drop(permit);
+        });
+    }
+
+    /// Serves a byte stream that has to be opened first, as after a TLS handshake. That counts as a connection from now on, and has as long as
+    /// there is for CONNECT.
+    pub fn serve_opened<T>(
+        &self,
+        address: SocketAddr,
+        opening: impl Future<Output = io::Result<(T, Option<Arc<str>>)>> + Send + 'static,
+    ) where
+        T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let Ok(permit) = Arc::clone(&self.shared.permits).try_acquire_owned() else {
+            tracing::warn!(peer = %address, "refused a connection: limits.connections is reached");
+            return;
+        };
+        let broker = self.clone();
+        let timeout = self.shared.limits.connect_timeout;
+        self.shared.tasks.spawn(async move {
+            match tokio::time::timeout(timeout, opening).await {
+                Ok(Ok((io, certificate_name))) => {
+                    broker.serve_with(permit, io, Peer { address: Some(address), certificate_name });
+                }
+                Ok(Err(error)) => tracing::debug!(peer = %address, %error, "a connection could not be opened"),
+                Err(_) => tracing::debug!(peer = %address, "a connection was not opened in time"),
+            }
         });
     }
 

@@ -3,9 +3,13 @@
 //! Nothing here waits for a client: handshakes run in the connection's task, under its deadline.
 
 use std::future::Future;
+use std::io;
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::net::TcpListener;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::{TcpListener, TcpStream};
 
 use crate::broker::Broker;
 use crate::service::{Peer, Service};
@@ -15,6 +19,30 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// Accepts until `shutdown`. Connections go on: [`Broker::stop`] ends them.
 pub async fn run<S: Service>(listener: TcpListener, broker: Broker<S>, shutdown: impl Future<Output = ()> + Send) {
+    let serve = |socket, peer| broker.serve(socket, Peer { address: Some(peer), certificate_name: None });
+    accept(&listener, serve, shutdown).await;
+}
+
+/// The same for sockets that have to be opened first, as by a TLS handshake, which gives the common name of the client's certificate too.
+pub async fn run_opened<S, O, F, T>(
+    listener: TcpListener,
+    broker: Broker<S>,
+    open: O,
+    shutdown: impl Future<Output = ()> + Send,
+) where
+    S: Service,
+    O: Fn(TcpStream) -> F + Send + Sync,
+    F: Future<Output = io::Result<(T, Option<Arc<str>>)>> + Send + 'static,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    accept(&listener, |socket, peer| broker.serve_opened(peer, open(socket)), shutdown).await;
+}
+
+async fn accept(
+    listener: &TcpListener,
+    serve: impl Fn(TcpStream, SocketAddr) + Send,
+    shutdown: impl Future<Output = ()> + Send,
+) {
     let mut shutdown = std::pin::pin!(shutdown);
     loop {
         let accepted = tokio::select! {
@@ -26,7 +54,7 @@ pub async fn run<S: Service>(listener: TcpListener, broker: Broker<S>, shutdown:
                 if let Err(error) = socket.set_nodelay(true) {
                     tracing::debug!(%peer, %error, "no TCP_NODELAY");
                 }
-                broker.serve(socket, Peer { address: Some(peer), certificate_name: None });
+                serve(socket, peer);
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");

@@ -7,6 +7,7 @@
 use std::fmt::Write;
 use std::future::Future;
 use std::io;
+use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
@@ -17,15 +18,19 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
+use broker::service::Peer;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use crate::metrics::{self, Metrics};
+use crate::tls::Tls;
 
 /// Pause after a failed accept (no file descriptors left): connections that end meanwhile free some.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -144,7 +149,14 @@ fn verdict(parts: &[(&'static str, Result<(), String>)]) -> Response {
 }
 
 /// Serves until `shutdown`, then lets requests under way finish, for `options.shutdown_timeout` at most.
-pub async fn run(listener: TcpListener, router: Router, options: Options, shutdown: impl Future<Output = ()>) {
+/// With `tls` over that.
+pub async fn run(
+    listener: TcpListener,
+    tls: Option<Arc<Tls>>,
+    router: Router,
+    options: Options,
+    shutdown: impl Future<Output = ()>,
+) {
     let permits = Arc::new(Semaphore::new(options.connections));
     let (stopping, _) = watch::channel(());
     let mut connections = JoinSet::new();
@@ -156,13 +168,30 @@ pub async fn run(listener: TcpListener, router: Router, options: Options, shutdo
                 report(ended);
                 continue;
             }
-            socket = accept(&listener) => socket,
+            accepted = accept(&listener) => accepted,
         };
+        let (socket, address) = socket;
         let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
             tracing::warn!(limit = options.connections, "http connection closed: limits.connections is reached");
             continue;
         };
-        let connection = serve(socket, router.clone(), options.header_timeout, stopping.subscribe());
+        if let Err(error) = socket.set_nodelay(true) {
+            tracing::debug!(%error, "http connection is gone already");
+            continue;
+        }
+        let (router, timeout, stopping) = (router.clone(), options.header_timeout, stopping.subscribe());
+        let tls = tls.clone();
+        let connection = async move {
+            let peer = Peer { address: Some(address), certificate_name: None };
+            let Some(tls) = tls else { return serve(socket, peer, router, timeout, stopping).await };
+            match tokio::time::timeout(timeout, tls.accept(socket)).await {
+                Ok(Ok((stream, certificate_name))) => {
+                    serve(stream, Peer { certificate_name, ..peer }, router, timeout, stopping).await;
+                }
+                Ok(Err(error)) => tracing::debug!(%peer, %error, "no TLS"),
+                Err(_) => tracing::debug!(%peer, "no TLS in time"),
+            }
+        };
         connections.spawn(async move {
             connection.await;
             drop(permit);
@@ -182,10 +211,10 @@ pub async fn run(listener: TcpListener, router: Router, options: Options, shutdo
 }
 
 /// The next connection. Errors are those of a connection that is gone already, or of a process out of file descriptors: both pass.
-async fn accept(listener: &TcpListener) -> TcpStream {
+async fn accept(listener: &TcpListener) -> (TcpStream, SocketAddr) {
     loop {
         match listener.accept().await {
-            Ok((socket, _)) => return socket,
+            Ok(accepted) => return accepted,
             Err(error) if is_of_one_connection(&error) => {}
             Err(error) => {
                 tracing::error!(%error, "http connection not accepted");
@@ -201,16 +230,21 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// One connection, until it ends, is upgraded, or `stopping` closes and the request under way is answered.
-async fn serve(socket: TcpStream, router: Router, header_timeout: Duration, mut stopping: watch::Receiver<()>) {
-    if let Err(error) = socket.set_nodelay(true) {
-        tracing::debug!(%error, "http connection is gone already");
-        return;
-    }
+async fn serve<T>(io: T, peer: Peer, router: Router, header_timeout: Duration, mut stopping: watch::Receiver<()>)
+where
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let router = TowerToHyperService::new(router);
+    // Whoever is upgraded has to be known by the address.
+    let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(peer.clone());
+        router.call(request)
+    });
     let mut connection = pin!(
         http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(header_timeout)
-            .serve_connection(TokioIo::new(socket), TowerToHyperService::new(router))
+            .serve_connection(TokioIo::new(io), service)
             .with_upgrades()
     );
     let ended = tokio::select! {
@@ -275,7 +309,7 @@ mod tests {
             let router = router(health, readiness.clone(), Arc::new(Metrics::new())).merge(more);
             let (stop, stopped) = oneshot::channel();
             let shutdown = async { stopped.await.unwrap_or(()) };
-            let running = tokio::spawn(run(listener, router, options, shutdown));
+            let running = tokio::spawn(run(listener, None, router, options, shutdown));
             Self { address, readiness, log_fails, stop, running }
         }
 

@@ -27,6 +27,7 @@ pub mod sequencer;
 pub mod server;
 pub mod service;
 pub mod settings;
+pub mod tls;
 pub mod tools;
 pub mod typing;
 pub mod views;

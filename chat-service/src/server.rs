@@ -28,6 +28,7 @@ use crate::retention;
 use crate::sequencer;
 use crate::service::{BOUND_FILTER, ChatService};
 use crate::settings::Settings;
+use crate::tls::Tls;
 use crate::typing::TypingRelay;
 use crate::webhooks::Webhooks;
 
@@ -65,6 +66,9 @@ pub struct Server {
     drain: watch::Sender<bool>,
     mqtt: TcpListener,
     http: TcpListener,
+    mqtt_tls: Option<TcpListener>,
+    http_tls: Option<TcpListener>,
+    tls: Option<Arc<Tls>>,
     routes: axum::Router,
     readiness: Readiness,
     metrics: Arc<Metrics>,
@@ -91,7 +95,7 @@ impl Server {
             Arc::new(open.await.context("opening the log")??)
         };
         let metrics = Arc::new(Metrics::new());
-        let auth = Arc::new(Auth::new(&settings.auth)?);
+        let auth = Arc::new(Auth::new(&settings.auth, settings.tls.client_ca.is_some())?);
         let announcer = Announcer::default();
         let webhooks = {
             let announcer = announcer.clone();
@@ -151,6 +155,9 @@ impl Server {
 
         let mqtt = bind("mqtt.listen", settings.mqtt.listen).await?;
         let http = bind("http.listen", settings.http.listen).await?;
+        let mqtt_tls = bind_some("mqtt.tls_listen", settings.mqtt.tls_listen).await?;
+        let http_tls = bind_some("http.tls_listen", settings.http.tls_listen).await?;
+        let tls = Tls::new(&settings.tls)?;
         let readiness = Readiness::starting();
         let health = health(&log, &broker);
         let routes = http::router(health, readiness.clone(), Arc::clone(&metrics))
@@ -171,6 +178,9 @@ impl Server {
             drain,
             mqtt,
             http,
+            mqtt_tls,
+            http_tls,
+            tls,
             routes,
             readiness,
             metrics,
@@ -194,9 +204,15 @@ impl Server {
         } else {
             ("authentication is required", " -P '…'")
         };
+        let mut over_tls = String::new();
+        for (name, listener) in [("mqtt", &self.mqtt_tls), ("http", &self.http_tls)] {
+            if let Some(listener) = listener {
+                over_tls.push_str(&format!("{name} over TLS listening on {}\n", local(listener)));
+            }
+        }
         format!(
             "mqtt listening on {mqtt}\n\
-             http listening on {http}\n\
+             http listening on {http}\n{over_tls}\
              messages lie in {}\n\
              {mode}\n\
              \n\
@@ -210,7 +226,23 @@ impl Server {
     pub async fn run(self, shutdown: impl Future<Output = ()>) -> anyhow::Result<()> {
         let (stop, stopping) = watch::channel(false);
         let mqtt = tokio::spawn(broker::listener::run(self.mqtt, self.broker.clone(), told(stopping.clone())));
-        let http = tokio::spawn(http::run(self.http, self.routes, self.http_options, told(stopping)));
+        let over_tls = self.tls.as_ref().map(|tls| {
+            drop(tokio::spawn(Arc::clone(tls).watch(stopping.clone())));
+            let mqtt = self.mqtt_tls.map(|listener| {
+                let (tls, broker) = (Arc::clone(tls), self.broker.clone());
+                let open = move |socket| {
+                    let tls = Arc::clone(&tls);
+                    async move { tls.accept(socket).await }
+                };
+                tokio::spawn(broker::listener::run_opened(listener, broker, open, told(stopping.clone())))
+            });
+            let http = self.http_tls.map(|listener| {
+                let (tls, routes) = (Some(Arc::clone(tls)), self.routes.clone());
+                tokio::spawn(http::run(listener, tls, routes, self.http_options, told(stopping.clone())))
+            });
+            [mqtt, http]
+        });
+        let http = tokio::spawn(http::run(self.http, None, self.routes, self.http_options, told(stopping)));
         let admin = match admin::bind(&self.storage) {
             Ok(listener) => Some(tokio::spawn(admin::run(listener, Arc::clone(&self.log), stop.subscribe()))),
             Err(error) => {
@@ -227,7 +259,7 @@ impl Server {
             // It ends at the stop by itself, between two commits.
             drop(tokio::spawn(removing));
         }
-        drop(tokio::spawn(reload(self.auth, stop.subscribe())));
+        drop(tokio::spawn(reload(self.auth, self.tls, stop.subscribe())));
         self.readiness.ready();
         tracing::info!("ready");
 
@@ -246,6 +278,11 @@ impl Server {
         }
         if http.await.is_err() {
             tracing::error!("the http listener panicked");
+        }
+        for listener in over_tls.into_iter().flatten().flatten() {
+            if listener.await.is_err() {
+                tracing::error!("a TLS listener panicked");
+            }
         }
         if let Some(admin) = admin
             && admin.await.is_err()
@@ -279,7 +316,7 @@ async fn told(mut flag: watch::Receiver<bool>) {
 }
 
 /// On SIGHUP reads the files again that say who may come in.
-async fn reload(auth: Arc<Auth>, mut stop: watch::Receiver<bool>) {
+async fn reload(auth: Arc<Auth>, tls: Option<Arc<Tls>>, mut stop: watch::Receiver<bool>) {
     let mut hangup = match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) {
         Ok(hangup) => hangup,
         Err(error) => {
@@ -296,6 +333,12 @@ async fn reload(auth: Arc<Auth>, mut stop: watch::Receiver<bool>) {
                 }
             }
         }
+        if let Some(tls) = &tls {
+            match tls.reload() {
+                Ok(()) => tracing::info!("read the certificate again"),
+                Err(error) => tracing::error!(%error, "the certificate stays as it was"),
+            }
+        }
         let reading = Arc::clone(&auth);
         match tokio::task::spawn_blocking(move || reading.reload()).await {
             Ok(Ok(())) => tracing::info!("read the users and keys again"),
@@ -307,6 +350,13 @@ async fn reload(auth: Arc<Auth>, mut stop: watch::Receiver<bool>) {
 
 async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
     TcpListener::bind(address).await.with_context(|| format!("{key}: listening on {address}"))
+}
+
+async fn bind_some(key: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
+    match address {
+        Some(address) => bind(key, address).await.map(Some),
+        None => Ok(None),
+    }
 }
 
 fn local(listener: &TcpListener) -> SocketAddr {

@@ -35,6 +35,7 @@ const SECONDS_PER_DAY: u64 = 86_400;
 pub struct Settings {
     pub mqtt: MqttSettings,
     pub http: HttpSettings,
+    pub tls: TlsSettings,
     pub storage: StorageSettings,
     pub auth: AuthSettings,
     pub webhooks: WebhookSettings,
@@ -48,6 +49,8 @@ pub struct Settings {
 pub struct MqttSettings {
     #[serde(deserialize_with = "listen_address")]
     pub listen: SocketAddr,
+    #[serde(deserialize_with = "optional_address", serialize_with = "as_optional")]
+    pub tls_listen: Option<SocketAddr>,
 }
 
 /// The HTTP listener, which also carries MQTT over WebSocket.
@@ -56,6 +59,20 @@ pub struct MqttSettings {
 pub struct HttpSettings {
     #[serde(deserialize_with = "listen_address")]
     pub listen: SocketAddr,
+    #[serde(deserialize_with = "optional_address", serialize_with = "as_optional")]
+    pub tls_listen: Option<SocketAddr>,
+}
+
+/// How the server proves who it is, and clients may.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct TlsSettings {
+    #[serde(deserialize_with = "optional_path", serialize_with = "as_optional_path")]
+    pub certificate: Option<PathBuf>,
+    #[serde(deserialize_with = "optional_path", serialize_with = "as_optional_path")]
+    pub key: Option<PathBuf>,
+    #[serde(deserialize_with = "optional_path", serialize_with = "as_optional_path")]
+    pub client_ca: Option<PathBuf>,
 }
 
 /// Where messages and sessions lie.
@@ -324,14 +341,34 @@ impl Settings {
                 Wrong { key: "webhooks.secret".into(), reason: format!("it is too short: {reason}") }
             });
         }
+        let tls = &self.tls;
+        for (key, missing) in [("tls.certificate", tls.key.is_none()), ("tls.key", tls.certificate.is_none())] {
+            let has = if key == "tls.certificate" { tls.certificate.is_some() } else { tls.key.is_some() };
+            if has && missing {
+                let reason = "tls.certificate and tls.key are set together, or neither is".to_owned();
+                return Err(Wrong { key: key.into(), reason });
+            }
+        }
+        for (key, address) in [("mqtt.tls_listen", self.mqtt.tls_listen), ("http.tls_listen", self.http.tls_listen)] {
+            if address.is_some() && tls.certificate.is_none() {
+                return Err(Wrong { key: key.into(), reason: "it needs tls.certificate and tls.key".to_owned() });
+            }
+        }
         if self.auth.mode == AuthMode::Required {
-            if self.auth.password_file.is_none() && self.auth.jwt_key_file.is_none() {
-                let reason = "nobody could log in: set auth.password_file or auth.jwt_key_file".to_owned();
+            if self.auth.password_file.is_none() && self.auth.jwt_key_file.is_none() && tls.client_ca.is_none() {
+                let reason =
+                    "nobody could log in: set auth.password_file, auth.jwt_key_file or tls.client_ca".to_owned();
                 return Err(Wrong { key: "auth.mode".into(), reason });
             }
             return Ok(());
         }
-        for (key, address) in [("mqtt.listen", self.mqtt.listen), ("http.listen", self.http.listen)] {
+        let addresses = [
+            ("mqtt.listen", Some(self.mqtt.listen)),
+            ("http.listen", Some(self.http.listen)),
+            ("mqtt.tls_listen", self.mqtt.tls_listen),
+            ("http.tls_listen", self.http.tls_listen),
+        ];
+        for (key, address) in addresses.into_iter().filter_map(|(key, address)| Some((key, address?))) {
             if !address.ip().to_canonical().is_loopback() {
                 return Err(Wrong {
                     key: key.into(),
@@ -659,9 +696,18 @@ fn as_hidden<S: Serializer>(secret: &Secret, serializer: S) -> Result<S::Ok, S::
 
 fn listen_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<SocketAddr, D::Error> {
     let address = deserializer.deserialize_any(Text)?;
-    address.parse().map_err(|_| {
-        de::Error::custom(format!("{address:?} is not an IP address and a port, such as 127.0.0.1:1883 or [::1]:1883"))
-    })
+    parse_address(&address).map_err(de::Error::custom)
+}
+
+/// Empty: none.
+fn optional_address<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<SocketAddr>, D::Error> {
+    let address = deserializer.deserialize_any(Text)?;
+    if address.is_empty() { Ok(None) } else { parse_address(&address).map(Some).map_err(de::Error::custom) }
+}
+
+fn parse_address(address: &str) -> Result<SocketAddr, String> {
+    let example = "such as 127.0.0.1:1883 or [::1]:1883";
+    address.parse().map_err(|_| format!("{address:?} is not an IP address and a port, {example}"))
 }
 
 fn folder<'de, D: Deserializer<'de>>(deserializer: D) -> Result<PathBuf, D::Error> {

@@ -35,4 +35,6 @@ mod slow;
 #[cfg(test)]
 mod storage;
 #[cfg(test)]
+mod tls;
+#[cfg(test)]
 mod webhooks;

@@ -100,6 +100,7 @@ pub struct Auth {
     observers: Vec<UserId>,
     password_path: Option<PathBuf>,
     key_path: Option<PathBuf>,
+    takes_certificates: bool,
     claims: Claims,
     files: RwLock<Arc<Files>>,
     guesses: Mutex<Guesses>,
@@ -118,7 +119,7 @@ impl fmt::Debug for Auth {
 impl Auth {
     /// # Errors
     /// A file cannot be read, or is not what it has to be.
-    pub fn new(settings: &AuthSettings) -> Result<Self, AuthError> {
+    pub fn new(settings: &AuthSettings, takes_certificates: bool) -> Result<Self, AuthError> {
         let claims = Claims {
             audience: settings.jwt_audience.clone(),
             issuer: settings.jwt_issuer.clone(),
@@ -129,6 +130,7 @@ impl Auth {
             observers: settings.observers.clone(),
             password_path: settings.password_file.clone(),
             key_path: settings.jwt_key_file.clone(),
+            takes_certificates,
             claims,
             files: RwLock::new(Arc::new(Files { passwords: None, tokens: None })),
             guesses: Mutex::default(),
@@ -152,7 +154,7 @@ impl Auth {
             jwt_roles_claim: String::new(),
             observers: Vec::new(),
         };
-        Arc::new(Self::new(&settings).expect("no file is read"))
+        Arc::new(Self::new(&settings, false).expect("no file is read"))
     }
 
     /// Reads the files again. If one of them is wrong everything stays as it was.
@@ -177,7 +179,7 @@ impl Auth {
     pub fn may_exist(&self, user: &UserId) -> bool {
         let files = self.files.read();
         match (&files.passwords, &files.tokens) {
-            (Some(passwords), None) => passwords.has(user),
+            (Some(passwords), None) if !self.takes_certificates => passwords.has(user),
             _ => true,
         }
     }
@@ -200,6 +202,9 @@ impl Auth {
             return Ok(self.identity(proof.user, &proof.roles, Some(proof.expires_at)));
         }
         let address = address(request.peer);
+        if let (Some(name), None) = (&request.peer.certificate_name, request.password) {
+            return by_certificate(name, request.user_name).map(|user| self.identity(user, &[], None));
+        }
         let Some(password) = request.password else {
             return Err(refuse(
                 ConnectRefusalCode::BadUserNameOrPassword,
@@ -304,6 +309,15 @@ impl Auth {
             }
         }
     }
+}
+
+/// Whoever shows a certificate is the user whose name it has.
+fn by_certificate(name: &str, user_name: Option<&str>) -> Result<UserId, ConnectRefusal> {
+    let refused = |sentence: &str| refuse(ConnectRefusalCode::BadUserNameOrPassword, sentence);
+    if user_name.is_some_and(|user| !user.is_empty() && user != name) {
+        return Err(refused("the certificate is another user's than the user name"));
+    }
+    UserId::parse(name).map_err(|error| refused(&format!("the certificate's common name: {error}")))
 }
 
 /// All whose address is not known count as one.
