@@ -30,7 +30,8 @@ use crate::topics::message::Message;
 use crate::topics::retained::{Retained, RetainedFull};
 use crate::topics::trie::SubscriptionTrie;
 
-/// The one topic under which ordinary messages cross their router: rumqttd never forgets a topic it has seen.
+/// The one topic under which messages cross their router: rumqttd never forgets a topic it has seen, and clients choose some of theirs.
+const LIVE_BUS_TOPIC: &str = "chat";
 const ORDINARY_BUS_TOPIC: &str = "ordinary";
 /// Absent sessions whose packets under way are remembered; those of further ones come again under new packet identifiers.
 const UNDER_WAY_SESSIONS_MAX: usize = 20_000;
@@ -136,12 +137,9 @@ impl Announcer {
 impl<S: Service> AnnounceTo for Arc<Shared<S>> {
     fn announce(&self, messages: Vec<LiveMessage>) {
         let Some(bus) = self.live_bus.get() else { return };
-        bus.publish(
-            messages
-                .into_iter()
-                .map(|message| BusMessage { payload: message.encode(), topic: message.topic })
-                .collect(),
-        );
+        let topic: Arc<str> = Arc::from(LIVE_BUS_TOPIC);
+        let carried = messages.iter().map(|message| BusMessage { topic: Arc::clone(&topic), payload: message.encode() });
+        bus.publish(carried.collect());
     }
 
     fn has_subscribers(&self, topic: &str) -> bool {
@@ -164,7 +162,7 @@ struct LiveSink<S> {
 impl<S: Service> BusSink for LiveSink<S> {
     fn messages(&mut self, batch: &mut Vec<BusMessage>) {
         for message in batch.drain(..) {
-            match LiveMessage::decode(message.topic, &message.payload) {
+            match LiveMessage::decode(&message.payload) {
                 Some(live) => self.shared.registry.deliver(&Arc::new(live)),
                 None => tracing::error!("a message on the chat bus was not ours"),
             }
@@ -226,11 +224,10 @@ impl<S: Service> OrdinarySink<S> {
 }
 
 impl<S: Service> Broker<S> {
-    /// Starts both buses. From then on `announcer` reaches this broker's connections. `bound_filters` match every bound topic.
+    /// Starts both buses. From then on `announcer` reaches this broker's connections.
     pub fn start(
         service: Arc<S>,
         announcer: &Announcer,
-        bound_filters: Vec<String>,
         limits: Limits,
     ) -> Result<Self, BusError> {
         let permits = Arc::new(Semaphore::new(limits.connections));
@@ -249,7 +246,7 @@ impl<S: Service> Broker<S> {
             limits,
         });
         let live = Bus::start(
-            BusOptions { filters: bound_filters, ..BusOptions::new("chat") },
+            BusOptions { filters: vec![LIVE_BUS_TOPIC.to_owned()], ..BusOptions::new("chat") },
             LiveSink { shared: Arc::clone(&shared) },
         )?;
         let ordinary = Bus::start(

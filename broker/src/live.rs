@@ -1,7 +1,7 @@
 //! A live message of a bound topic as it crosses the bus.
 //!
-//! The bus carries topic and bytes only; the position in the log, the sender's clock and the user properties travel in front of
-//! the payload. Malformed bytes are an error here, never a panic: one day the bus is a network.
+//! The bus carries bytes only, all under one topic, because rumqttd never forgets one; the topic that subscribers see, the position in the
+//! log, the sender's clock and the user properties travel in front of the payload. Malformed bytes are an error here, never a panic: one day the bus is a network.
 
 use std::sync::Arc;
 
@@ -33,8 +33,8 @@ pub struct LiveMessage {
 const RETAIN: u8 = 1;
 /// At QoS 0, whatever was granted.
 const AT_MOST_ONCE: u8 = 2;
-/// Bytes of what comes before the properties.
-const HEADER_BYTES: usize = 8 + 8 + 1 + 4 + 4;
+/// Bytes of what comes before the topic, the properties and the correlation data.
+const HEADER_BYTES: usize = 8 + 8 + 1 + 4 + 4 + 4;
 
 impl LiveMessage {
     /// A message with user properties.
@@ -125,9 +125,10 @@ impl LiveMessage {
     }
 
     pub(crate) fn encode(&self) -> Bytes {
-        let parts = [&self.properties, &self.correlation];
-        let parts = parts.map(|part| if u32::try_from(part.len()).is_ok() { &part[..] } else { &[] });
-        let mut bytes = BytesMut::with_capacity(HEADER_BYTES + parts[0].len() + parts[1].len() + self.payload.len());
+        let parts = [self.topic.as_bytes(), &self.properties, &self.correlation];
+        let parts = parts.map(|part| if u32::try_from(part.len()).is_ok() { part } else { &[] });
+        let length = HEADER_BYTES + parts.iter().map(|part| part.len()).sum::<usize>() + self.payload.len();
+        let mut bytes = BytesMut::with_capacity(length);
         bytes.put_u64(self.position.0);
         bytes.put_u64(self.received_us);
         bytes.put_u8(self.flags);
@@ -139,24 +140,25 @@ impl LiveMessage {
         bytes.freeze()
     }
 
-    pub(crate) fn decode(topic: Arc<str>, bytes: &Bytes) -> Option<Self> {
+    pub(crate) fn decode(bytes: &Bytes) -> Option<Self> {
         let position = u64::from_be_bytes(bytes.get(0..8)?.try_into().ok()?);
         let received_us = u64::from_be_bytes(bytes.get(8..16)?.try_into().ok()?);
         let flags = *bytes.get(16)?;
         let length =
             |at: std::ops::Range<usize>| usize::try_from(u32::from_be_bytes(bytes.get(at)?.try_into().ok()?)).ok();
-        let correlation_at = HEADER_BYTES.checked_add(length(17..21)?)?;
-        let payload_at = correlation_at.checked_add(length(21..25)?)?;
+        let properties_at = HEADER_BYTES.checked_add(length(17..21)?)?;
+        let correlation_at = properties_at.checked_add(length(21..25)?)?;
+        let payload_at = correlation_at.checked_add(length(25..29)?)?;
         if payload_at > bytes.len() {
             return None;
         }
         Some(Self {
-            topic,
+            topic: std::str::from_utf8(&bytes[HEADER_BYTES..properties_at]).ok()?.into(),
             gathered_by: None,
             position: Position(position),
             received_us,
             payload: bytes.slice(payload_at..),
-            properties: bytes.slice(HEADER_BYTES..correlation_at),
+            properties: bytes.slice(properties_at..correlation_at),
             correlation: bytes.slice(correlation_at..payload_at),
             flags,
         })
@@ -200,7 +202,7 @@ mod tests {
         )
         .with_correlation(Bytes::from_static(&[0, 255]))
         .retained();
-        let decoded = LiveMessage::decode("chat/bob/inbox".into(), &message.encode()).expect("own encoding");
+        let decoded = LiveMessage::decode(&message.encode()).expect("own encoding");
         assert_eq!(decoded, message);
         assert_eq!(decoded.properties().collect::<Vec<_>>(), [("seq", "1"), ("from", "alice")]);
         assert!(decoded.is_retained() && !decoded.is_at_most_once());
@@ -210,10 +212,15 @@ mod tests {
     fn cut_bytes_are_no_message() {
         let whole = LiveMessage::new("t".into(), Position(1), 0, Bytes::from_static(b"x"), &[("a", "b")]).encode();
         for len in 0..HEADER_BYTES {
-            assert!(LiveMessage::decode("t".into(), &whole.slice(..len)).is_none());
+            assert!(LiveMessage::decode(&whole.slice(..len)).is_none());
         }
-        let mut lying = whole.to_vec();
-        lying[17..21].copy_from_slice(&u32::MAX.to_be_bytes());
-        assert!(LiveMessage::decode("t".into(), &Bytes::from(lying)).is_none());
+        for at in [17, 21, 25] {
+            let mut lying = whole.to_vec();
+            lying[at..at + 4].copy_from_slice(&u32::MAX.to_be_bytes());
+            assert!(LiveMessage::decode(&Bytes::from(lying)).is_none());
+        }
+        let mut not_text = whole.to_vec();
+        not_text[HEADER_BYTES] = 0xff;
+        assert!(LiveMessage::decode(&Bytes::from(not_text)).is_none());
     }
 }

@@ -21,7 +21,7 @@ use crate::topics::message::Message;
 /// Live messages that may wait here for a busy connection: more than a client can cause with what is read from it at once.
 pub(crate) const LIVE_MESSAGES_MAX: usize = 4_096;
 /// Bytes of them.
-const LIVE_BYTES_MAX: usize = 1024 * 1024;
+const LIVE_BYTES_MAX: usize = 4 * 1024 * 1024;
 
 /// Why a connection has to end.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,7 +95,9 @@ impl Mailbox {
         {
             let mut mail = self.mail.lock();
             let bytes = message.payload.len();
-            if mail.live.len() >= LIVE_MESSAGES_MAX || mail.live_bytes + bytes > LIVE_BYTES_MAX {
+            // The first is let in whatever its size: it may be the answer that the client waits for, and nobody has a log of that.
+            let has_no_bytes = mail.live_bytes + bytes > LIVE_BYTES_MAX && !mail.live.is_empty();
+            if mail.live.len() >= LIVE_MESSAGES_MAX || has_no_bytes {
                 mail.missed = true;
             } else {
                 mail.live_bytes += bytes;

@@ -26,7 +26,7 @@ use crate::receipts::Receipts;
 use crate::requests::{self, Blocks, Requests};
 use crate::retention;
 use crate::sequencer;
-use crate::service::{BOUND_FILTER, ChatService};
+use crate::service::ChatService;
 use crate::settings::Settings;
 use crate::tls::Tls;
 use crate::typing::TypingRelay;
@@ -147,9 +147,7 @@ impl Server {
         let packet_bytes = edge_limits.packet_bytes;
         let starting = {
             let announcer = announcer.clone();
-            tokio::task::spawn_blocking(move || {
-                Broker::start(service, &announcer, vec![BOUND_FILTER.to_owned()], edge_limits)
-            })
+            tokio::task::spawn_blocking(move || Broker::start(service, &announcer, edge_limits))
         };
         let broker = starting.await.context("starting the buses")?.context("starting the buses")?;
 

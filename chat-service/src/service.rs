@@ -33,8 +33,6 @@ use crate::typing::TypingRelay;
 
 /// Longest client identifier, in bytes.
 const CLIENT_ID_BYTES_MAX: usize = 256;
-/// Matches every topic that the service announces on.
-pub const BOUND_FILTER: &str = "chat/#";
 
 /// Chat behind the broker.
 pub struct ChatService<L> {

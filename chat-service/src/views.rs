@@ -17,7 +17,7 @@ use crate::log::{Body, ConversationHead, Entry, Log, LogError, PeerRecord, Posit
 
 /// Entries that are looked at together.
 const WINDOW: u64 = 256;
-/// Bytes of text in an answer; one entry is there in any case.
+/// Bytes of text in an answer, as JSON has them; one entry is there in any case.
 const ANSWER_BYTES_MAX: usize = 256 * 1024;
 /// Entries that are looked at to count what is unread.
 const UNREAD_MAX: u64 = 1_000;
@@ -25,6 +25,8 @@ const UNREAD_MAX: u64 = 1_000;
 const LAST_TEXT_WINDOWS: usize = 4;
 /// Conversations that an answer to `sync` has.
 const SYNCED_CONVERSATIONS_MAX: usize = 500;
+/// After a conversation with so many deletions an answer to `sync` has no further one.
+const SYNCED_DELETIONS_MAX: usize = 10_000;
 
 /// Why something cannot be shown.
 #[derive(Debug)]
@@ -150,7 +152,7 @@ impl<L: Log> Views<L> {
         // One more than wanted says whether there are more.
         let mut more = false;
         let mut take = |entry: AnsweredEntry| {
-            bytes += entry.text.as_ref().map_or(0, String::len);
+            bytes += entry.text.as_deref().map_or(0, json_bytes);
             more = entries.len() == limit || (bytes > ANSWER_BYTES_MAX && !entries.is_empty());
             if !more {
                 entries.push(entry);
@@ -242,21 +244,25 @@ impl<L: Log> Views<L> {
         all.sort_unstable_by(|(a, ..), (b, ..)| a.cmp(b));
         let before = before.map(|(at, peer)| (Reverse(at), peer));
         let begin = before.map_or(0, |before| all.partition_point(|(place, ..)| *place <= before));
-        let mut rest = all.split_off(begin);
-        let more = rest.len() > limit;
-        rest.truncate(limit);
-        let next = rest.last().filter(|_| more).map(|((at, peer), ..)| place_of(at.0, peer));
-        let mut conversations = Vec::with_capacity(rest.len());
-        for ((_, with), record, head) in rest {
+        let mut answer = ConversationsOk { conversations: Vec::new(), next: None };
+        let (mut place, mut bytes) = (None, 0);
+        for ((at, with), record, head) in all.split_off(begin) {
             let Ok(id) = ConversationId::between(me, &with) else { continue };
+            if answer.conversations.len() == limit || bytes > ANSWER_BYTES_MAX {
+                answer.next = place;
+                break;
+            }
+            place = Some(place_of(at.0, &with));
             let conversation = Conversation { me, with: &with, id, head };
-            conversations.push(ConversationOk {
+            let last = self.last_text(&conversation).await?;
+            bytes += last.as_ref().and_then(|last| last.text.as_deref()).map_or(0, json_bytes);
+            answer.conversations.push(ConversationOk {
                 standing: self.standing(me, &with, record).await?,
-                last: self.last_text(&conversation).await?,
+                last,
                 unread: self.unread(&conversation, record.read).await?,
             });
         }
-        Ok(ConversationsOk { conversations, next })
+        Ok(answer)
     }
 
     async fn last_text(&self, conversation: &Conversation<'_>) -> Result<Option<AnsweredEntry>, LogError> {
@@ -351,7 +357,7 @@ impl<L: Log> Views<L> {
             .take(limit)
             .take_while(|entry| {
                 let first = bytes == 0;
-                bytes += entry.body.text().len().max(1);
+                bytes += json_bytes(entry.body.text()).max(1);
                 first || bytes <= ANSWER_BYTES_MAX
             })
             .count();
@@ -371,17 +377,19 @@ impl<L: Log> Views<L> {
         answer: &mut SyncOk,
     ) -> Result<Option<UserId>, LogError> {
         let mut last = None;
+        let mut deletions = 0;
         for (with, record) in self.log.peers(me).await? {
             if behind.as_ref().is_some_and(|behind| with <= *behind) {
                 continue;
             }
-            if answer.conversations.len() == SYNCED_CONVERSATIONS_MAX {
+            if answer.conversations.len() == SYNCED_CONVERSATIONS_MAX || deletions > SYNCED_DELETIONS_MAX {
                 return Ok(last);
             }
             let deleted: Vec<Seq> = self.deleted_since(me, &with, origin).await?;
             if deleted.is_empty() && record.changed < origin && !self.has_moved(me, &with, origin).await? {
                 continue;
             }
+            deletions += deleted.len();
             let standing = self.standing(me, &with, record).await?;
             answer.conversations.push(SyncedConversation { standing, deleted });
             last = Some(with);
@@ -433,6 +441,16 @@ impl<L: Log> Views<L> {
     pub async fn blocks(&self, user: &UserId, other: &UserId) -> Result<bool, LogError> {
         Ok(self.log.peer(user, other).await?.is_some_and(|record| record.blocked_at_ms.is_some()))
     }
+}
+
+/// How long a text is as JSON.
+fn json_bytes(text: &str) -> usize {
+    let length = |byte: u8| match byte {
+        b'"' | b'\\' | b'\n' | b'\r' | b'\t' | 0x08 | 0x0c => 2,
+        0..0x20 => 6,
+        _ => 1,
+    };
+    text.bytes().map(length).sum()
 }
 
 fn is_withheld_from(entry: &Entry, me: &UserId) -> bool {
@@ -523,6 +541,15 @@ impl Token {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_length_of_a_text_is_that_of_its_json() {
+        let all: String = (0..0x300).filter_map(char::from_u32).collect();
+        for text in ["", "hello", "\"\\", "\u{1}\u{1f}\n", &all] {
+            let json = serde_json::to_string(text).unwrap();
+            assert_eq!(json_bytes(text) + 2, json.len(), "{text:?}");
+        }
+    }
 
     #[test]
     fn tokens_come_back_and_others_are_refused() {

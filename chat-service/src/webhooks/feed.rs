@@ -11,7 +11,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use chat_protocol::{ConversationId, UserId};
+use chat_protocol::{ConversationId, Seq, UserId};
 use rustc_hash::FxHashMap;
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -252,28 +252,38 @@ impl<L: Log, P: Post> Feed<L, P> {
         while work.posts.len() < limit
             && let Some(conversation) = work.due.front().cloned()
         {
-            let first = work.queues.get(&conversation).and_then(|queue| queue.entries.front());
-            let decision = match first {
+            let Some(first) = work.queues.get(&conversation).and_then(|queue| queue.entries.front()) else {
+                work.queues.remove(&conversation);
+                work.due.pop_front();
+                continue;
+            };
+            let entry = self.as_it_is_now(first).await?;
+            let decision = match &entry {
                 Some(entry) => self.decide(entry).await?,
-                None => Decision::Hold,
+                None => Decision::Skip,
             };
             work.due.pop_front();
-            match (decision, first) {
-                (_, None) => {
-                    work.queues.remove(&conversation);
-                }
-                (Decision::Skip, _) => work.first_is_done(&conversation),
+            match (decision, entry) {
+                (Decision::Skip, _) | (_, None) => work.first_is_done(&conversation),
                 (Decision::Hold, _) => {
                     work.later.push(Reverse((Instant::now() + self.pace.look_interval, conversation)))
                 }
                 (Decision::Post, Some(entry)) => {
-                    let (id, body) = (self.id(entry), self.body(entry));
+                    let (id, body) = (self.id(&entry), self.body(&entry));
                     let poster = Arc::clone(&self.poster);
                     work.posts.spawn(async move { (conversation, poster.post(id, body).await) });
                 }
             }
         }
         Ok(())
+    }
+
+    /// The entry as the log has it now: it may have waited here for long, and been taken back or removed.
+    async fn as_it_is_now(&self, entry: &Entry) -> Result<Option<Entry>, LogError> {
+        let before = Seq::new(entry.seq.get() - 1);
+        let limit = ReadLimit { entries: 1, bytes: usize::MAX };
+        let page = self.log.read_conversation(&entry.conversation, before, limit).await?;
+        Ok(page.entries.into_iter().next().filter(|now| now.seq == entry.seq))
     }
 
     async fn decide(&self, entry: &Entry) -> Result<Decision, LogError> {
@@ -364,7 +374,7 @@ async fn sleep_until(at: Option<Instant>) {
 mod tests {
     use std::collections::BTreeMap;
 
-    use chat_protocol::{Seq, Timestamp};
+    use chat_protocol::Timestamp;
     use parking_lot::Mutex;
     use tokio::sync::Notify;
 
@@ -508,6 +518,41 @@ mod tests {
         assert!(seqs.len() <= 31, "{seqs:?}");
         forget(&*setup.log, Of::Stored).await;
         assert_eq!(setup.feed(Of::Stored).begin().await.expect("memory"), Position(30));
+    }
+
+    #[tokio::test]
+    async fn a_text_that_is_taken_back_while_its_post_fails_is_not_told() {
+        #[derive(Default)]
+        struct Down {
+            bodies: Mutex<Vec<String>>,
+            got: Notify,
+        }
+        impl Post for Down {
+            async fn post(&self, _id: String, body: Bytes) -> Result<(), String> {
+                self.bodies.lock().push(String::from_utf8_lossy(&body).into_owned());
+                self.got.notify_one();
+                Err("not now".to_owned())
+            }
+        }
+        let setup = Setup::new(1);
+        let poster = Arc::new(Down::default());
+        let Feed { of, log, is_connected, metrics, pace, .. } = setup.feed(Of::Stored);
+        let feed = Feed { of, log, poster: Arc::clone(&poster), is_connected, metrics, pace };
+        feed.begin().await.expect("memory");
+        setup.append(vec![text("alice", "bob", 1)]).await;
+        let running = tokio::spawn(feed.run(setup.committed.subscribe(), std::future::pending()));
+        poster.got.notified().await;
+        let target = Seq::FIRST;
+        setup.append(vec![NewEntry { body: Body::Unsend { target }, ..text("alice", "bob", 2) }]).await;
+        // One may have been on its way.
+        let attempts = poster.bodies.lock().len() + 1;
+        while poster.bodies.lock().len() < attempts + 3 {
+            poster.got.notified().await;
+        }
+        running.abort();
+        let bodies = poster.bodies.lock();
+        assert!(bodies[0].contains("hello"), "{bodies:?}");
+        assert!(bodies[attempts..].iter().all(|body| !body.contains("hello")), "{bodies:?}");
     }
 
     #[tokio::test]
