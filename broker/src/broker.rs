@@ -138,7 +138,8 @@ impl<S: Service> AnnounceTo for Arc<Shared<S>> {
     fn announce(&self, messages: Vec<LiveMessage>) {
         let Some(bus) = self.live_bus.get() else { return };
         let topic: Arc<str> = Arc::from(LIVE_BUS_TOPIC);
-        let carried = messages.iter().map(|message| BusMessage { topic: Arc::clone(&topic), payload: message.encode() });
+        let carried =
+            messages.iter().map(|message| BusMessage { topic: Arc::clone(&topic), payload: message.encode() });
         bus.publish(carried.collect());
     }
 
@@ -225,11 +226,7 @@ impl<S: Service> OrdinarySink<S> {
 
 impl<S: Service> Broker<S> {
     /// Starts both buses. From then on `announcer` reaches this broker's connections.
-    pub fn start(
-        service: Arc<S>,
-        announcer: &Announcer,
-        limits: Limits,
-    ) -> Result<Self, BusError> {
+    pub fn start(service: Arc<S>, announcer: &Announcer, limits: Limits) -> Result<Self, BusError> {
         let permits = Arc::new(Semaphore::new(limits.connections));
         let shared = Arc::new(Shared {
             service,

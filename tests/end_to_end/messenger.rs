@@ -108,6 +108,77 @@ async fn receipts_are_the_receivers_pubacks() {
     assert_well(&chatd).await;
 }
 
+/// As JSON a text may be six times as long.
+#[tokio::test]
+async fn answers_arrive_however_long_the_texts_are() {
+    const TEXTS: usize = 40;
+    let chatd = Chatd::start().await.unwrap();
+    let text = "\u{1}".repeat(16_300);
+    let mut alice = Connect::v5("alice", "phone").to(&chatd).await.unwrap();
+    alice.publish_all(sends("alice", "bob", vec![text.clone(); TEXTS].into_iter())).await.unwrap();
+    for peer in 1..TEXTS {
+        alice.say("alice", &format!("peer-{peer}"), &text).await.unwrap();
+    }
+    let mut bob = device(&chatd, Connect::v5("bob", "phone")).await;
+    let (mut since, mut synced) = (json!({}), Vec::new());
+    loop {
+        let page = ok(&mut bob, "bob", "sync", since).await;
+        synced.extend(page["entries"].as_array().unwrap().iter().map(|entry| number(entry, "seq")));
+        since = json!({"since": page["next"]});
+        if page["more"] == false {
+            break;
+        }
+    }
+    assert_eq!(synced, (1..=TEXTS as u64).collect::<Vec<_>>());
+    let (mut range, mut seen) = (json!({"with": "alice", "limit": 200}), Vec::new());
+    loop {
+        let page = ok(&mut bob, "bob", "history", range).await;
+        let entries = page["entries"].as_array().unwrap();
+        assert!(entries.len() > 1 && entries.len() < 10, "{} entries", entries.len());
+        seen.extend(entries.iter().rev().map(|entry| number(entry, "seq")));
+        range = json!({"with": "alice", "limit": 200, "before": seen.last()});
+        if page["more"] == false {
+            break;
+        }
+    }
+    assert_eq!(seen, (1..=TEXTS as u64).rev().collect::<Vec<_>>());
+    let mut alice = device(&chatd, Connect::v4("alice", "laptop")).await;
+    let (mut before, mut peers) = (json!({"limit": 200}), Vec::new());
+    loop {
+        let page = ok(&mut alice, "alice", "conversations", before).await;
+        let conversations = page["conversations"].as_array().unwrap();
+        assert!(conversations.len() < 10, "{} conversations", conversations.len());
+        peers.extend(conversations.iter().map(|conversation| conversation["with"].as_str().unwrap().to_owned()));
+        if page["next"].is_null() {
+            break;
+        }
+        before = json!({"limit": 200, "before": page["next"]});
+    }
+    peers.sort_unstable();
+    peers.dedup();
+    assert_eq!(peers.len(), TEXTS);
+}
+
+/// rumqttd notes every topic for ever, and a client chooses the topic of an answer.
+#[tokio::test]
+async fn a_topic_for_each_answer_leaves_no_trace() {
+    const REQUESTS: u64 = 15_000;
+    const GROWTH_MAX_KB: u64 = 5 * 1024;
+    let chatd = Chatd::start().await.unwrap();
+    let mut alice = device(&chatd, Connect::v5("alice", "phone")).await;
+    let mut memory = Vec::new();
+    for round in 0..3 {
+        let asks = (0..REQUESTS).map(|n| {
+            let token = format!("chat/alice/res/{round}-{n:-<50}");
+            let properties = Properties::none().with(RESPONSE_TOPIC, Property::Text(token));
+            Publish { properties, ..Publish::new("chat/alice/req/whoami", "{}", 1) }
+        });
+        alice.publish_all(asks).await.unwrap();
+        memory.push(chatd.memory_kb().unwrap());
+    }
+    assert!(memory[2] < memory[1] + GROWTH_MAX_KB, "{memory:?} KB");
+}
+
 #[tokio::test]
 async fn ten_thousand_messages_make_few_receipts() {
     const MESSAGES: u64 = 10_000;

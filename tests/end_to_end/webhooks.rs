@@ -49,6 +49,17 @@ async fn every_message_is_posted_in_order_though_posts_fail() {
 }
 
 #[tokio::test]
+async fn a_status_is_an_answer_though_its_body_never_ends() {
+    let mut receiver = Receiver::start(|_| Reply::Endless).await.unwrap();
+    let chatd = Chatd::start_with(receiver.options("message.stored")).await.unwrap();
+    let mut alice = Connect::v5("alice", "phone").to(&chatd).await.unwrap();
+    alice.publish_all(sends("alice", "bob", numbered("text", 1..=3))).await.unwrap();
+    let events = receiver.events(3).await.unwrap();
+    assert_eq!(events.iter().map(|event| event.seq()).collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(receiver.attempts(), 3);
+}
+
+#[tokio::test]
 async fn nothing_is_left_out_when_chatd_is_killed() {
     let open = Arc::new(AtomicBool::new(true));
     let is_open = Arc::clone(&open);

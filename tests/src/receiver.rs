@@ -7,9 +7,10 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, Result, ensure};
 use axum::Router;
-use axum::body::Bytes;
+use axum::body::{Body, Bytes};
 use axum::extract::State;
 use axum::http::{HeaderMap, StatusCode};
+use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD as BASE64;
@@ -59,6 +60,8 @@ pub enum Reply {
     Status(u16),
     /// None, for as long as the sender waits.
     Nothing,
+    /// 200, and a body that never ends.
+    Endless,
 }
 
 struct Shared {
@@ -126,7 +129,7 @@ impl Receiver {
     }
 }
 
-async fn take(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes) -> StatusCode {
+async fn take(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes) -> Response {
     let event = checked(&headers, &body);
     let id = event.as_ref().map_or(String::new(), |event| event.id.clone());
     let attempt = {
@@ -135,16 +138,19 @@ async fn take(State(shared): State<Arc<Shared>>, headers: HeaderMap, body: Bytes
         *attempt += 1;
         *attempt
     };
-    match (shared.answer)(attempt) {
+    let reply = (shared.answer)(attempt);
+    let status = match reply {
         Reply::Nothing => std::future::pending().await,
-        Reply::Status(status) => {
-            let status = StatusCode::from_u16(status).expect("a status");
-            if status.is_success() || event.is_err() {
-                // Nobody may be left who asks.
-                drop(shared.events.send(event).await);
-            }
-            status
-        }
+        Reply::Endless => StatusCode::OK,
+        Reply::Status(status) => StatusCode::from_u16(status).expect("a status"),
+    };
+    if status.is_success() || event.is_err() {
+        // Nobody may be left who asks.
+        drop(shared.events.send(event).await);
+    }
+    match reply {
+        Reply::Endless => Body::from_stream(futures_util::stream::pending::<std::io::Result<Bytes>>()).into_response(),
+        Reply::Status(_) | Reply::Nothing => status.into_response(),
     }
 }
 

@@ -20,7 +20,8 @@ use super::{Post, now_ms};
 
 /// A shorter secret is guessed too easily.
 pub const SECRET_BYTES_MIN: usize = 16;
-/// So much of an answer is read, to use the connection again; nobody looks at it.
+/// So much of an answer's body is read, and for so long, to use the connection again; nobody looks at it.
+const BODY_TIMEOUT: Duration = Duration::from_millis(500);
 const ANSWER_BYTES_MAX: usize = 64 * 1024;
 /// Base64 follows.
 const SECRET_PREFIX: &str = "whsec_";
@@ -136,10 +137,14 @@ impl Poster {
             .header("webhook-signature", signature(&self.secret, id, timestamp_s, &body))
             .body(Full::new(body))
             .map_err(|error| error.to_string())?;
-        let answer = self.client.request(request).await.map_err(|error| causes(&error))?;
+        let answer = match tokio::time::timeout(self.timeout, self.client.request(request)).await {
+            Ok(answer) => answer.map_err(|error| causes(&error))?,
+            Err(_) => return Err(format!("no answer within {} ms", self.timeout.as_millis())),
+        };
         let status = answer.status();
-        // The status has said it all; what cannot be read costs a new connection and nothing else.
-        drop(Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect().await);
+        // The status has said it all; a body that cannot be read costs a new connection and nothing else.
+        let body = Limited::new(answer.into_body(), ANSWER_BYTES_MAX).collect();
+        drop(tokio::time::timeout(BODY_TIMEOUT, body).await);
         match status {
             status if status.is_success() => Ok(()),
             // The receiver does not want this one, now or ever.
@@ -151,10 +156,7 @@ impl Poster {
 
 impl Post for Poster {
     async fn post(&self, id: String, body: Bytes) -> Result<(), String> {
-        match tokio::time::timeout(self.timeout, self.attempt(&id, body)).await {
-            Ok(outcome) => outcome,
-            Err(_) => Err(format!("no answer within {} ms", self.timeout.as_millis())),
-        }
+        self.attempt(&id, body).await
     }
 }
 
