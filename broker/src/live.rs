@@ -33,6 +33,8 @@ pub struct LiveMessage {
 const RETAIN: u8 = 1;
 /// At QoS 0, whatever was granted.
 const AT_MOST_ONCE: u8 = 2;
+/// Earlier messages of its topic are not what they were.
+const CHANGES_EARLIER: u8 = 4;
 /// Bytes of what comes before the topic, the properties and the correlation data.
 const HEADER_BYTES: usize = 8 + 8 + 1 + 4 + 4 + 4;
 
@@ -90,6 +92,17 @@ impl LiveMessage {
     pub fn at_most_once(mut self) -> Self {
         self.flags |= AT_MOST_ONCE;
         self
+    }
+
+    /// With it earlier messages of its topic have changed in the log: whoever was not sent them yet gets them as they are now.
+    #[must_use]
+    pub fn changing_earlier(mut self) -> Self {
+        self.flags |= CHANGES_EARLIER;
+        self
+    }
+
+    pub(crate) fn changes_earlier(&self) -> bool {
+        self.flags & CHANGES_EARLIER != 0
     }
 
     /// The same for the subscribers of a bound topic that gathers it.

@@ -46,8 +46,9 @@ enum Mode {
     Live,
     /// The log has to be read after `queued`.
     Behind,
-    /// A read is under way, begun when the log ended at `head`. `again`: something was missed meanwhile.
-    Reading { again: bool, head: Position },
+    /// A read is under way, begun when the log ended at `head`. `again`: something was missed meanwhile. `stale`: what it brings may have
+    /// changed meanwhile.
+    Reading { again: bool, stale: bool, head: Position },
 }
 
 #[derive(Debug)]
@@ -55,6 +56,8 @@ pub(crate) struct DurableStream {
     mode: Mode,
     /// Last position that was put into `ready`.
     queued: Position,
+    /// Last position that was sent.
+    sent: Position,
     ready: VecDeque<Ready>,
     ready_bytes: usize,
     /// Live messages that came while a read was under way.
@@ -76,6 +79,7 @@ impl DurableStream {
         Self {
             mode: Mode::Behind,
             queued: after,
+            sent: after,
             ready: VecDeque::new(),
             ready_bytes: 0,
             held: Vec::new(),
@@ -120,13 +124,18 @@ impl DurableStream {
         if self.mode != Mode::Behind || !self.ready.is_empty() {
             return None;
         }
-        self.mode = Mode::Reading { again: false, head };
+        self.mode = Mode::Reading { again: false, stale: false, head };
         Some(self.queued)
     }
 
     /// The page that a read brought.
     pub(crate) fn on_page(&mut self, page: Page) {
-        let Mode::Reading { again, head } = self.mode else { return };
+        let Mode::Reading { again, stale, head } = self.mode else { return };
+        if stale {
+            self.held.clear();
+            self.mode = Mode::Behind;
+            return;
+        }
         for delivery in page.deliveries {
             if delivery.position > self.queued {
                 self.push(Ready::Stored(delivery));
@@ -151,6 +160,9 @@ impl DurableStream {
 
     /// A live message, in the order of the log but perhaps old, repeated, or after a gap that [`DurableStream::on_missed`] told.
     pub(crate) fn on_live(&mut self, message: Arc<LiveMessage>) {
+        if message.changes_earlier() {
+            self.read_again();
+        }
         match self.mode {
             Mode::Live if message.position <= self.queued => {}
             Mode::Live if self.is_full() => self.mode = Mode::Behind,
@@ -158,16 +170,24 @@ impl DurableStream {
             // The next read will see it: it was committed before it was announced.
             Mode::Behind => {}
             Mode::Reading { .. } if self.held.len() < READY_MESSAGES_MAX => self.held.push(message),
-            Mode::Reading { head, .. } => self.mode = Mode::Reading { again: true, head },
+            Mode::Reading { stale, head, .. } => self.mode = Mode::Reading { again: true, stale, head },
         }
     }
 
-    /// Live messages may have been lost.
+    /// Live messages may have been lost, perhaps one that changes earlier ones.
     pub(crate) fn on_missed(&mut self) {
+        self.read_again();
+    }
+
+    /// What was not sent yet is read from the log, as it is now.
+    fn read_again(&mut self) {
+        self.ready = VecDeque::new();
+        self.ready_bytes = 0;
+        self.queued = self.sent;
         match &mut self.mode {
             Mode::Live => self.mode = Mode::Behind,
             Mode::Behind => {}
-            Mode::Reading { again, .. } => *again = true,
+            Mode::Reading { stale, .. } => *stale = true,
         }
     }
 
@@ -178,6 +198,7 @@ impl DurableStream {
         if self.ready.is_empty() {
             self.ready.shrink_to(0);
         }
+        self.sent = ready.position();
         self.in_flight.push_back((ready.position(), false));
         Some(ready)
     }
@@ -264,10 +285,33 @@ mod tests {
         stream.on_live(live(1));
         stream.on_missed();
         stream.on_live(live(3));
-        assert_eq!(drain(&mut stream), [1], "what follows a gap waits for the log");
-        assert_eq!(stream.begin_read(Position(0)), Some(Position(1)));
-        stream.on_page(page([2, 3], true));
-        assert_eq!(drain(&mut stream), [2, 3]);
+        assert!(
+            drain(&mut stream).is_empty(),
+            "what was to be sent may have changed, and what follows a gap waits for the log"
+        );
+        assert_eq!(stream.begin_read(Position(0)), Some(Position(0)));
+        stream.on_page(page([1, 2, 3], true));
+        assert_eq!(drain(&mut stream), [1, 2, 3]);
+    }
+
+    #[test]
+    fn what_waits_is_read_again_when_it_has_changed() {
+        let change = |position| Arc::new((*live(position)).clone().changing_earlier());
+        let mut stream = DurableStream::new(Position(0), Position(0));
+        stream.begin_read(Position(0));
+        stream.on_page(page([], true));
+        (1..=3).for_each(|position| stream.on_live(live(position)));
+        assert_eq!(stream.next().map(|ready| ready.position()), Some(Position(1)));
+        stream.on_live(change(4));
+        assert!(stream.next().is_none());
+        assert_eq!(stream.begin_read(Position(4)), Some(Position(1)));
+        // The page may have been made before the next change.
+        stream.on_live(change(5));
+        stream.on_page(page([2, 3, 4], true));
+        assert!(stream.next().is_none());
+        assert_eq!(stream.begin_read(Position(5)), Some(Position(1)));
+        stream.on_page(page([2, 3, 4, 5], true));
+        assert_eq!(drain(&mut stream), [2, 3, 4, 5]);
     }
 
     #[test]
@@ -303,6 +347,7 @@ mod tests {
         /// Commit a message and announce it; `lost`: on its way the announcement is dropped and a gap told.
         Commit {
             lost: bool,
+            changes: bool,
         },
         /// The announcement that waits longest arrives.
         Arrive,
@@ -315,7 +360,7 @@ mod tests {
 
     fn steps() -> impl Strategy<Value = Vec<Step>> {
         let step = prop_oneof![
-            4 => any::<bool>().prop_map(|lost| Step::Commit { lost }),
+            4 => any::<(bool, bool)>().prop_map(|(lost, changes)| Step::Commit { lost, changes }),
             4 => Just(Step::Arrive),
             2 => Just(Step::BeginRead),
             2 => (1usize..6).prop_map(Step::PageArrives),
@@ -330,7 +375,7 @@ mod tests {
         fn every_message_once_and_in_order(steps in steps(), before in 0u64..20) {
             // Positions 1..=log are committed; announcements are queued in order, as (position or gap).
             let mut log = before;
-            let mut wire: VecDeque<Option<u64>> = VecDeque::new();
+            let mut wire: VecDeque<Option<(u64, bool)>> = VecDeque::new();
             let mut stream = DurableStream::new(Position(0), Position(before));
             let mut read: Option<(u64, u64)> = None;
             let mut sent: Vec<u64> = Vec::new();
@@ -339,12 +384,15 @@ mod tests {
             let endless = std::iter::repeat_n(finish, 300).flatten();
             for step in steps.into_iter().chain(endless) {
                 match step {
-                    Step::Commit { lost } => {
+                    Step::Commit { lost, changes } => {
                         log += 1;
-                        wire.push_back(if lost { None } else { Some(log) });
+                        wire.push_back(if lost { None } else { Some((log, changes)) });
                     }
                     Step::Arrive => match wire.pop_front() {
-                        Some(Some(position)) => stream.on_live(live(position)),
+                        Some(Some((position, false))) => stream.on_live(live(position)),
+                        Some(Some((position, true))) => {
+                            stream.on_live(Arc::new((*live(position)).clone().changing_earlier()));
+                        }
                         Some(None) => stream.on_missed(),
                         None => {}
                     },

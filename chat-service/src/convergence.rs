@@ -218,7 +218,7 @@ impl Server {
 
     async fn read(&self, me: &UserId, with: &UserId, seq: Seq) -> Result<(), ErrorCode> {
         let (done, outcome) = oneshot::channel();
-        let room = self.service.requests.room().expect("nothing else is under way");
+        let room = self.service.requests.room(me).expect("nothing else is under way");
         room.read(me.clone(), with.clone(), seq, move |outcome| done.send(outcome).expect("somebody waits"));
         outcome.await.expect("an outcome").map_err(|error| error.code)
     }
@@ -338,7 +338,7 @@ impl Model {
         if entry.erased {
             let same_id = |entry: &&Written| send.id.is_some() && entry.id == send.id && entry.from == send.from;
             let is_resend = self.of(&send.conversation).iter().any(|entry| same_id(&entry));
-            if !is_resend || !matches!(send.body, Body::Unsend { .. }) {
+            if !is_resend {
                 return Err(ErrorCode::InvalidSeq);
             }
         }

@@ -22,14 +22,17 @@ use serde_json::Value;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
 use crate::core::Send as ChatSend;
-use crate::log::{Body, ConversationHead, Log};
+use crate::log::{Body, ConversationHead, Log, PeerRecord};
 use crate::metrics::Metrics;
 use crate::receipts::Receipts;
 use crate::sequencer::{Answer, Submission};
 use crate::views::{ViewError, Views};
 
-/// Requests that are being carried out.
-const UNDER_WAY_MAX: usize = 256;
+/// Requests that are being carried out: of all users, and of one.
+const UNDER_WAY_MAX: usize = 4_096;
+const UNDER_WAY_OF_USER_MAX: usize = 64;
+/// Users that one user may have blocked.
+const BLOCKED_MAX: usize = 5_000;
 /// Locks that conversations share.
 const CHANGE_LOCKS: usize = 256;
 
@@ -68,6 +71,30 @@ pub struct Asked {
 pub struct Requests<L> {
     shared: Arc<Shared<L>>,
     permits: Arc<Semaphore>,
+    under_way: Arc<UnderWay>,
+}
+
+/// Requests that are being carried out, of each user.
+#[derive(Debug, Default)]
+struct UnderWay(parking_lot::Mutex<FxHashMap<UserId, usize>>);
+
+/// Leave to carry out one. Given back when it is dropped.
+struct Permit {
+    _of_all: OwnedSemaphorePermit,
+    under_way: Arc<UnderWay>,
+    user: UserId,
+}
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        let mut users = self.under_way.0.lock();
+        if let Some(count) = users.get_mut(&self.user) {
+            *count -= 1;
+            if *count == 0 {
+                users.remove(&self.user);
+            }
+        }
+    }
 }
 
 struct Shared<L> {
@@ -110,12 +137,27 @@ impl<L: Log> Requests<L> {
             change_locks: (0..CHANGE_LOCKS).map(|_| Mutex::new(())).collect(),
             hasher: RandomState::new(),
         };
-        Self { shared: Arc::new(shared), permits: Arc::new(Semaphore::new(UNDER_WAY_MAX)) }
+        let permits = Arc::new(Semaphore::new(UNDER_WAY_MAX));
+        Self { shared: Arc::new(shared), permits, under_way: Arc::default() }
+    }
+
+    /// `None` if too many are under way, of this user or in all.
+    fn permit(&self, user: &UserId) -> Option<Permit> {
+        let of_all = Arc::clone(&self.permits).try_acquire_owned().ok()?;
+        {
+            let mut users = self.under_way.0.lock();
+            let count = users.entry(user.clone()).or_default();
+            if *count >= UNDER_WAY_OF_USER_MAX {
+                return None;
+            }
+            *count += 1;
+        }
+        Some(Permit { _of_all: of_all, under_way: Arc::clone(&self.under_way), user: user.clone() })
     }
 
     /// Begins to carry out a request; `false` if too many are under way.
     pub fn begin(&self, asked: Asked) -> bool {
-        let Ok(permit) = Arc::clone(&self.permits).try_acquire_owned() else { return false };
+        let Some(permit) = self.permit(&asked.me) else { return false };
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
             let answer = shared.answer(&asked).await;
@@ -204,6 +246,18 @@ impl<L: Log> Shared<L> {
         if *me == with {
             return refused(ErrorCode::SelfMessage, "`with`: nobody can block themselves");
         }
+        let peers = self.log.peers(me).await?;
+        let is_blocked = |record: &PeerRecord| record.blocked_at_ms.is_some();
+        let was_blocked = peers.iter().any(|(user, record)| *user == with && is_blocked(record));
+        if was_blocked == blocks {
+            return Ok(DoneOk {});
+        }
+        if blocks && peers.iter().filter(|(_, record)| is_blocked(record)).count() >= BLOCKED_MAX {
+            return refused(
+                ErrorCode::QuotaExceeded,
+                format!("you have blocked {BLOCKED_MAX} users, and more cannot be"),
+            );
+        }
         self.log.set_blocked(me, &with, blocks.then(|| now().as_ms())).await?;
         self.blocks.set(me.clone(), with, blocks);
         Ok(DoneOk {})
@@ -244,7 +298,7 @@ impl<L: Log> Shared<L> {
         match (&target.body, &body) {
             (Body::Text(_), _) => {}
             // A resend of what was done.
-            (Body::Erased { target: None, .. }, Body::Unsend { .. }) if id.is_some() => {}
+            (Body::Erased { target: None, .. }, _) if id.is_some() => {}
             (Body::Erased { target: None, .. }, _) => {
                 return refused(ErrorCode::InvalidSeq, format!("`seq`: entry {seq} is unsent"));
             }
@@ -293,8 +347,8 @@ impl<L: Log> Requests<L> {
     }
 
     /// Room for one more; `None` if too many are under way.
-    pub fn room(&self) -> Option<Room<L>> {
-        let permit = Arc::clone(&self.permits).try_acquire_owned().ok()?;
+    pub fn room(&self, user: &UserId) -> Option<Room<L>> {
+        let permit = self.permit(user)?;
         Some(Room { shared: Arc::clone(&self.shared), permit })
     }
 }
@@ -302,7 +356,7 @@ impl<L: Log> Requests<L> {
 /// Room for something that takes its time.
 pub struct Room<L> {
     shared: Arc<Shared<L>>,
-    permit: OwnedSemaphorePermit,
+    permit: Permit,
 }
 
 impl<L: Log> Room<L> {

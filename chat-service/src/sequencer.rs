@@ -444,7 +444,9 @@ fn push_live(
     let received_us = received_at.map_or(0, |received_at| announcer.micros(received_at));
     for (topic, wanted) in [(inbox, to_inbox), (sent, to_sent)] {
         if wanted {
-            messages.push(LiveMessage::new(topic.into(), position, received_us, payload.clone(), &properties));
+            let message = LiveMessage::new(topic.into(), position, received_us, payload.clone(), &properties);
+            let erases = matches!(entry.body, Body::Unsend { .. });
+            messages.push(if erases { message.changing_earlier() } else { message });
         }
     }
 }

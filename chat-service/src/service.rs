@@ -140,7 +140,7 @@ impl<L: Log> ChatService<L> {
             &publish.topic,
             id.as_deref(),
         );
-        (publish.reply, PublishOutcome::Refused(refusal::refusal(code, &sentence)))
+        (publish.reply, outcome(code, &sentence, publish.can_answer))
     }
 
     /// Carries out what is no message. `None` if the answer comes later.
@@ -158,19 +158,19 @@ impl<L: Log> ChatService<L> {
                 if begun { Some((publish.reply, TAKEN)) } else { Some(self.refuse(publish, busy())) }
             }
             Wanted::Read { me, peer, seq } => {
-                let Some(begin) = self.requests.room() else { return Some(self.refuse(publish, busy())) };
+                let Some(begin) = self.requests.room(&me) else { return Some(self.refuse(publish, busy())) };
                 let (announcer, metrics) = (self.announcer.clone(), Arc::clone(&self.metrics));
                 let BoundPublish { user, topic, can_answer, reply, .. } = publish;
-                begin.read(me, peer, seq, move |outcome| {
-                    let outcome = match outcome {
+                begin.read(me, peer, seq, move |answer| {
+                    let answer = match answer {
                         Ok(()) => TAKEN,
                         Err(RequestError { code, message }) => {
                             let told = !can_answer;
                             refusal::count_and_tell(&announcer, &metrics, &user, told, code, &message, &topic, None);
-                            PublishOutcome::Refused(refusal::refusal(code, &message))
+                            outcome(code, &message, can_answer)
                         }
                     };
-                    complete(vec![(reply, outcome)]);
+                    complete(vec![(reply, answer)]);
                 });
                 None
             }
@@ -208,6 +208,15 @@ const CLOSED: &str = "not_authorized: topics outside chat/ are closed here";
 
 /// Taken, with nothing to tell about it.
 const TAKEN: PublishOutcome = PublishOutcome::Stored { subscribers: true, properties: Vec::new() };
+
+/// A refusal; none where it would be taken for success, if a resend may succeed.
+fn outcome(code: ErrorCode, sentence: &str, can_answer: bool) -> PublishOutcome {
+    if code == ErrorCode::Unavailable && !can_answer {
+        PublishOutcome::Unknown
+    } else {
+        PublishOutcome::Refused(refusal::refusal(code, sentence))
+    }
+}
 
 /// Where the answer to a request goes: to the response topic, which has to be the user's own, or else to `chat/{me}/res`.
 fn answer_topic(me: &UserId, response_topic: Option<&str>) -> Result<Arc<str>, Refused> {

@@ -216,10 +216,13 @@ async fn edits_and_unsends_are_entries_and_unsent_words_are_gone() {
     let live = bob.acked_message().await.unwrap().json();
     assert_eq!((&live["kind"], &live["target"], &live["text"]), (&json!("edit"), &json!(1), &json!("first, better")));
     bob.leave().await.unwrap();
-    ok(&mut alice, "alice", "edit", json!({"with": "bob", "seq": 2, "text": "secret too"})).await;
+    let edit = json!({"with": "bob", "seq": 2, "text": "secret too", "id": "e-2"});
+    ok(&mut alice, "alice", "edit", edit.clone()).await;
     let unsend = json!({"with": "bob", "seq": 2, "id": "u-1"});
     assert_eq!(number(&ok(&mut alice, "alice", "unsend", unsend.clone()).await, "seq"), 6);
     assert_eq!(number(&ok(&mut alice, "alice", "unsend", unsend.clone()).await, "seq"), 6, "a resend");
+
+    assert_eq!(number(&ok(&mut alice, "alice", "edit", edit).await, "seq"), 5, "a resend, though it is taken back");
 
     eventually("the words are not in the files any more", PATIENCE, async || {
         ["log.redb", "index.redb"].iter().all(|file| {

@@ -16,7 +16,7 @@ pub enum Passwd {
     /// Add a user, or give one another password. The password is asked for, or read from the standard input.
     Add {
         name: UserId,
-        /// observer, bridge or admin; may be given several times.
+        /// observer, bridge or admin; may be given several times. Without it a user keeps the roles that they have.
         #[arg(long = "role", value_name = "ROLE")]
         roles: Vec<Role>,
         #[command(flatten)]
@@ -76,7 +76,9 @@ fn add(path: &Path, name: &UserId, roles: &[Role]) -> Result<String, String> {
         read => read.map_err(|error| error.to_string())?,
     };
     let password = ask(name, true)?;
-    let new = users.put(name.clone(), User::with_password(&password, roles.to_vec()));
+    let before = users.get(name).map(|user| user.roles.clone()).unwrap_or_default();
+    let roles = if roles.is_empty() { before } else { roles.to_vec() };
+    let new = users.put(name.clone(), User::with_password(&password, roles));
     users.write(path).map_err(|error| error.to_string())?;
     let done = if new { "was added to" } else { "has another password in" };
     Ok(format!("{name} {done} {}; a chatd that runs reads it on SIGHUP", path.display()))

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
-use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
 use argon2::password_hash::phc::PasswordHash;
@@ -70,6 +70,8 @@ fn hasher() -> Argon2<'static> {
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct PasswordFile {
     users: BTreeMap<UserId, User>,
+    /// Lines that begin with `#`.
+    comments: Vec<String>,
 }
 
 impl PasswordFile {
@@ -87,8 +89,11 @@ impl PasswordFile {
 
     /// `Err` with the number of the line that is wrong, and why.
     pub fn parse(text: &str) -> Result<Self, (usize, String)> {
-        let mut users = BTreeMap::new();
+        let (mut users, mut comments) = (BTreeMap::new(), Vec::new());
         for (number, line) in (1..).zip(text.lines()) {
+            if line.starts_with('#') {
+                comments.push(line.to_owned());
+            }
             if line.trim().is_empty() || line.starts_with('#') {
                 continue;
             }
@@ -97,7 +102,7 @@ impl PasswordFile {
                 return Err((number, format!("{name} was there before")));
             }
         }
-        Ok(Self { users })
+        Ok(Self { users, comments })
     }
 
     pub fn get(&self, name: &UserId) -> Option<&User> {
@@ -121,7 +126,7 @@ impl PasswordFile {
     /// # Errors
     /// It could not be written; the old file is as it was.
     pub fn write(&self, path: &Path) -> Result<(), PasswordFileError> {
-        let mut text = String::new();
+        let mut text: String = self.comments.iter().map(|line| format!("{line}\n")).collect();
         for (name, User { hash, roles }) in &self.users {
             let roles: Vec<&str> = roles.iter().map(|role| role.as_str()).collect();
             let separator = if roles.is_empty() { "" } else { ":" };
@@ -131,14 +136,21 @@ impl PasswordFile {
     }
 }
 
-/// Writes beside the file, to the disk, and puts that in its place, with the rights of the old one.
+/// Writes beside the file, to the disk, and puts that in its place, with the rights and the owner of the old one.
 fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
-    let mode = fs::metadata(path).map_or(0o600, |metadata| metadata.permissions().mode() & 0o777);
+    let old = fs::metadata(path).ok();
+    let mode = old.as_ref().map_or(0o600, |metadata| metadata.permissions().mode() & 0o777);
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.new", std::process::id()));
     let new = path.with_file_name(name);
     let written = (|| {
         let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&new)?;
+        if let Some(old) = &old {
+            let new = file.metadata()?;
+            if (old.uid(), old.gid()) != (new.uid(), new.gid()) {
+                std::os::unix::fs::fchown(&file, Some(old.uid()), Some(old.gid()))?;
+            }
+        }
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
@@ -212,7 +224,7 @@ mod tests {
     fn a_file_comes_back_as_it_was_written() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("passwords");
-        let mut file = PasswordFile::default();
+        let mut file = PasswordFile { comments: vec!["# ours".to_owned()], ..PasswordFile::default() };
         assert!(file.put(name("bob"), User { hash: cheap(b"b"), roles: Vec::new() }));
         assert!(file.put(name("eve"), User { hash: cheap(b"e"), roles: vec![Role::Observer, Role::Bridge] }));
         file.write(&path).unwrap();

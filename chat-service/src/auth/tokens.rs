@@ -146,6 +146,7 @@ impl Tokens {
 
 fn keys(bytes: &[u8]) -> Result<Vec<Key>, String> {
     let text = std::str::from_utf8(bytes).unwrap_or_default().trim();
+    let text = text.trim_start_matches('\u{feff}').trim_start();
     if text.starts_with("-----BEGIN") {
         if text.contains("PRIVATE KEY") {
             return Err("it is a private key: tokens are checked with the public one, and whoever has the private one can make them".to_owned());
@@ -155,13 +156,30 @@ fn keys(bytes: &[u8]) -> Result<Vec<Key>, String> {
     if text.starts_with('{') {
         return json_web_keys(text);
     }
-    let secret = bytes.trim_ascii_end();
-    if secret.len() < SECRET_BYTES_MIN {
+    secret(bytes.trim_ascii_end()).map(|key| vec![key])
+}
+
+/// A secret as it stands in a file. A public key in a form that is not known here must never be taken for one: everybody has that, and could
+/// sign with it.
+fn secret(bytes: &[u8]) -> Result<Key, String> {
+    let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"+/=_-.".contains(byte);
+    if !bytes.iter().all(is_plain) {
+        return Err(
+            "it is no PEM that begins with -----BEGIN and no JWK; a secret for HS256 is one line of letters, digits \
+                    and +/=_-. (another one as a JWK: kty oct)"
+                .to_owned(),
+        );
+    }
+    // What DER and OpenSSH begin with, in base64.
+    if [&b"MI"[..], b"MFkw", b"MCow", b"AAAA"].iter().any(|begin| bytes.starts_with(begin)) {
+        return Err("it looks like a key in base64: put -----BEGIN PUBLIC KEY----- and its end around it".to_owned());
+    }
+    if bytes.len() < SECRET_BYTES_MIN {
         return Err(format!(
             "it is no PEM and no JWK, so a secret for HS256; that has {SECRET_BYTES_MIN} bytes at least"
         ));
     }
-    Ok(vec![Key { id: None, algorithm: Algorithm::HS256, key: DecodingKey::from_secret(secret) }])
+    Ok(Key { id: None, algorithm: Algorithm::HS256, key: DecodingKey::from_secret(bytes) })
 }
 
 fn pem(text: &str) -> Result<Key, String> {
@@ -192,7 +210,14 @@ fn json_web_key(jwk: &Jwk) -> Option<Key> {
         AlgorithmParameters::RSA(_) => Algorithm::RS256,
         AlgorithmParameters::EllipticCurve(curve) if curve.curve == EllipticCurve::P256 => Algorithm::ES256,
         AlgorithmParameters::OctetKeyPair(curve) if curve.curve == EllipticCurve::Ed25519 => Algorithm::EdDSA,
-        AlgorithmParameters::OctetKey(_) => Algorithm::HS256,
+        AlgorithmParameters::OctetKey(key) => {
+            // In base64 without padding, four characters are three bytes.
+            if key.value.len() * 3 / 4 < SECRET_BYTES_MIN {
+                tracing::warn!("a key is not taken: a secret for HS256 has {SECRET_BYTES_MIN} bytes at least");
+                return None;
+            }
+            Algorithm::HS256
+        }
         _ => return None,
     };
     // A key that says what it is for is used for nothing else.
@@ -222,6 +247,32 @@ mod tests {
 
     fn usual() -> Claims {
         Claims { roles: "roles".to_owned(), ..Claims::default() }
+    }
+
+    /// Whoever has a public key could sign with it, if it were taken for a secret.
+    #[test]
+    fn only_what_is_meant_as_a_secret_is_one() {
+        let pem = include_str!("../../fixtures/rsa-public.pem");
+        let body: String = pem.lines().filter(|line| !line.starts_with("---")).collect();
+        let der = base64::Engine::decode(&base64::engine::general_purpose::STANDARD, &body).unwrap();
+        for bad in [
+            format!("# our key\n{pem}").as_bytes(),
+            &der,
+            body.as_bytes(),
+            b"ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIKtxPFhXhIvbHVqQNVl9kPXuyRYPWSmnDRSJFVxWcbxe me@host",
+            b"[{\"kty\":\"oct\",\"k\":\"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY\"}]",
+            b"two lines of more than thirty\ntwo bytes",
+            br#"{"kty":"oct","k":""}"#,
+            br#"{"kty":"oct","k":"YQ"}"#,
+            b"short",
+        ] {
+            assert!(keys(bad).is_err(), "{}", String::from_utf8_lossy(bad));
+        }
+        let with_mark = format!("\u{feff}{pem}");
+        assert_ne!(keys(with_mark.as_bytes()).unwrap()[0].algorithm, Algorithm::HS256);
+        for good in [SECRET.as_bytes(), br#"{"kty":"oct","k":"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"}"#] {
+            assert_eq!(keys(good).unwrap()[0].algorithm, Algorithm::HS256);
+        }
     }
 
     fn signed(algorithm: Algorithm, key: &EncodingKey, body: &Value) -> String {

@@ -490,6 +490,6 @@ fn unreadable(file: &Path, error: ReadError) -> OpenError {
 }
 
 /// From the system's randomness, which seeds the standard library's hash maps.
-fn random_number() -> u64 {
+pub(super) fn random_number() -> u64 {
     RandomState::new().build_hasher().finish()
 }

@@ -868,11 +868,13 @@ async fn a_backup_of_a_log_in_use_is_whole() {
     assert!((acknowledged..=300).contains(&copied), "{copied}");
     let again = log.backup(&copy, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap_err();
     assert!(matches!(again, tools::ToolError::LogThere { .. }), "{again:?}");
+    let identity = log.identity();
     drop(log);
 
     tools::restore(&copy, &restored, &mut |_, _| std::ops::ControlFlow::Continue(())).unwrap();
     let log = open(&restored);
     assert_eq!(log.head(), Position(copied));
+    assert_ne!(log.identity(), identity, "nobody goes on here from where they were there");
     let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
     assert_eq!(page.entries.len() as u64, copied);
     assert!(log.session(&phone()).await.unwrap().is_some());

@@ -15,14 +15,15 @@ use super::super::{Device, Entry, Position, Side};
 use super::index::Run;
 use super::indexer::RunReader;
 use super::key::{Key, Keys};
-use super::open::{OpenError, Opener, Prepared};
+use super::open::{OpenError, Opener, Prepared, random_number};
 use super::posting::{Last, ListRef};
 use super::reader::ReadError;
 use super::recent::Posted;
 use super::record::{decode_head, decode_session};
 use super::row;
 use super::schema::{
-    BLOCKS, DELIVERED, FIRST_KEY, HEADS, HIDDEN, META, PEERS, ROWS, SEEN, SESSIONS, SHREDS, USAGE, USAGE_KEYS,
+    BLOCKS, DELIVERED, FIRST_KEY, HEADS, HIDDEN, META, PEERS, ROWS, SECRET_KEYS, SEEN, SESSIONS, SHREDS, USAGE,
+    USAGE_KEYS,
 };
 use super::{RedbLog, RedbOptions};
 
@@ -453,7 +454,7 @@ impl RedbLog {
     pub fn backup(&self, folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
         let _kept = self.shared.snapshots.read();
         let snapshot = self.shared.begin_read()?;
-        copy(&snapshot, folder, progress)
+        copy(&snapshot, folder, Copied::Backup, progress)
     }
 }
 
@@ -463,10 +464,11 @@ pub fn backup(folder: &Path, to: &Path, progress: Progress<'_>) -> Result<u64, T
     let log = opener.open_log_file()?;
     opener.prepare_log(&log)?;
     opener.say_who_holds_it();
-    copy(&log.begin_read().map_err(ReadError::from)?, to, progress)
+    copy(&log.begin_read().map_err(ReadError::from)?, to, Copied::Backup, progress)
 }
 
-/// Puts a backup into a folder that has no log. The backup is verified first.
+/// Puts a backup into a folder that has no log. The backup is verified first. What is restored is another log: the positions that it gives
+/// from now on may have been given before, to other entries, so nobody may go on from a token of then.
 pub fn restore(from: &Path, folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
     let target = Opener::new(folder, RedbOptions::default());
     if target.log_file().exists() || target.index_file().exists() {
@@ -476,10 +478,20 @@ pub fn restore(from: &Path, folder: &Path, progress: Progress<'_>) -> Result<u64
     if let Some(problem) = verified.problems.first() {
         return Err(ToolError::Read(format!("{}: {problem}", from.display())));
     }
-    backup(from, folder, progress)
+    let opener = existing(from)?;
+    let log = opener.open_log_file()?;
+    opener.prepare_log(&log)?;
+    copy(&log.begin_read().map_err(ReadError::from)?, folder, Copied::Restored, progress)
 }
 
-fn copy(snapshot: &ReadTransaction, folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
+/// What a copy is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Copied {
+    Backup,
+    Restored,
+}
+
+fn copy(snapshot: &ReadTransaction, folder: &Path, copied: Copied, progress: Progress<'_>) -> Result<u64, ToolError> {
     let opener = Opener::new(folder, RedbOptions::default());
     opener.make_folder()?;
     let file = opener.log_file();
@@ -491,7 +503,7 @@ fn copy(snapshot: &ReadTransaction, folder: &Path, progress: Progress<'_>) -> Re
         what: format!("writing {}", part.display()),
         cause: cause.to_string(),
     };
-    let copied = copy_tables(snapshot, &part, progress, &failed).and_then(|last| {
+    let copied = copy_tables(snapshot, &part, copied, progress, &failed).and_then(|last| {
         fs::rename(&part, &file).map_err(|error| failed(&error))?;
         opener.sync_folder()?;
         Ok(last)
@@ -511,6 +523,7 @@ fn first_of(snapshot: &ReadTransaction) -> Result<u64, ReadError> {
 fn copy_tables(
     snapshot: &ReadTransaction,
     part: &Path,
+    copied: Copied,
     progress: Progress<'_>,
     failed: &dyn Fn(&dyn std::fmt::Display) -> ToolError,
 ) -> Result<u64, ToolError> {
@@ -535,6 +548,12 @@ fn copy_tables(
     }
     let writing = begin()?;
     copy_table!(writing, META);
+    if copied == Copied::Restored {
+        let mut meta = writing.open_table(META).map_err(|error| failed(&error))?;
+        for key in SECRET_KEYS {
+            meta.insert(key, random_number()).map_err(|error| failed(&error))?;
+        }
+    }
     copy_table!(writing, DELIVERED);
     copy_table!(writing, SESSIONS);
     copy_table!(writing, HEADS);
