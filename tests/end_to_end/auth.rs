@@ -19,7 +19,8 @@ async fn passwd(arguments: &[&str], file: &Path, input: &str) -> (Option<i32>, S
     let command = command.arg("passwd").args(arguments).arg("--file").arg(file);
     let command = command.stdin(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
     let mut child = command.spawn().unwrap();
-    child.stdin.take().unwrap().write_all(input.as_bytes()).await.unwrap();
+    // It may have ended without reading: then its exit code says why.
+    drop(child.stdin.take().unwrap().write_all(input.as_bytes()).await);
     let output = child.wait_with_output().await.unwrap();
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
