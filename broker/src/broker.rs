@@ -11,6 +11,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
+use bytes::Bytes;
 use futures_util::FutureExt;
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
@@ -26,7 +27,7 @@ use crate::mailbox::{Mailbox, Ordinary};
 use crate::registry::{ConnectionNumber, Registry};
 use crate::service::{Observation, Peer, Service, SessionKey};
 use crate::session::Resend;
-use crate::topics::message::Message;
+use crate::topics::message::{Message, MessageProperties};
 use crate::topics::retained::{Retained, RetainedFull};
 use crate::topics::trie::SubscriptionTrie;
 
@@ -313,6 +314,20 @@ impl<S: Service> Broker<S> {
                 Err(_) => tracing::debug!(peer = %address, "a connection was not opened in time"),
             }
         });
+    }
+
+    /// Publishes an ordinary message of the server's own, at QoS 0. No client can publish a topic that begins with `$`, so those are the server's.
+    ///
+    /// # Errors
+    /// There is no room for another retained message.
+    pub fn publish(&self, topic: Arc<str>, payload: Bytes, retain: bool) -> Result<(), RetainedFull> {
+        let properties = MessageProperties::default();
+        self.shared.publish_ordinary(Message { topic, payload, qos: 0, retain, publisher: 0, properties })
+    }
+
+    /// Rights have changed: every session is looked at again (see [`Service::recheck`]).
+    pub fn rights_changed(&self) {
+        self.shared.registry.recheck();
     }
 
     /// How both buses fare.

@@ -877,6 +877,7 @@ where
             qos: wanted.qos,
             no_local: wanted.no_local,
             retain_as_published: wanted.retain_as_published,
+            identifier: None,
         };
         let to = match route {
             SubscribeRoute::Refused(refusal) => return Err(refusal),

@@ -48,6 +48,8 @@ pub(crate) struct Mail {
     pub(crate) missed: bool,
     pub(crate) ordinary: VecDeque<Ordinary>,
     pub(crate) ending: Option<Ending>,
+    /// Rights have changed.
+    pub(crate) recheck: bool,
     live_bytes: usize,
     ordinary_bytes: usize,
 }
@@ -59,6 +61,7 @@ impl Mail {
             && !self.missed
             && self.ordinary.is_empty()
             && self.ending.is_none()
+            && !self.recheck
     }
 }
 
@@ -128,6 +131,12 @@ impl Mailbox {
         }
         self.waker.wake();
         true
+    }
+
+    /// Rights have changed: who it is and what it may do is looked at again.
+    pub(crate) fn push_recheck(&self) {
+        self.mail.lock().recheck = true;
+        self.waker.wake();
     }
 
     /// Ends the connection. The first reason stands.

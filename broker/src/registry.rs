@@ -115,6 +115,13 @@ impl Registry {
         &self.topics[index]
     }
 
+    /// Every connection looks again at who it is and what it may do.
+    pub(crate) fn recheck(&self) {
+        for holder in self.sessions.lock().holders.values() {
+            holder.mailbox.push_recheck();
+        }
+    }
+
     pub(crate) fn subscribe(&self, topic: &Arc<str>, number: ConnectionNumber, mailbox: &Arc<Mailbox>) {
         let mut shard = self.shard(topic).write();
         let subscribers = shard.entry(Arc::clone(topic)).or_default();

@@ -39,6 +39,8 @@ pub struct Roles(pub u32);
 pub struct Identity {
     /// The authenticated user.
     pub user: Arc<str>,
+    /// The client identifier of its session.
+    pub client_id: Arc<str>,
     /// What it may do.
     pub roles: Roles,
     /// When it has to prove again who it is (see [`Service::authenticate_again`]), or is disconnected.
@@ -280,6 +282,8 @@ pub struct SubscriptionRecord {
     pub no_local: bool,
     /// MQTT 5 retain as published.
     pub retain_as_published: bool,
+    /// MQTT 5 subscription identifier.
+    pub identifier: Option<u32>,
 }
 
 /// The service cannot answer now; the sentence is for the log.
@@ -341,6 +345,16 @@ pub trait Service: Send + Sync + 'static {
 
     /// What does `filter` (a valid topic filter, not shared) mean for this client?
     fn route_subscribe(&self, who: &Identity, filter: &str) -> SubscribeRoute;
+
+    /// May it receive an ordinary message of this topic now? Asked for every delivery, because a filter may match more than its subscriber may see.
+    fn may_receive(&self, _who: &Identity, _topic: &str) -> bool {
+        true
+    }
+
+    /// Rights have changed: who is this now? `None` if nobody any more, who is disconnected then.
+    fn recheck(&self, who: &Identity) -> Option<Identity> {
+        Some(who.clone())
+    }
 
     /// Takes publishes to bound topics, in their order; every one is answered through its `reply`. Gives them back while the
     /// service is full: wait for [`Service::ready`] and try again.

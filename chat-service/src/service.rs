@@ -424,6 +424,7 @@ impl<L: Log> Service for ChatService<L> {
                     qos: subscription.qos,
                     no_local: subscription.no_local,
                     retain_as_published: subscription.retain_as_published,
+                    identifier: subscription.identifier,
                 })
                 .collect(),
             expiry_s: record.expiry_s,
@@ -451,6 +452,7 @@ impl<L: Log> Service for ChatService<L> {
                     qos: subscription.qos,
                     no_local: subscription.no_local,
                     retain_as_published: subscription.retain_as_published,
+                    identifier: subscription.identifier,
                 })
                 .collect(),
         };

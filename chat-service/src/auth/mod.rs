@@ -191,19 +191,20 @@ impl Auth {
 
     /// Who asks to come in, or why not.
     pub async fn connect(&self, request: &ConnectRequest<'_>) -> Result<Identity, ConnectRefusal> {
+        let client_id = request.client_id;
         if self.mode == AuthMode::Development {
             if request.authentication.is_some() {
                 return Err(method_refused());
             }
-            return named(request).map(|user| self.identity(user, &[], None));
+            return named(request).map(|user| self.identity(user, client_id, &[], None));
         }
         if let Some(authentication) = request.authentication {
             let proof = self.prove(request.peer, authentication).await?;
-            return Ok(self.identity(proof.user, &proof.roles, Some(proof.expires_at)));
+            return Ok(self.identity(proof.user, client_id, &proof.roles, Some(proof.expires_at)));
         }
         let address = address(request.peer);
         if let (Some(name), None) = (&request.peer.certificate_name, request.password) {
-            return by_certificate(name, request.user_name).map(|user| self.identity(user, &[], None));
+            return by_certificate(name, request.user_name).map(|user| self.identity(user, client_id, &[], None));
         }
         let Some(password) = request.password else {
             return Err(refuse(
@@ -218,11 +219,11 @@ impl Auth {
                 let sentence = "the token is another user's than the user name";
                 return Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, sentence));
             }
-            return Ok(self.identity(proof.user, &proof.roles, Some(proof.expires_at)));
+            return Ok(self.identity(proof.user, client_id, &proof.roles, Some(proof.expires_at)));
         }
         let name = request.user_name.unwrap_or_default();
         let (user, roles) = self.check_password(address, name, password).await?;
-        Ok(self.identity(user, &roles, None))
+        Ok(self.identity(user, client_id, &roles, None))
     }
 
     /// The same user proves again who they are.
@@ -236,15 +237,15 @@ impl Auth {
         if *identity.user != *proof.user.as_str() {
             return Err(refuse(ConnectRefusalCode::NotAuthorized, "the token is another user's"));
         }
-        Ok(self.identity(proof.user, &proof.roles, Some(proof.expires_at)))
+        Ok(self.identity(proof.user, &identity.client_id, &proof.roles, Some(proof.expires_at)))
     }
 
-    fn identity(&self, user: UserId, roles: &[Role], expires_at: Option<Instant>) -> Identity {
+    fn identity(&self, user: UserId, client_id: &str, roles: &[Role], expires_at: Option<Instant>) -> Identity {
         let mut bits = roles.iter().fold(0, |bits, role| bits | role.bit());
         if self.observers.contains(&user) {
             bits |= Role::Observer.bit();
         }
-        Identity { user: user.as_arc(), roles: Roles(bits), expires_at }
+        Identity { user: user.as_arc(), client_id: client_id.into(), roles: Roles(bits), expires_at }
     }
 
     async fn prove(&self, peer: &Peer, authentication: &Authentication) -> Result<Proof, ConnectRefusal> {

@@ -52,6 +52,7 @@ macro_rules! for_each_log_case {
             a_device_without_a_session_moves_the_users_cursor_only
             a_session_without_a_cursor_gets_none
             sessions_are_replaced_and_removed
+            sessions_are_listed
             sessions_end
             client_ids_may_be_anything
             noted_changes_are_made_in_their_order
@@ -569,6 +570,29 @@ pub async fn sessions_are_replaced_and_removed(store: &impl Store) {
     assert_eq!(session(&log, &phone).await, Some(second));
 }
 
+pub async fn sessions_are_listed(store: &impl Store) {
+    let log = store.open().await;
+    let list = async |user: Option<&str>| {
+        let user = user.map(self::user);
+        let mut found = log.sessions(user.as_ref()).await.expect("a list");
+        found.sort_by_key(|(device, _)| device.to_string());
+        found.into_iter().map(|(device, record)| (device.to_string(), record.expiry_s)).collect::<Vec<_>>()
+    };
+    assert_eq!(list(None).await, []);
+    let with_expiry = |expiry_s| SessionRecord { expiry_s, ..a_session() };
+    for (user, client_id, expiry_s) in [("bob", "phone", 1), ("bob", "laptop", 2), ("bobby", "phone", 3), ("b", "", 4)]
+    {
+        log.put_session(&device(user, client_id), with_expiry(expiry_s)).await.expect("a session");
+    }
+    assert_eq!(list(Some("bob")).await, [("bob/laptop".to_owned(), 2), ("bob/phone".to_owned(), 1)]);
+    // What is only noted counts as well.
+    log.end_session(&device("bob", "phone"), 1_000, 5);
+    log.delete_session(&device("bob", "laptop")).await.expect("removed");
+    log.end_session(&device("b", ""), 1_000, 6);
+    assert_eq!(list(Some("bob")).await, [("bob/phone".to_owned(), 5)]);
+    assert_eq!(list(None).await, [("b/".to_owned(), 6), ("bob/phone".to_owned(), 5), ("bobby/phone".to_owned(), 3)]);
+}
+
 pub async fn sessions_end(store: &impl Store) {
     let log = store.open().await;
     let phone = device("bob", "phone");
@@ -1041,8 +1065,15 @@ fn a_session() -> SessionRecord {
                 qos: 1,
                 no_local: false,
                 retain_as_published: true,
+                identifier: Some(7),
             },
-            SubscriptionRecord { filter: "x/#".to_owned(), qos: 2, no_local: true, retain_as_published: false },
+            SubscriptionRecord {
+                filter: "x/#".to_owned(),
+                qos: 2,
+                no_local: true,
+                retain_as_published: false,
+                identifier: None,
+            },
         ],
         expiry_s: u32::MAX,
         ended_at_ms: None,

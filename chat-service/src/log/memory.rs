@@ -253,6 +253,13 @@ impl Log for MemoryLog {
         Ok(self.state.lock().records.sessions.get(device).cloned())
     }
 
+    async fn sessions(&self, user: Option<&UserId>) -> Result<Vec<(Device, SessionRecord)>, LogError> {
+        let state = self.state.lock();
+        let of_user = |(device, _): &(&Device, &SessionRecord)| user.is_none_or(|user| device.user == *user);
+        let found = state.records.sessions.iter().filter(of_user);
+        Ok(found.map(|(device, record)| (device.clone(), record.clone())).collect())
+    }
+
     async fn put_session(&self, device: &Device, record: SessionRecord) -> Result<(), LogError> {
         let mut state = self.state.lock();
         state.written.sessions.insert(device.clone(), record.clone());

@@ -269,6 +269,7 @@ pub struct SubscriptionRecord {
     pub qos: u8,
     pub no_local: bool,
     pub retain_as_published: bool,
+    pub identifier: Option<u32>,
 }
 
 /// What a user has on record about a peer: there from the conversation's first entry on, or from the first thing noted.
@@ -384,6 +385,12 @@ pub trait Log: Send + Sync + 'static {
 
     /// A device's session.
     fn session(&self, device: &Device) -> impl Future<Output = Result<Option<SessionRecord>, LogError>> + Send;
+
+    /// The sessions of a user, or of all users, in no order.
+    fn sessions(
+        &self,
+        user: Option<&UserId>,
+    ) -> impl Future<Output = Result<Vec<(Device, SessionRecord)>, LogError>> + Send;
 
     /// Writes a session; on disk when it returns. Its cursors replace the stored ones.
     fn put_session(&self, device: &Device, record: SessionRecord) -> impl Future<Output = Result<(), LogError>> + Send;

@@ -266,6 +266,12 @@ impl Log for RedbLog {
         self.shared.session(device)
     }
 
+    async fn sessions(&self, user: Option<&UserId>) -> Result<Vec<(Device, SessionRecord)>, LogError> {
+        let user = user.cloned();
+        let read = move |shared: &Shared| shared.sessions(user.as_ref());
+        self.shared.page("reading sessions".to_owned(), read).await
+    }
+
     async fn put_session(&self, device: &Device, record: SessionRecord) -> Result<(), LogError> {
         self.shared.queue.note(|notes| notes.replace(device.clone(), Some(record)));
         self.shared.sync(format!("writing the session of {device}")).await

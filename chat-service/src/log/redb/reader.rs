@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use ::redb::{OwnedAccessGuard, ReadOnlyTable, ReadTransaction, ReadableDatabase, ReadableTable};
 use chat_protocol::{ConversationId, Seq, UserId};
+use rustc_hash::FxHashMap;
 
 use super::super::{
     Account, ConversationHead, Delivered, Device, Entry, IdKey, LogError, Page, PeerRecord, Position, ReadLimit,
@@ -21,7 +22,8 @@ use super::notes::Notes;
 use super::record::{Broken, decode_head, decode_peer, decode_session};
 use super::row;
 use super::schema::{
-    DELIVERED, HEADS, HIDDEN, PEERS, ROWS, SEEN, SESSIONS, delivered_key, hidden_key, peer_key, peers_key, session_key,
+    DELIVERED, HEADS, HIDDEN, PEERS, ROWS, SEEN, SESSIONS, delivered_key, device_of, hidden_key, peer_key, peers_key,
+    session_key, sessions_key,
 };
 
 /// Up to so many point lookups (measured at 1 to 2 µs each) are done where the caller stands; moving to another thread costs
@@ -130,6 +132,34 @@ impl Shared {
             Ok(notes.into_iter().flatten().fold(stored, |session, note| note.apply(session)))
         };
         read().map_err(|error| failed(format!("reading the session of {device}"), &error))
+    }
+
+    pub(super) fn sessions(&self, user: Option<&UserId>) -> Result<Vec<(Device, SessionRecord)>, ReadError> {
+        let is_wanted = |device: &Device| user.is_none_or(|user| device.user == *user);
+        let noted_sessions = |notes: &Notes| {
+            let wanted = notes.sessions.iter().filter(|(device, _)| is_wanted(device));
+            wanted.map(|(device, note)| (device.clone(), note.clone())).collect::<Vec<_>>()
+        };
+        let database = self.database.read();
+        let database = database.as_ref().ok_or_else(|| self.closed())?;
+        let (noted, snapshot) = self.queue.noted(noted_sessions, || database.begin_read());
+        let begin = user.map(sessions_key).unwrap_or_default();
+        let mut sessions: FxHashMap<Device, Option<SessionRecord>> = FxHashMap::default();
+        for stored in snapshot?.open_table(SESSIONS)?.range::<&[u8]>(begin.as_slice()..)? {
+            let (key, record) = stored?;
+            if !key.value().starts_with(&begin) {
+                break;
+            }
+            let device = device_of(key.value());
+            let device = device.ok_or_else(|| Broken::at("sessions", key.value(), "it names no device"))?;
+            let record = decode_session(&device, record.value())?;
+            sessions.insert(device, Some(record));
+        }
+        for (device, note) in noted.into_iter().flatten() {
+            let session = sessions.entry(device).or_default();
+            *session = note.apply(session.take());
+        }
+        Ok(sessions.into_iter().filter_map(|(device, session)| Some((device, session?))).collect())
     }
 }
 

@@ -171,6 +171,7 @@ const HAS_EVERY_SENT: u64 = 16;
 
 const NO_LOCAL: u64 = 4;
 const RETAIN_AS_PUBLISHED: u64 = 8;
+const HAS_IDENTIFIER: u64 = 16;
 const QOS_MASK: u64 = 3;
 
 /// A session's record, ready to be stored under [`schema::session_key`].
@@ -198,7 +199,13 @@ pub(super) fn encode_session(key: &[u8], session: &SessionRecord) -> Vec<u8> {
         if subscription.retain_as_published {
             options |= RETAIN_AS_PUBLISHED;
         }
+        if subscription.identifier.is_some() {
+            options |= HAS_IDENTIFIER;
+        }
         put_number(&mut record, options);
+        if let Some(identifier) = subscription.identifier {
+            put_number(&mut record, u64::from(identifier));
+        }
         put_text(&mut record, &subscription.filter);
     }
     seal(key, &mut record);
@@ -225,11 +232,14 @@ pub(super) fn decode_session(device: &Device, record: &[u8]) -> Result<SessionRe
         let mut subscriptions = Vec::new();
         for _ in 0..count {
             let options = body.number()?;
+            let identifier = if options & HAS_IDENTIFIER == 0 { None } else { Some(body.number()?) };
+            let identifier = identifier.map(u32::try_from).transpose().map_err(|_| "an identifier that cannot be")?;
             subscriptions.push(SubscriptionRecord {
                 filter: body.text()?.to_owned(),
                 qos: u8::try_from(options & QOS_MASK).map_err(|_| "a QoS that cannot be")?,
                 no_local: options & NO_LOCAL != 0,
                 retain_as_published: options & RETAIN_AS_PUBLISHED != 0,
+                identifier,
             });
         }
         body.finish()?;
@@ -411,8 +421,15 @@ mod tests {
                     qos: 2,
                     no_local: false,
                     retain_as_published: true,
+                    identifier: Some(268_435_455),
                 },
-                SubscriptionRecord { filter: "#".to_owned(), qos: 1, no_local: true, retain_as_published: false },
+                SubscriptionRecord {
+                    filter: "#".to_owned(),
+                    qos: 1,
+                    no_local: true,
+                    retain_as_published: false,
+                    identifier: None,
+                },
             ],
             expiry_s: u32::MAX,
             ended_at_ms: Some(u64::MAX),

@@ -72,6 +72,17 @@ pub(super) fn session_key(device: &Device) -> Vec<u8> {
     key(&[device.user.as_str().as_bytes(), &[SEPARATOR]], device.client_id.as_bytes())
 }
 
+/// Begins the keys of all of a user's sessions.
+pub(super) fn sessions_key(user: &UserId) -> Vec<u8> {
+    key(&[user.as_str().as_bytes()], &[SEPARATOR])
+}
+
+/// The device that a session's key names.
+pub(super) fn device_of(session_key: &[u8]) -> Option<Device> {
+    let (user, client_id) = std::str::from_utf8(session_key).ok()?.split_once(char::from(SEPARATOR))?;
+    Some(Device { user: UserId::parse(user).ok()?, client_id: client_id.into() })
+}
+
 /// Begins the keys of all of a user's peers.
 pub(super) fn peers_key(user: &UserId) -> Vec<u8> {
     key(&[user.as_str().as_bytes()], &[SEPARATOR])
@@ -122,5 +133,7 @@ mod tests {
         ];
         let distinct: std::collections::BTreeSet<_> = keys.iter().collect();
         assert_eq!(distinct.len(), keys.len());
+        let device = Device { user: UserId::parse("al").unwrap(), client_id: "ice\0".into() };
+        assert_eq!(device_of(&session_key(&device)), Some(device));
     }
 }

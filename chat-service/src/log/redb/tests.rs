@@ -525,8 +525,13 @@ async fn a_full_disk_keeps_cursors_until_there_is_room() {
     log.put_session(&phone(), at(0)).await.unwrap();
     log.advance(advance(5));
     disk.leave_free(Some(0));
-    let filter =
-        SubscriptionRecord { filter: "x".repeat(100_000), qos: 0, no_local: false, retain_as_published: false };
+    let filter = SubscriptionRecord {
+        filter: "x".repeat(100_000),
+        qos: 0,
+        no_local: false,
+        retain_as_published: false,
+        identifier: None,
+    };
     let large = SessionRecord { subscriptions: vec![filter], ..at(0) };
     let laptop = Device { user: user("bob"), client_id: "laptop".into() };
     log.put_session(&laptop, large).await.unwrap_err();
@@ -656,6 +661,7 @@ async fn step<L: Log>(log: &L, step: &Step) -> String {
                 qos: 1,
                 no_local: true,
                 retain_as_published: false,
+                identifier: None,
             };
             let inbox = inbox.map(Position);
             let record = SessionRecord {
