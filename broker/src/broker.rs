@@ -3,7 +3,6 @@
 //! Two buses, two routers: one carries what the service announces on bound topics, the other the ordinary messages. Both end in the
 //! mailboxes of the connections that want them.
 
-use std::collections::HashSet;
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
@@ -13,64 +12,54 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures_util::FutureExt;
-use parking_lot::{Mutex, RwLock};
-use rustc_hash::FxHashMap;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::absent::{Absent, AbsentSession, DelayedWill, Due};
 use crate::bus::{Bus, BusCounters, BusError, BusMessage, BusOptions, BusSink};
+use crate::completion::Reply;
 use crate::connection;
+use crate::engine::Will;
 use crate::limits::Limits;
 use crate::live::LiveMessage;
-use crate::mailbox::{Mailbox, Ordinary};
+use crate::mailbox::{Mailbox, QueueBudget};
+use crate::ordinary::{Matched, Receiver, Subscriptions};
 use crate::registry::{ConnectionNumber, Registry};
-use crate::service::{Observation, Peer, Service, SessionKey};
-use crate::session::Resend;
+use crate::service::{
+    BoundPublish, Identity, Observation, Peer, PublishRoute, Refusal, RefusalCode, Service, ServiceError, SessionKey,
+    SessionRecord, StoredSession, SubscribeRoute, SubscriptionRecord,
+};
+use crate::session::{Queued, UnderWay};
+use crate::topics::filter;
 use crate::topics::message::{Message, MessageProperties};
-use crate::topics::retained::{Retained, RetainedFull};
-use crate::topics::trie::SubscriptionTrie;
+use crate::topics::retained::{Retained, RetainedFull, RetainedMessage};
 
 /// The one topic under which messages cross their router: rumqttd never forgets a topic it has seen, and clients choose some of theirs.
 const LIVE_BUS_TOPIC: &str = "chat";
 const ORDINARY_BUS_TOPIC: &str = "ordinary";
-/// Absent sessions whose packets under way are remembered; those of further ones come again under new packet identifiers.
+/// Absent sessions with neither subscriptions nor a will whose packets under way are remembered; those of further ones come again under
+/// new packet identifiers.
 const UNDER_WAY_SESSIONS_MAX: usize = 20_000;
-
-/// Packets that were under way when a session's connection ended.
-#[derive(Debug, Default)]
-pub(crate) struct UnderWay {
-    /// QoS 2 publishes of the client that got PUBREC and were not released: they must not be taken twice.
-    pub(crate) received: HashSet<u16>,
-    /// Deliveries that were not acknowledged.
-    pub(crate) resend: Vec<Resend>,
-}
-
-/// How one session subscribes to an ordinary filter.
-#[derive(Clone, Debug)]
-pub(crate) struct OrdinarySubscription {
-    pub(crate) qos: u8,
-    pub(crate) no_local: bool,
-    pub(crate) retain_as_published: bool,
-    pub(crate) mailbox: Arc<Mailbox>,
-}
-
-pub(crate) type OrdinaryTrie = SubscriptionTrie<u64, OrdinarySubscription>;
 
 /// What connections share.
 pub(crate) struct Shared<S> {
     pub(crate) service: Arc<S>,
     pub(crate) limits: Limits,
     pub(crate) registry: Registry,
-    pub(crate) ordinary: RwLock<OrdinaryTrie>,
+    pub(crate) subscriptions: Subscriptions,
     pub(crate) retained: Mutex<Retained>,
-    /// What absent sessions had under way. Kept in memory: after a restart a message may come again under another packet identifier.
-    pub(crate) under_way: Mutex<FxHashMap<SessionKey, UnderWay>>,
+    /// In memory: after a restart a message may come again under another packet identifier.
+    pub(crate) absent: Absent,
+    queue_budget: Arc<QueueBudget>,
     ordinary_bus: OnceBus,
     live_bus: OnceBus,
     next_connection: AtomicU64,
     tasks: TaskTracker,
     permits: Arc<Semaphore>,
+    stopping: CancellationToken,
     began: Instant,
 }
 
@@ -178,14 +167,16 @@ impl<S: Service> BusSink for LiveSink<S> {
 
 struct OrdinarySink<S> {
     shared: Arc<Shared<S>>,
-    matched: Vec<(u64, OrdinarySubscription)>,
+    matched: Matched,
 }
 
 impl<S: Service> BusSink for OrdinarySink<S> {
     fn messages(&mut self, batch: &mut Vec<BusMessage>) {
         for message in batch.drain(..) {
             match Message::decode(message.payload) {
-                Ok(message) => self.deliver(Arc::new(message)),
+                Ok(message) => {
+                    self.shared.subscriptions.deliver(&Arc::new(message), &*self.shared.service, &mut self.matched);
+                }
                 Err(error) => tracing::error!(%error, "a message on the ordinary bus was not ours"),
             }
         }
@@ -197,34 +188,6 @@ impl<S: Service> BusSink for OrdinarySink<S> {
     }
 }
 
-impl<S: Service> OrdinarySink<S> {
-    fn deliver(&mut self, message: Arc<Message>) {
-        let matched = &mut self.matched;
-        matched.clear();
-        self.shared.ordinary.read().matching(
-            &message.topic,
-            &mut |number: &u64, subscription: &OrdinarySubscription| {
-                if !(subscription.no_local && *number == message.publisher) {
-                    matched.push((*number, subscription.clone()));
-                }
-            },
-        );
-        // Overlapping filters of one session deliver once, at the highest QoS [MQTT-3.3.4-2].
-        matched.sort_unstable_by_key(|(number, subscription)| (*number, std::cmp::Reverse(subscription.qos)));
-        matched.dedup_by_key(|(number, _)| *number);
-        for (_, subscription) in matched.drain(..) {
-            let delivered = subscription.mailbox.push_ordinary(Ordinary {
-                qos: subscription.qos.min(message.qos),
-                retain: subscription.retain_as_published && message.retain,
-                message: Arc::clone(&message),
-            });
-            if !delivered {
-                self.shared.service.observe(Observation::QueueFull);
-            }
-        }
-    }
-}
-
 impl<S: Service> Broker<S> {
     /// Starts both buses. From then on `announcer` reaches this broker's connections.
     pub fn start(service: Arc<S>, announcer: &Announcer, limits: Limits) -> Result<Self, BusError> {
@@ -232,14 +195,16 @@ impl<S: Service> Broker<S> {
         let shared = Arc::new(Shared {
             service,
             registry: Registry::new(),
-            ordinary: RwLock::new(SubscriptionTrie::new()),
+            subscriptions: Subscriptions::default(),
             retained: Mutex::new(Retained::new(limits.retained_messages, limits.retained_bytes)),
-            under_way: Mutex::new(FxHashMap::default()),
+            absent: Absent::default(),
+            queue_budget: Arc::new(QueueBudget::new(limits.queues_bytes)),
             ordinary_bus: OnceBus::new(),
             live_bus: OnceBus::new(),
             next_connection: AtomicU64::new(1),
             tasks: TaskTracker::new(),
             permits,
+            stopping: CancellationToken::new(),
             began: Instant::now(),
             limits,
         });
@@ -259,6 +224,22 @@ impl<S: Service> Broker<S> {
             announce_to
         });
         Ok(Self { shared })
+    }
+
+    /// Takes up the sessions that the service has stored: messages wait for them from now on. Before clients are let in.
+    ///
+    /// # Errors
+    /// The service cannot tell them.
+    pub async fn resume_sessions(&self) -> Result<(), ServiceError> {
+        for StoredSession { identity, record, expires_in } in self.shared.service.stored_sessions().await? {
+            self.shared.park_stored(identity, record, expires_in);
+        }
+        let shared = Arc::clone(&self.shared);
+        self.shared.tasks.spawn(async move {
+            let stopping = shared.stopping.clone();
+            stopping.run_until_cancelled(shared.attend_absent()).await.unwrap_or(());
+        });
+        Ok(())
     }
 
     /// Serves one byte stream until it ends. Returns at once; the connection has a task of its own.
@@ -322,12 +303,16 @@ impl<S: Service> Broker<S> {
     /// There is no room for another retained message.
     pub fn publish(&self, topic: Arc<str>, payload: Bytes, retain: bool) -> Result<(), RetainedFull> {
         let properties = MessageProperties::default();
-        self.shared.publish_ordinary(Message { topic, payload, qos: 0, retain, publisher: 0, properties })
+        let message = Message { topic, payload, qos: 0, retain, publisher: 0, properties };
+        self.shared.publish_ordinary(message, None)
     }
 
     /// Rights have changed: every session is looked at again (see [`Service::recheck`]).
     pub fn rights_changed(&self) {
         self.shared.registry.recheck();
+        for (number, filters) in self.shared.absent.recheck(&*self.shared.service) {
+            self.shared.subscriptions.unsubscribe(filters.iter().map(String::as_str), number);
+        }
     }
 
     /// How both buses fare.
@@ -344,6 +329,7 @@ impl<S: Service> Broker<S> {
     /// Ends every connection (MQTT 5: DISCONNECT 0x8B), waits for them until the deadline, stops the buses.
     /// `false` if connections were still there at the deadline.
     pub async fn stop(&self, deadline: Duration) -> bool {
+        self.shared.stopping.cancel();
         self.shared.registry.close();
         self.shared.tasks.close();
         let drained = tokio::time::timeout(deadline, self.shared.tasks.wait()).await.is_ok();
@@ -374,10 +360,10 @@ impl<S: Service> Shared<S> {
         format!("auto-{:x}-{}", since_epoch.as_micros(), number.0).into()
     }
 
-    /// Retains and publishes an ordinary message.
-    pub(crate) fn publish_ordinary(&self, message: Message) -> Result<(), RetainedFull> {
+    /// Retains and publishes an ordinary message. `source`: who must have the right to publish it for as long as it is retained.
+    pub(crate) fn publish_ordinary(&self, message: Message, source: Option<Arc<Identity>>) -> Result<(), RetainedFull> {
         if message.retain {
-            self.retained.lock().set(Arc::new(message.clone()))?;
+            self.retained.lock().set(Arc::new(message.clone()), source, Instant::now())?;
         }
         if let Some(bus) = self.ordinary_bus.get() {
             bus.publish(vec![BusMessage { topic: Arc::from(ORDINARY_BUS_TOPIC), payload: message.encode() }]);
@@ -385,12 +371,161 @@ impl<S: Service> Shared<S> {
         Ok(())
     }
 
-    pub(crate) fn keep_under_way(&self, key: &SessionKey, under_way: UnderWay) {
-        let mut sessions = self.under_way.lock();
-        if under_way.received.is_empty() && under_way.resend.is_empty() {
-            sessions.remove(key);
-        } else if sessions.len() < UNDER_WAY_SESSIONS_MAX || sessions.contains_key(key) {
-            sessions.insert(key.clone(), under_way);
+    /// Whether the bus has room for another ordinary message: without it the message would be lost.
+    pub(crate) fn has_room_for(&self, message_bytes: usize) -> bool {
+        self.ordinary_bus.get().is_none_or(|bus| bus.has_room(message_bytes))
+    }
+
+    /// A session's connection has ended and the session goes on.
+    pub(crate) fn park(&self, key: SessionKey, session: AbsentSession) {
+        let only_under_way = session.subscriptions.is_empty() && session.will.is_none() && session.expires_at.is_none();
+        if !session.matters() || (only_under_way && self.absent.len() >= UNDER_WAY_SESSIONS_MAX) {
+            return;
         }
+        if let Some(replaced) = self.absent.put(key, session) {
+            tracing::error!("a session was without connection twice");
+            self.subscriptions.unsubscribe(replaced.filters(), replaced.number);
+        }
+    }
+
+    fn park_stored(&self, identity: Identity, record: SessionRecord, expires_in: Option<Duration>) {
+        let number = self.next_connection.fetch_add(1, Ordering::Relaxed);
+        let ordinary = |subscription: &SubscriptionRecord| {
+            let filter = filter::shared(&subscription.filter).map_or(&*subscription.filter, |shared| shared.filter);
+            let valid = filter::validate_topic_filter(&subscription.filter, self.limits.topic_levels).is_ok();
+            valid && matches!(self.service.route_subscribe(&identity, filter), SubscribeRoute::Ordinary)
+        };
+        let subscriptions: Vec<SubscriptionRecord> = record.subscriptions.into_iter().filter(ordinary).collect();
+        let key = SessionKey { user: Arc::clone(&identity.user), client_id: Arc::clone(&identity.client_id) };
+        let receiver = Receiver::new(Arc::new(self.mailbox()), Arc::new(identity), false);
+        let session = AbsentSession {
+            number,
+            receiver: Arc::clone(&receiver),
+            subscriptions,
+            under_way: UnderWay::default(),
+            will: None,
+            expires_at: expires_in.and_then(|left| Instant::now().checked_add(left)),
+        };
+        self.subscriptions.replace([], number, &session.subscriptions, number, &receiver);
+        self.park(key, session);
+    }
+
+    pub(crate) fn mailbox(&self) -> Mailbox {
+        Mailbox::new(self.limits.queue_messages, self.limits.queue_bytes, Arc::clone(&self.queue_budget))
+    }
+
+    /// Publishes wills when their delay is over, and ends sessions that expire.
+    async fn attend_absent(&self) {
+        loop {
+            match self.absent.due().await {
+                Due::Will(identity, will) => self.publish_will(&identity, will).await,
+                Due::Expired(key, session) => {
+                    self.end_absent(session).await;
+                    self.forget_expired(&key).await;
+                }
+            }
+        }
+    }
+
+    /// A session without a connection is over: its will is published now, and what waited for it as a member of a group goes to another.
+    pub(crate) async fn end_absent(&self, session: AbsentSession) {
+        self.subscriptions.unsubscribe(session.filters(), session.number);
+        let identity = session.receiver.identity();
+        let waited = session.receiver.mailbox.take_ordinary().into_iter().map(Queued::Ordinary);
+        self.give_to_others(session.under_way.queue.into_iter().chain(waited));
+        if let Some(DelayedWill { will, .. }) = session.will {
+            self.publish_will(&identity, will).await;
+        }
+    }
+
+    /// What a session was given as a member of a group, and has not acknowledged. Its subscriptions have to be gone.
+    pub(crate) fn give_to_others(&self, queued: impl Iterator<Item = Queued>) {
+        for queued in queued {
+            if let Queued::Ordinary(ordinary) | Queued::Again(ordinary, _) = queued
+                && let Some(group) = &ordinary.share
+                && ordinary.message.qos > 0
+            {
+                group.deliver(&ordinary.message, ordinary.since, &*self.service);
+            }
+        }
+    }
+
+    /// Removes an expired session from the store, unless its client is back.
+    async fn forget_expired(&self, key: &SessionKey) {
+        let number = ConnectionNumber(self.next_connection.fetch_add(1, Ordering::Relaxed));
+        let mailbox = Arc::new(self.mailbox());
+        // Whoever connects meanwhile waits until it is done.
+        if !self.registry.hold(key, number, &mailbox) {
+            return;
+        }
+        if let Err(error) = self.service.forget_expired(key).await {
+            tracing::warn!(%error, "an expired session could not be removed");
+        }
+        self.registry.let_go(key, number);
+        mailbox.settle();
+    }
+
+    /// Where a publish goes; wildcards, `$` topics and unreasonable names go nowhere.
+    pub(crate) fn route(&self, who: &Identity, topic: &str) -> Result<PublishRoute, Refusal> {
+        let refusal = |code, sentence: &str| Refusal { code, reason: self.service.reason(code, sentence) };
+        if let Err(error) = filter::validate_topic_name(topic, self.limits.topic_levels) {
+            return Err(refusal(RefusalCode::TopicNameInvalid, &error.to_string()));
+        }
+        if topic.starts_with('$') {
+            return Err(refusal(RefusalCode::NotAuthorized, "topics that begin with $ belong to the server"));
+        }
+        match self.service.route_publish(who, topic) {
+            PublishRoute::Refused(refusal) => Err(refusal),
+            route => Ok(route),
+        }
+    }
+
+    /// Publishes a will, if whose it is may still do so.
+    pub(crate) async fn publish_will(&self, identity: &Arc<Identity>, will: Will) {
+        match self.route(identity, &will.topic) {
+            Ok(PublishRoute::Bound) => {
+                let mut publishes = vec![BoundPublish {
+                    user: Arc::clone(&identity.user),
+                    roles: identity.roles,
+                    topic: will.topic,
+                    payload: will.payload,
+                    id_property: None,
+                    response_topic: None,
+                    correlation: Bytes::new(),
+                    can_answer: false,
+                    received_at: Instant::now(),
+                    reply: Reply::nobody(),
+                }];
+                while let Err(unsent) = self.service.submit(publishes) {
+                    publishes = unsent;
+                    self.service.ready().await;
+                }
+            }
+            Ok(_) => {
+                let message = Message {
+                    topic: will.topic.as_str().into(),
+                    payload: will.payload,
+                    qos: will.qos,
+                    retain: will.retain,
+                    publisher: 0,
+                    properties: will.properties,
+                };
+                if let Err(full) = self.publish_ordinary(message, Some(Arc::clone(identity))) {
+                    tracing::warn!(reason = %full, "a will was not published");
+                }
+            }
+            Err(refusal) => tracing::warn!(reason = %refusal.reason, "a will was not published"),
+        }
+    }
+
+    /// Retained messages that a filter matches and this receiver may see, if those who published them still may.
+    pub(crate) fn retained_for(&self, who: &Identity, filter: &str) -> Vec<RetainedMessage> {
+        let mut found = self.retained.lock().matching(filter, Instant::now());
+        found.retain(|retained| {
+            let topic = &retained.message.topic;
+            let may_stand = |source: &Arc<Identity>| self.service.may_stand(source, topic);
+            self.service.may_receive(who, topic) && retained.source.as_ref().is_none_or(may_stand)
+        });
+        found
     }
 }

@@ -313,6 +313,20 @@ impl Bus {
         }
     }
 
+    /// Whether a message of so many bytes is sure to be let in, if only a few others come at the same moment: half of the bounds are left to those.
+    pub fn has_room(&self, message_bytes: usize) -> bool {
+        let shared = &self.handle.shared;
+        let publisher = shared.publisher.lock();
+        if publisher.link.is_none() {
+            return false;
+        }
+        let messages = publisher.let_in_messages.saturating_sub(shared.read_messages.load(Ordering::Acquire));
+        let bytes = publisher.let_in_bytes.saturating_sub(shared.read_bytes.load(Ordering::Acquire));
+        let message_bytes = u64::try_from(message_bytes).unwrap_or(u64::MAX);
+        messages < shared.options.messages_under_way_max / 2
+            && (messages == 0 || bytes.saturating_add(message_bytes) <= shared.options.bytes_under_way_max() / 2)
+    }
+
     /// How long ago the last heartbeat came through. Grows while the sink is busy, too.
     pub fn heartbeat_age(&self) -> Duration {
         let shared = &self.handle.shared;

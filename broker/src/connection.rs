@@ -6,34 +6,33 @@
 //! for a client is bounded by its window and the mailbox, whatever waits for it.
 
 use std::cell::RefCell;
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
 use mqtt_protocol_core::mqtt::result_code::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Sleep;
 
-use crate::broker::{OrdinarySubscription, Shared, UnderWay};
+use crate::absent::{AbsentSession, DelayedWill};
+use crate::broker::Shared;
 use crate::completion::Reply;
-use crate::engine::{
-    Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Publish, UserProperties, Will,
-};
+use crate::engine::{Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Publish, UserProperties};
 use crate::mailbox::{Ending, LIVE_MESSAGES_MAX, Mail, Mailbox, Ordinary};
+use crate::ordinary::{OrdinarySubscription, Receiver};
 use crate::registry::ConnectionNumber;
 use crate::service::{
     Authentication, BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, Keeping, Observation,
     Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError,
     SessionKey, SubscribeRoute, Subscriber, SubscriptionRecord,
 };
-use crate::session::{Queued, Session, Slot, Subscribed, Subscription, Target};
+use crate::session::{LiveTopic, Queued, Session, Slot, Subscribed, Subscription, Target, UnderWay, Wanted};
 use crate::stream::{DurableStream, Ready};
 use crate::topics::filter;
-use crate::topics::message::Message;
+use crate::topics::message::{Expiry, Message};
 
 /// Bytes read at once, into one buffer a thread.
 const READ_BYTES: usize = 64 * 1024;
@@ -59,6 +58,8 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 const TAKEOVER_READ_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a connection that is gone waits to learn what became of what it was sent exactly once.
 const OUTCOME_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long publishes wait when the bus of ordinary messages is full.
+const BUS_RETRY: Duration = Duration::from_millis(2);
 /// How long a failed read of the log waits before the next.
 const READ_RETRY: Duration = Duration::from_millis(500);
 
@@ -92,6 +93,12 @@ enum End {
     Shutdown,
 }
 
+impl End {
+    fn publishes_will(self) -> bool {
+        matches!(self, Self::ClientWithWill | Self::Socket | Self::Closed)
+    }
+}
+
 struct Connection<S: Service, T> {
     shared: Arc<Shared<S>>,
     number: ConnectionNumber,
@@ -109,6 +116,8 @@ struct Connection<S: Service, T> {
     /// Token of the first in `pending`.
     first_token: u64,
     unsent: Vec<BoundPublish>,
+    /// Publishes that wait for room on the bus of ordinary messages, and those behind them.
+    held: VecDeque<Publish>,
     waiting: Option<Waiting>,
     reading: Option<(Arc<str>, Reading)>,
     page: Option<(Arc<str>, Result<Page, ServiceError>)>,
@@ -117,6 +126,9 @@ struct Connection<S: Service, T> {
     heard_at: Instant,
     deadline: Option<Instant>,
     retry_at: Option<Instant>,
+    bus_retry_at: Option<Instant>,
+    /// Rights have changed.
+    recheck: bool,
     timer: Pin<Box<Sleep>>,
     timer_at: Instant,
     /// The session's next connection is there, and waits until then for what this one has read and done.
@@ -138,7 +150,7 @@ where
     let deadline = now + shared.limits.connect_timeout;
     let mut connection = Connection {
         engine: Engine::new(shared.limits.packet_bytes, shared.limits.receive_maximum),
-        mailbox: Arc::new(Mailbox::new(shared.limits.queue_messages, shared.limits.queue_bytes)),
+        mailbox: Arc::new(shared.mailbox()),
         shared,
         number,
         io,
@@ -151,6 +163,7 @@ where
         pending: VecDeque::new(),
         first_token: 0,
         unsent: Vec::new(),
+        held: VecDeque::new(),
         waiting: None,
         reading: None,
         page: None,
@@ -158,6 +171,8 @@ where
         heard_at: now,
         deadline: Some(deadline),
         retry_at: None,
+        bus_retry_at: None,
+        recheck: false,
         timer: Box::pin(tokio::time::sleep_until(deadline.into())),
         timer_at: deadline,
         taken_over: None,
@@ -175,7 +190,7 @@ where
         bound: Vec::new(),
     };
     let end = connection.serve(&mut departure).await;
-    connection.depart(end).await;
+    connection.depart(end, &mut departure).await;
 }
 
 /// What has to be undone when a connection goes.
@@ -188,18 +203,22 @@ struct Departure<S: Service> {
     bound: Vec<Arc<str>>,
 }
 
+impl<S: Service> Departure<S> {
+    fn forget_ordinary(&mut self) {
+        if !self.ordinary.is_empty() {
+            let filters = std::mem::take(&mut self.ordinary);
+            self.shared.subscriptions.unsubscribe(filters.iter().map(String::as_str), self.number.0);
+        }
+    }
+}
+
 impl<S: Service> Drop for Departure<S> {
     fn drop(&mut self) {
         self.mailbox.settle();
         for topic in &self.bound {
             self.shared.registry.unsubscribe(topic, self.number);
         }
-        if !self.ordinary.is_empty() {
-            let mut trie = self.shared.ordinary.write();
-            for filter in &self.ordinary {
-                trie.remove(filter, &self.number.0);
-            }
-        }
+        self.forget_ordinary();
         if let Some(key) = &self.key {
             self.shared.registry.detach(key, self.number);
             self.shared.service.observe(Observation::Disconnected);
@@ -218,10 +237,14 @@ where
             std::future::poll_fn(|cx| self.poll_step(cx)).await;
             if self.end == Some(End::Socket) {
                 self.await_outcomes().await;
-                self.settle();
+                self.settle(End::Socket, departure);
                 return End::Socket;
             }
             self.take_page();
+            if std::mem::take(&mut self.recheck) {
+                self.look_at_rights(departure).await;
+            }
+            self.publish_held();
             self.handle_packets(departure).await;
             self.submit();
             self.answer_pending();
@@ -234,7 +257,7 @@ where
                 );
                 self.end = Some(End::Closed);
             }
-            if self.stopping && self.pending.is_empty() && self.unsent.is_empty() {
+            if self.stopping && self.pending.is_empty() && self.unsent.is_empty() && self.held.is_empty() {
                 self.engine.disconnect(DisconnectReasonCode::ServerShuttingDown, "the server is shutting down");
                 self.end.get_or_insert(End::Shutdown);
             }
@@ -247,7 +270,7 @@ where
             }
             if let Some(end) = self.end {
                 self.await_outcomes().await;
-                self.settle();
+                self.settle(end, departure);
                 self.write_last_bytes().await;
                 return end;
             }
@@ -304,6 +327,7 @@ where
 
     fn may_read(&self) -> bool {
         self.unsent.is_empty()
+            && self.held.is_empty()
             && self.packets.is_empty()
             && self.pending.len() < PENDING_READING_MAX
             && self.end.is_none()
@@ -409,7 +433,8 @@ where
             return;
         }
         let connect_by = if self.session.is_none() { self.deadline } else { None };
-        let next = [connect_by, silent_until, expires_at, self.retry_at, self.taken_over].into_iter().flatten().min();
+        let waits = [connect_by, silent_until, expires_at, self.retry_at, self.bus_retry_at, self.taken_over];
+        let next = waits.into_iter().flatten().min();
         match next {
             // Hearing from a client moves its deadline on: the timer is only set anew when it fires, or for something earlier.
             Some(next) if self.timer_at <= now || next < self.timer_at => {
@@ -429,7 +454,11 @@ where
         let silence_max = self.session.as_ref()?.silence_max?;
         // While we do not read, it cannot be heard.
         let takes_no_bytes = self.engine.out.len() - self.out_at >= OUT_READING_MAX;
-        if takes_no_bytes || !self.unsent.is_empty() || self.pending.len() >= PENDING_READING_MAX {
+        if takes_no_bytes
+            || !self.unsent.is_empty()
+            || !self.held.is_empty()
+            || self.pending.len() >= PENDING_READING_MAX
+        {
             return Some(Instant::now() + silence_max);
         }
         Some(self.heard_at + silence_max)
@@ -438,6 +467,7 @@ where
     // ---- mail ----------------------------------------------------------------------------------------------------------
 
     fn on_mail(&mut self, mail: Mail) {
+        self.recheck |= mail.recheck;
         for (token, outcome) in mail.outcomes {
             let index = token.checked_sub(self.first_token).and_then(|index| usize::try_from(index).ok());
             if let Some(pending) = index.and_then(|index| self.pending.get_mut(index)) {
@@ -463,8 +493,8 @@ where
                         }
                     }
                     Keeping::Live => {
-                        let Some(qos) = session.live_qos(message.bound_topic()) else { continue };
-                        let qos = if message.is_at_most_once() { 0 } else { qos };
+                        let Some(topic) = session.live_topic(message.bound_topic()) else { continue };
+                        let qos = if message.is_at_most_once() { 0 } else { topic.qos };
                         if session.queue.len() < LIVE_MESSAGES_MAX {
                             session.queue.push_back(Queued::Live(message, qos));
                         } else {
@@ -500,19 +530,28 @@ where
                 Incoming::Puback(packet_id) | Incoming::Pubcomp(packet_id) => {
                     advanced |= self.acknowledged(packet_id, &mut delivered);
                 }
-                Incoming::Pubrec(packet_id, true) => self.engine.pubrel(packet_id),
+                Incoming::Pubrec(packet_id, true) => {
+                    if let Some(session) = &mut self.session {
+                        session.released(packet_id);
+                    }
+                    self.engine.pubrel(packet_id);
+                }
                 Incoming::Pubrec(packet_id, false) => {
                     advanced |= self.acknowledged(packet_id, &mut delivered);
                 }
                 Incoming::Pubrel(packet_id) => self.engine.pubcomp(packet_id, true),
                 Incoming::Subscribe { packet_id, filters, identifier } => {
-                    if identifier {
-                        self.engine.disconnect(
-                            DisconnectReasonCode::SubscriptionIdentifiersNotSupported,
-                            "subscription identifiers are not supported",
-                        );
+                    let shared_without_own = |one: &Filter| one.no_local && filter::shared(&one.filter).is_some();
+                    if identifier == Some(0) {
+                        // [MQTT-3.8.2.1.2]
+                        self.engine
+                            .disconnect(DisconnectReasonCode::ProtocolError, "a subscription identifier is not 0");
+                    } else if filters.iter().any(shared_without_own) {
+                        // [MQTT-3.8.3-4]
+                        let sentence = "a shared subscription cannot be no-local";
+                        self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
                     } else {
-                        self.subscribe(packet_id, filters, departure).await;
+                        self.subscribe(packet_id, filters, identifier, departure).await;
                     }
                 }
                 Incoming::Unsubscribe { packet_id, filters } => self.unsubscribe(packet_id, &filters, departure).await,
@@ -521,7 +560,7 @@ where
                     self.disconnect(session_expiry_s).await;
                     self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
                 }
-                Incoming::Auth(authentication) => self.authenticate_again(&authentication).await,
+                Incoming::Auth(authentication) => self.authenticate_again(&authentication, departure).await,
             }
         }
         if advanced {
@@ -532,7 +571,7 @@ where
         }
     }
 
-    async fn authenticate_again(&mut self, authentication: &Authentication) {
+    async fn authenticate_again(&mut self, authentication: &Authentication, departure: &mut Departure<S>) {
         let Some(session) = &mut self.session else { return };
         match &session.authentication_method {
             Some(method) if *method == authentication.method => {}
@@ -550,8 +589,8 @@ where
         }
         match self.shared.service.authenticate_again(&self.peer, &session.identity, authentication).await {
             Ok(identity) => {
-                session.identity = identity;
                 self.engine.authenticated_again(&authentication.method);
+                self.take_identity(identity, departure).await;
             }
             Err(refusal) => {
                 tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused to authenticate again");
@@ -592,7 +631,7 @@ where
         };
         let identity = self.shared.service.connect(asked).await?;
         if let Some(will) = &connect.will
-            && let Err(refusal) = self.route(&identity, &will.topic)
+            && let Err(refusal) = self.shared.route(&identity, &will.topic)
         {
             return Err(refuse(
                 ConnectRefusalCode::NotAuthorized,
@@ -624,7 +663,8 @@ where
             refuse(ConnectRefusalCode::ServerUnavailable, "the session store cannot be read or written now")
         };
         let stored = self.shared.service.load_session(&key).await.map_err(unavailable)?;
-        let mut session = Session::new(key, identity, expiry_s, usize::from(window.max(1)));
+        let receiver = Receiver::new(Arc::clone(&self.mailbox), Arc::new(identity), true);
+        let mut session = Session::new(key, receiver, expiry_s, usize::from(window.max(1)));
         session.authentication_method = connect.authentication.map(|authentication| authentication.method);
         let stored_expiry_s = stored.as_ref().map(|record| record.expiry_s);
         if stored.is_some() && (connect.clean_start || expiry_s == 0) {
@@ -633,11 +673,10 @@ where
         }
         let resumed = stored.filter(|_| !connect.clean_start);
         let session_present = resumed.is_some();
-        let under_way = self.shared.under_way.lock().remove(&session.key);
-        if session_present && let Some(under_way) = under_way {
-            self.engine.restore_qos2_received(under_way.received);
-            session.resend = under_way.resend;
-            session.resend.retain(|one| self.engine.reserve(one.packet_id));
+        let mut absent = self.shared.absent.take(&session.key);
+        if !session_present && let Some(absent) = absent.take() {
+            // That session is over.
+            self.shared.end_absent(absent).await;
         }
         session.will = connect.will;
         let keep_alive = Duration::from_secs(u64::from(connect.keep_alive_s)) * 3 / 2;
@@ -646,18 +685,12 @@ where
 
         if let Some(record) = resumed {
             for subscription in record.subscriptions {
-                let to = match self.shared.service.route_subscribe(&session.identity, &subscription.filter) {
-                    SubscribeRoute::Bound(topics) => Subscribed::Bound(topics),
-                    SubscribeRoute::Ordinary => {
-                        self.insert_ordinary(&subscription, departure);
-                        Subscribed::Ordinary
-                    }
-                    // What was allowed once may not be any more.
-                    SubscribeRoute::Refused(_) => continue,
-                };
+                // What was allowed once may not be any more.
+                let Ok(to) = self.route_filter(&session.identity, &subscription.filter) else { continue };
                 session.subscriptions.push(Subscription { record: subscription, to });
             }
             self.session = Some(session);
+            self.take_up(absent, departure);
             self.apply_bound(&record.cursors, departure).await.map_err(unavailable)?;
         } else {
             self.session = Some(session);
@@ -672,7 +705,10 @@ where
             self.session.as_ref().filter(|_| assigned).map(|session| Arc::clone(&session.key.client_id));
         let expiry_told = (expiry_s != connect.session_expiry_s).then_some(expiry_s);
         let method = self.session.as_ref().and_then(|session| session.authentication_method.as_deref());
-        self.engine.accept(session_present, assigned_client_id.as_deref(), expiry_told, None, method);
+        let identity = self.session.as_ref().filter(|_| connect.request_response_information);
+        let response = identity.and_then(|session| self.shared.service.response_information(&session.identity));
+        let assigned_client_id = assigned_client_id.as_deref();
+        self.engine.accept(session_present, assigned_client_id, expiry_told, None, method, response.as_deref());
         self.deadline = None;
         self.timer_at = Instant::now();
         Ok(())
@@ -683,28 +719,49 @@ where
         Refusal { code, reason: self.shared.service.reason(code, sentence) }
     }
 
-    /// Where a publish goes; wildcards, `$` topics and unreasonable names go nowhere.
-    fn route(&self, who: &Identity, topic: &str) -> Result<PublishRoute, Refusal> {
-        if let Err(error) = filter::validate_topic_name(topic, self.shared.limits.topic_levels) {
-            return Err(self.refusal(RefusalCode::TopicNameInvalid, &error.to_string()));
+    /// Where a publish goes. Whoever answers to a response topic does so with rights of their own: it has to be one that the publisher may
+    /// listen to.
+    fn route(&self, who: &Identity, publish: &Publish) -> Result<PublishRoute, Refusal> {
+        let route = self.shared.route(who, &publish.topic)?;
+        if let (PublishRoute::Ordinary, Some(topic)) = (&route, &publish.properties.response_topic) {
+            filter::validate_topic_name(topic, self.shared.limits.topic_levels).map_err(|error| {
+                self.refusal(RefusalCode::TopicNameInvalid, &format!("the response topic: {error}"))
+            })?;
+            if let SubscribeRoute::Refused(refusal) = self.shared.service.route_subscribe(who, topic) {
+                return Err(refusal);
+            }
         }
-        if topic.starts_with('$') {
-            return Err(self.refusal(RefusalCode::NotAuthorized, "topics that begin with $ belong to the server"));
-        }
-        match self.shared.service.route_publish(who, topic) {
-            PublishRoute::Refused(refusal) => Err(refusal),
-            route => Ok(route),
+        Ok(route)
+    }
+
+    /// Publishes what had no room on the bus, as far as there is some now.
+    fn publish_held(&mut self) {
+        self.bus_retry_at = None;
+        while let Some(publish) = self.held.front() {
+            if !self.shared.has_room_for(publish.payload.len()) {
+                self.bus_retry_at = Some(Instant::now() + BUS_RETRY);
+                return;
+            }
+            if let Some(publish) = self.held.pop_front() {
+                self.publish_now(publish);
+            }
         }
     }
 
     fn publish(&mut self, publish: Publish) {
+        // One behind the other, whatever their topics are.
+        self.held.push_back(publish);
+        self.publish_held();
+    }
+
+    fn publish_now(&mut self, publish: Publish) {
         let Some(session) = &self.session else {
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
         let (user, roles) = (Arc::clone(&session.key.user), session.identity.roles);
         let received_at = Instant::now();
-        match self.route(&session.identity, &publish.topic) {
+        match self.route(&session.identity, &publish) {
             Ok(PublishRoute::Bound) => {
                 let reply = match publish.packet_id {
                     Some(packet_id) => {
@@ -740,7 +797,8 @@ where
                     publisher: self.number.0,
                     properties: publish.properties,
                 };
-                let outcome = match self.shared.publish_ordinary(message) {
+                let source = Some(Arc::clone(&session.identity));
+                let outcome = match self.shared.publish_ordinary(message, source) {
                     Ok(()) => PublishOutcome::Stored { subscribers: true, properties: Vec::new() },
                     Err(full) => {
                         let refusal = self.refusal(RefusalCode::QuotaExceeded, &full.to_string());
@@ -821,18 +879,24 @@ where
 
     // ---- subscriptions -------------------------------------------------------------------------------------------------
 
-    async fn subscribe(&mut self, packet_id: u16, filters: Vec<Filter>, departure: &mut Departure<S>) {
+    async fn subscribe(
+        &mut self,
+        packet_id: u16,
+        filters: Vec<Filter>,
+        identifier: Option<u32>,
+        departure: &mut Departure<S>,
+    ) {
         let Some(session) = &self.session else {
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
-        let who = session.identity.clone();
+        let who = Arc::clone(&session.identity);
         let mut granted = Vec::with_capacity(filters.len());
         let mut first_reason: Option<String> = None;
         let mut retained: Vec<Ordinary> = Vec::new();
         let mut changed = false;
         for wanted in filters {
-            match self.add_subscription(&who, wanted, &mut retained, &mut changed, departure) {
+            match self.add_subscription(&who, wanted, identifier, &mut retained, &mut changed, departure) {
                 Ok(qos) => granted.push(Granted::Qos(qos)),
                 Err(refusal) => {
                     self.shared.service.observe(Observation::Refused(refusal.code));
@@ -855,17 +919,15 @@ where
         &mut self,
         who: &Identity,
         wanted: Filter,
+        identifier: Option<u32>,
         retained: &mut Vec<Ordinary>,
         changed: &mut bool,
         departure: &mut Departure<S>,
     ) -> Result<u8, Refusal> {
-        if wanted.filter.starts_with("$share/") {
-            let code = RefusalCode::SharedSubscriptionsNotSupported;
-            return Err(self.refusal(code, "shared subscriptions are not supported"));
-        }
-        filter::validate_topic_filter(&wanted.filter, self.shared.limits.topic_levels)
-            .map_err(|error| self.refusal(RefusalCode::TopicFilterInvalid, &error.to_string()))?;
-        let route = self.shared.service.route_subscribe(who, &wanted.filter);
+        let shared = filter::validate_topic_filter(&wanted.filter, self.shared.limits.topic_levels)
+            .map_err(|error| self.refusal(RefusalCode::TopicFilterInvalid, &error.to_string()))?
+            .is_some();
+        let to = self.route_filter(who, &wanted.filter)?;
         let Some(session) = &mut self.session else { return Ok(0) };
         let existing = session.subscriptions.iter().position(|one| one.record.filter == wanted.filter);
         if existing.is_none() && session.subscriptions.len() >= self.shared.limits.subscriptions_per_session {
@@ -877,18 +939,13 @@ where
             qos: wanted.qos,
             no_local: wanted.no_local,
             retain_as_published: wanted.retain_as_published,
-            identifier: None,
-        };
-        let to = match route {
-            SubscribeRoute::Refused(refusal) => return Err(refusal),
-            SubscribeRoute::Bound(topics) => {
-                // The log makes QoS 1 exact by position; a second handshake would add nothing.
-                record.qos = record.qos.min(1);
-                Subscribed::Bound(topics)
-            }
-            SubscribeRoute::Ordinary => Subscribed::Ordinary,
+            identifier,
         };
         let ordinary = matches!(to, Subscribed::Ordinary);
+        if !ordinary {
+            // The log makes QoS 1 exact by position; a second handshake would add nothing.
+            record.qos = record.qos.min(1);
+        }
         let qos = record.qos;
         let subscription = Subscription { record: record.clone(), to };
         match existing {
@@ -908,28 +965,108 @@ where
                 1 => existing.is_none(),
                 _ => false,
             };
-            if send_retained {
-                retained.extend(
-                    self.shared.retained.lock().matching(&record.filter).into_iter().map(|message| Ordinary {
-                        qos: qos.min(message.qos),
-                        retain: true,
-                        message,
-                    }),
-                );
+            // Nobody in a group is sent what was there before [MQTT-4.8.2].
+            if send_retained && !shared {
+                let found = self.shared.retained_for(who, &record.filter).into_iter();
+                retained.extend(found.map(|found| Ordinary {
+                    qos: qos.min(found.message.qos),
+                    retain: true,
+                    identifiers: identifier.into_iter().collect(),
+                    since: found.since,
+                    share: None,
+                    message: found.message,
+                }));
             }
         }
         Ok(qos)
     }
 
+    /// What a valid filter subscribes to. A shared one is looked at as what is shared.
+    fn route_filter(&self, who: &Identity, subscribed: &str) -> Result<Subscribed, Refusal> {
+        let shared = filter::shared(subscribed);
+        match self.shared.service.route_subscribe(who, shared.map_or(subscribed, |shared| shared.filter)) {
+            SubscribeRoute::Refused(refusal) => Err(refusal),
+            SubscribeRoute::Bound(_) if shared.is_some() => {
+                let code = RefusalCode::SharedSubscriptionsNotSupported;
+                Err(self.refusal(code, "these topics have one reader, and are not shared"))
+            }
+            SubscribeRoute::Bound(topics) => Ok(Subscribed::Bound(topics)),
+            SubscribeRoute::Ordinary => Ok(Subscribed::Ordinary),
+        }
+    }
+
     fn insert_ordinary(&self, record: &SubscriptionRecord, departure: &mut Departure<S>) {
-        let subscription = OrdinarySubscription {
-            qos: record.qos,
-            no_local: record.no_local,
-            retain_as_published: record.retain_as_published,
-            mailbox: Arc::clone(&self.mailbox),
-        };
-        if self.shared.ordinary.write().insert(&record.filter, self.number.0, subscription).is_none() {
+        let Some(session) = &self.session else { return };
+        let subscription = OrdinarySubscription::new(record, &session.receiver);
+        if self.shared.subscriptions.subscribe(&record.filter, self.number.0, subscription) {
             departure.ordinary.push(record.filter.clone());
+        }
+    }
+
+    /// Goes on where the session's last connection ended: its ordinary subscriptions are this connection's now, and what waited comes first.
+    fn take_up(&mut self, absent: Option<AbsentSession>, departure: &mut Departure<S>) {
+        let Some(session) = &mut self.session else { return };
+        let records: Vec<&SubscriptionRecord> = session.ordinary().collect();
+        departure.ordinary.extend(records.iter().map(|record| record.filter.clone()));
+        let (old, filters) = match &absent {
+            Some(absent) => (absent.number, absent.filters().collect()),
+            None => (self.number.0, Vec::new()),
+        };
+        self.shared.subscriptions.replace(filters, old, records, self.number.0, &session.receiver);
+        let Some(AbsentSession { receiver, under_way, .. }) = absent else { return };
+        let UnderWay { received, resend, queue } = under_way;
+        self.engine.restore_qos2_received(received);
+        session.resend = resend;
+        session.resend.retain(|one| self.engine.reserve(one.packet_id));
+        session.queue = queue;
+        session.queue.retain(|queued| match queued {
+            Queued::Again(_, packet_id) | Queued::Release(packet_id) => self.engine.reserve(*packet_id),
+            Queued::Ordinary(_) | Queued::Live(..) => true,
+        });
+        session.queue.extend(receiver.mailbox.take_ordinary().into_iter().map(Queued::Ordinary));
+    }
+
+    /// Rights have changed: who is this now, and what may it still do?
+    async fn look_at_rights(&mut self, departure: &mut Departure<S>) {
+        let Some(session) = &mut self.session else { return };
+        match self.shared.service.recheck(&session.identity) {
+            Some(identity) => self.take_identity(identity, departure).await,
+            None => {
+                session.will = None;
+                self.engine
+                    .disconnect(DisconnectReasonCode::NotAuthorized, "you may not be here any more: log in again");
+            }
+        }
+    }
+
+    /// From now on it is this. Subscriptions that it may not have any more end, and the client is told.
+    async fn take_identity(&mut self, identity: Identity, departure: &mut Departure<S>) {
+        let Some(session) = &mut self.session else { return };
+        let identity = Arc::new(identity);
+        session.identity = Arc::clone(&identity);
+        session.receiver.set_identity(Arc::clone(&identity));
+        // Its expiry may be earlier or later than the timer is set for.
+        self.timer_at = Instant::now();
+        let subscriptions = std::mem::take(&mut session.subscriptions);
+        let mut kept = Vec::with_capacity(subscriptions.len());
+        let mut ended = Vec::new();
+        for Subscription { record, .. } in subscriptions {
+            match self.route_filter(&identity, &record.filter) {
+                Ok(to) => kept.push(Subscription { record, to }),
+                Err(refusal) => ended.push((record.filter, refusal)),
+            }
+        }
+        let Some(session) = &mut self.session else { return };
+        session.subscriptions = kept;
+        let is_ended = |filter: &String| ended.iter().any(|(other, _)| other == filter);
+        let ordinary: Vec<String> = departure.ordinary.extract_if(.., |filter| is_ended(filter)).collect();
+        self.shared.subscriptions.unsubscribe(ordinary.iter().map(String::as_str), self.number.0);
+        for (filter, refusal) in &ended {
+            self.shared.service.observe(Observation::Refused(refusal.code));
+            self.shared.service.refused(&identity.user, filter, refusal);
+        }
+        if let Err(error) = self.after_subscriptions(!ended.is_empty(), departure).await {
+            self.end_unavailable(&error);
         }
     }
 
@@ -945,7 +1082,7 @@ where
             let Some(at) = at else { continue };
             let removed = session.subscriptions.remove(at);
             if matches!(removed.to, Subscribed::Ordinary) {
-                self.shared.ordinary.write().remove(filter, &self.number.0);
+                self.shared.subscriptions.unsubscribe([filter.as_str()], self.number.0);
                 departure.ordinary.retain(|other| other != filter);
             }
         }
@@ -984,16 +1121,16 @@ where
         self.report_acknowledged();
         let Some(session) = &mut self.session else { return Ok(()) };
         let wanted = session.wanted();
-        session.slots.retain(|slot| wanted.iter().any(|(topic, _)| topic.name == slot.topic));
+        session.slots.retain(|slot| wanted.iter().any(|wanted| wanted.topic.name == slot.topic));
         session.live_topics.clear();
         departure.bound.retain(|name| {
-            let keep = wanted.iter().any(|(topic, _)| topic.name == *name);
+            let keep = wanted.iter().any(|wanted| wanted.topic.name == *name);
             if !keep {
                 self.shared.registry.unsubscribe(name, self.number);
             }
             keep
         });
-        for (topic, qos) in wanted {
+        for Wanted { topic, qos, identifiers } in wanted {
             if !departure.bound.contains(&topic.name) {
                 self.shared.registry.subscribe(&topic.name, self.number, &self.mailbox);
                 departure.bound.push(Arc::clone(&topic.name));
@@ -1003,7 +1140,7 @@ where
                 }
             }
             if topic.keeping == Keeping::Live {
-                session.live_topics.push((topic.name, qos));
+                session.live_topics.push(LiveTopic { name: topic.name, qos, identifiers });
             } else if session.is_new_stream(&topic) {
                 let stored = cursors.iter().find(|(name, _)| *name == topic.name).map(|(_, position)| *position);
                 let after = match stored {
@@ -1011,9 +1148,10 @@ where
                     None => self.shared.service.start(&session.key.user, &topic.name).await?,
                 };
                 let stream = DurableStream::new(after, self.shared.service.head());
-                session.slots.push(Slot { topic: topic.name, qos, stream });
+                session.slots.push(Slot { topic: topic.name, qos, identifiers, stream });
             } else if let Some(slot) = session.slot(&topic.name) {
                 slot.qos = qos;
+                slot.identifiers = identifiers;
             }
         }
         Ok(())
@@ -1073,7 +1211,8 @@ where
             let retain = slot.stream.is_backlog(position);
             let topic = Arc::clone(&slot.topic);
             let again = session.take_resend(&topic, position);
-            let sent = send_ready(&mut self.engine, &topic, &ready, slot_qos, retain, again);
+            let identifiers = &session.slots[index].identifiers;
+            let sent = send_ready(&mut self.engine, &topic, &ready, slot_qos, retain, again, identifiers);
             if let Ready::Live(message) = &ready
                 && message.received_us != 0
             {
@@ -1106,51 +1245,99 @@ where
                 break;
             }
         }
-        while self.engine.out.len() - self.out_at < OUT_DELIVERIES_MAX {
-            let qos = match session.queue.front() {
-                Some(Queued::Ordinary(ordinary)) => ordinary.qos,
-                Some(Queued::Live(_, qos)) => *qos,
-                None => break,
-            };
-            if qos > 0 && !session.has_room() {
-                break;
-            }
-            let Some(queued) = session.queue.pop_front() else { break };
-            let (sent, bytes) = match &queued {
-                Queued::Ordinary(ordinary) => {
-                    let sent = self.engine.publish(Outgoing {
-                        topic: &ordinary.message.topic,
-                        payload: &ordinary.message.payload,
-                        qos,
-                        retain: ordinary.retain,
-                        user_properties: UserProperties::None,
-                        properties: Some(&ordinary.message.properties),
-                        again: None,
-                    });
-                    (sent, ordinary.message.payload.len())
-                }
-                Queued::Live(message, _) => {
-                    let sent = self.engine.publish(Outgoing {
-                        topic: &message.topic,
-                        payload: &message.payload,
-                        qos,
-                        retain: message.is_retained(),
-                        user_properties: UserProperties::Live(message),
-                        properties: None,
-                        again: None,
-                    });
-                    (sent, message.payload.len())
-                }
-            };
-            if let Ok(Some(packet_id)) = sent {
-                session.sent(packet_id, Target::Queued, bytes);
-            }
-        }
+        self.deliver_queued();
+        let Some(session) = &mut self.session else { return };
         if session.queue.is_empty() {
             session.queue.shrink_to(0);
         }
         if self.engine.out.is_empty() && !self.unwritten.is_empty() {
             self.on_all_written();
+        }
+    }
+
+    /// Sends what waits in the session's own queue, as far as the client has room.
+    fn deliver_queued(&mut self) {
+        let Some(session) = &mut self.session else { return };
+        while self.engine.out.len() - self.out_at < OUT_DELIVERIES_MAX {
+            let needs_room = match session.queue.front() {
+                Some(Queued::Ordinary(ordinary)) => ordinary.qos > 0,
+                Some(Queued::Again(..) | Queued::Release(_)) => true,
+                Some(Queued::Live(_, qos)) => *qos > 0,
+                None => break,
+            };
+            if needs_room && !session.has_room() {
+                break;
+            }
+            let Some(queued) = session.queue.pop_front() else { break };
+            let (ordinary, again) = match queued {
+                Queued::Ordinary(ordinary) => (ordinary, None),
+                Queued::Again(ordinary, packet_id) => (ordinary, Some(packet_id)),
+                Queued::Release(packet_id) => {
+                    if !self.engine.release_again(packet_id) {
+                        session.queue.push_front(Queued::Release(packet_id));
+                        break;
+                    }
+                    session.sent(packet_id, Target::Released, 0);
+                    continue;
+                }
+                Queued::Live(message, qos) => {
+                    let topic = session.live_topic(message.bound_topic());
+                    let sent = self.engine.publish(Outgoing {
+                        topic: &message.topic,
+                        payload: &message.payload,
+                        qos,
+                        retain: message.is_retained(),
+                        user_properties: UserProperties::Live(&message),
+                        properties: None,
+                        expiry_s: None,
+                        identifiers: topic.map_or(&[], |topic| &topic.identifiers),
+                        again: None,
+                    });
+                    if let Ok(Some(packet_id)) = sent {
+                        session.sent(packet_id, Target::Live, message.payload.len());
+                    }
+                    continue;
+                }
+            };
+            let expiry_s = match ordinary.expiry(Instant::now()) {
+                Expiry::Never => None,
+                Expiry::Left(left_s) => Some(left_s),
+                // One that was sent before is under way, and is not taken back.
+                Expiry::Over if again.is_some() => Some(0),
+                Expiry::Over => continue,
+            };
+            // Rights may have changed since it was queued.
+            if !self.shared.service.may_receive(&session.identity, &ordinary.message.topic) {
+                if let Some(packet_id) = again {
+                    self.engine.release(packet_id);
+                }
+                continue;
+            }
+            let sent = self.engine.publish(Outgoing {
+                topic: &ordinary.message.topic,
+                payload: &ordinary.message.payload,
+                qos: ordinary.qos,
+                retain: ordinary.retain,
+                user_properties: UserProperties::None,
+                properties: Some(&ordinary.message.properties),
+                expiry_s,
+                identifiers: &ordinary.identifiers,
+                again,
+            });
+            match sent {
+                Ok(Some(packet_id)) => {
+                    let bytes = ordinary.message.payload.len();
+                    session.sent(packet_id, Target::Ordinary(ordinary), bytes);
+                }
+                Ok(None) | Err(NotSent::TooLarge) => {}
+                Err(NotSent::Closed) => {
+                    session.queue.push_front(match again {
+                        Some(packet_id) => Queued::Again(ordinary, packet_id),
+                        None => Queued::Ordinary(ordinary),
+                    });
+                    break;
+                }
+            }
         }
     }
 
@@ -1219,67 +1406,54 @@ where
     }
 
     /// Gives back what the session's next connection has to know. Nothing that takes time comes before it.
-    fn settle(&mut self) {
+    fn settle(&mut self, end: End, departure: &mut Departure<S>) {
         self.reading = None;
         let holds = self.holds_session();
         if let Some(session) = &mut self.session
             && session.is_persistent()
+            && holds
         {
-            let under_way = UnderWay { received: self.engine.qos2_received(), resend: session.unacknowledged() };
-            self.shared.keep_under_way(&session.key, under_way);
+            session.receiver.set_absent();
+            let now = Instant::now();
+            let expires_at = (session.expiry_s != u32::MAX)
+                .then(|| now.checked_add(Duration::from_secs(u64::from(session.expiry_s))))
+                .flatten();
+            let delayed = session.will.take_if(|will| end.publishes_will() && will.delay_s > 0);
+            let will = delayed.map(|will| {
+                let due = now.checked_add(Duration::from_secs(u64::from(will.delay_s)));
+                DelayedWill { will, due: due.unwrap_or(now) }
+            });
+            let absent = AbsentSession {
+                number: self.number.0,
+                receiver: Arc::clone(&session.receiver),
+                subscriptions: session.ordinary().cloned().collect(),
+                under_way: session.take_under_way(self.engine.qos2_received()),
+                will,
+                expires_at,
+            };
+            // They are the absent session's now.
+            departure.ordinary.clear();
+            self.shared.park(session.key.clone(), absent);
             // Before the next connection loads it.
-            if holds {
-                self.shared.service.session_ended(&session.key, session.expiry_s);
-            }
+            self.shared.service.session_ended(&session.key, session.expiry_s);
         }
         self.mailbox.settle();
     }
 
-    async fn depart(mut self, end: End) {
+    async fn depart(mut self, end: End, departure: &mut Departure<S>) {
         tracing::debug!(peer = %self.peer, ?end, "connection ended");
+        // Before its messages go to others: it is none of them.
+        departure.forget_ordinary();
         let Some(mut session) = self.session.take() else { return };
-        let wants_will = matches!(end, End::ClientWithWill | End::Socket | End::Closed);
-        if let Some(will) = session.will.take()
-            && wants_will
-        {
-            self.publish_will(&session.identity, will).await;
+        if !session.is_persistent() {
+            let waited = self.mailbox.take_ordinary().into_iter().map(Queued::Ordinary);
+            let under_way = session.take_under_way(HashSet::new());
+            self.shared.give_to_others(under_way.queue.into_iter().chain(waited));
         }
-    }
-
-    async fn publish_will(&mut self, identity: &Identity, will: Will) {
-        match self.route(identity, &will.topic) {
-            Ok(PublishRoute::Bound) => {
-                let mut publishes = vec![BoundPublish {
-                    user: Arc::clone(&identity.user),
-                    roles: identity.roles,
-                    topic: will.topic,
-                    payload: will.payload,
-                    id_property: None,
-                    response_topic: None,
-                    correlation: Bytes::new(),
-                    can_answer: false,
-                    received_at: Instant::now(),
-                    reply: Reply::nobody(),
-                }];
-                while let Err(unsent) = self.shared.service.submit(publishes) {
-                    publishes = unsent;
-                    self.shared.service.ready().await;
-                }
-            }
-            Ok(_) => {
-                let message = Message {
-                    topic: will.topic.as_str().into(),
-                    payload: will.payload,
-                    qos: will.qos,
-                    retain: will.retain,
-                    publisher: self.number.0,
-                    properties: will.properties,
-                };
-                if let Err(full) = self.shared.publish_ordinary(message) {
-                    tracing::warn!(reason = %full, "a will was not published");
-                }
-            }
-            Err(refusal) => tracing::warn!(reason = %refusal.reason, "a will was not published"),
+        if let Some(will) = session.will.take()
+            && end.publishes_will()
+        {
+            self.shared.publish_will(&session.identity, will).await;
         }
     }
 }
@@ -1291,6 +1465,7 @@ fn send_ready(
     qos: u8,
     retain: bool,
     again: Option<u16>,
+    identifiers: &[u32],
 ) -> Result<Option<u16>, NotSent> {
     match ready {
         Ready::Live(message) => engine.publish(Outgoing {
@@ -1300,6 +1475,8 @@ fn send_ready(
             retain,
             user_properties: UserProperties::Live(message),
             properties: None,
+            expiry_s: None,
+            identifiers,
             again,
         }),
         Ready::Stored(delivery) => engine.publish(Outgoing {
@@ -1309,6 +1486,8 @@ fn send_ready(
             retain,
             user_properties: UserProperties::Stored(&delivery.properties),
             properties: None,
+            expiry_s: None,
+            identifiers,
             again,
         }),
     }

@@ -11,8 +11,7 @@ use mqtt_protocol_core::mqtt::common::Cursor;
 use mqtt_protocol_core::mqtt::connection::{ConnectionOptions, Event};
 use mqtt_protocol_core::mqtt::packet::{
     CorrelationData, GenericPacketTrait, MaximumPacketSize, Packet, Property, Qos, ReasonString, ReceiveMaximum,
-    RetainHandling, SharedSubscriptionAvailable, SubscriptionIdentifierAvailable, TopicAliasMaximum, UserProperty,
-    v3_1_1, v5_0,
+    RetainHandling, SubscriptionIdentifier, TopicAlias, TopicAliasMaximum, UserProperty, v3_1_1, v5_0,
 };
 use mqtt_protocol_core::mqtt::result_code::{
     AuthReasonCode, ConnectReasonCode, ConnectReturnCode, DisconnectReasonCode, MqttError, PubackReasonCode,
@@ -27,6 +26,10 @@ use crate::topics::message::MessageProperties;
 
 /// Topic aliases that a client may set up. They save bytes, and each costs the server a topic name of memory.
 const TOPIC_ALIASES_MAX: u16 = 16;
+/// Topic aliases that we set up, if the client takes as many: the first topics that it is sent keep theirs.
+const TOPIC_ALIASES_SENT_MAX: u16 = 16;
+/// A shorter topic is not worth an alias, which takes three bytes.
+const ALIASED_TOPIC_BYTES_MIN: usize = 4;
 
 /// A will, as CONNECT carries it.
 #[derive(Debug, Clone)]
@@ -35,6 +38,8 @@ pub(crate) struct Will {
     pub(crate) payload: Bytes,
     pub(crate) qos: u8,
     pub(crate) retain: bool,
+    /// How long after its connection it is published, in seconds.
+    pub(crate) delay_s: u32,
     pub(crate) properties: MessageProperties,
 }
 
@@ -49,6 +54,7 @@ pub(crate) struct Connect {
     pub(crate) session_expiry_s: u32,
     /// `None` where the client names no window: MQTT 3.1.1, or the property is absent.
     pub(crate) receive_maximum: Option<u16>,
+    pub(crate) request_response_information: bool,
     pub(crate) will: Option<Will>,
     pub(crate) authentication: Option<Authentication>,
 }
@@ -87,7 +93,7 @@ pub(crate) enum Incoming {
     Subscribe {
         packet_id: u16,
         filters: Vec<Filter>,
-        identifier: bool,
+        identifier: Option<u32>,
     },
     Unsubscribe {
         packet_id: u16,
@@ -117,6 +123,10 @@ pub(crate) struct Outgoing<'a> {
     pub(crate) retain: bool,
     pub(crate) user_properties: UserProperties<'a>,
     pub(crate) properties: Option<&'a MessageProperties>,
+    /// What is left of the message's expiry interval, in seconds.
+    pub(crate) expiry_s: Option<u32>,
+    /// Of the subscriptions that it is for.
+    pub(crate) identifiers: &'a [u32],
     /// The packet identifier under which the session's last connection sent it: it is sent again as that, with DUP.
     pub(crate) again: Option<u16>,
 }
@@ -159,6 +169,9 @@ pub(crate) struct Engine {
     packet_bytes_max: u32,
     problem_information: bool,
     connected: bool,
+    /// Topics that have an alias towards the client: 1, 2, 3, …
+    aliases: Vec<Box<str>>,
+    aliases_max: usize,
 }
 
 /// CONNACK's return code in MQTT 3.1.1.
@@ -180,6 +193,8 @@ impl Engine {
             packet_bytes_max,
             problem_information: true,
             connected: false,
+            aliases: Vec::new(),
+            aliases_max: 0,
         }
     }
 
@@ -280,11 +295,13 @@ impl Engine {
                 password: p.password().map(<[u8]>::to_vec),
                 session_expiry_s: if p.clean_session() { 0 } else { u32::MAX },
                 receive_maximum: None,
+                request_response_information: false,
                 will: p.will_topic().map(|topic| Will {
                     topic: topic.to_owned(),
                     payload: Bytes::copy_from_slice(p.will_payload().unwrap_or_default()),
                     qos: qos_number(p.will_qos()),
                     retain: p.will_retain(),
+                    delay_s: 0,
                     properties: MessageProperties::default(),
                 }),
                 authentication: None,
@@ -292,6 +309,7 @@ impl Engine {
             Packet::V5_0Connect(p) => {
                 let mut session_expiry_s = 0;
                 let mut receive_maximum = None;
+                let mut request_response_information = false;
                 let mut authentication = Authentication::default();
                 let mut has_method = false;
                 for property in p.props() {
@@ -299,6 +317,10 @@ impl Engine {
                         Property::SessionExpiryInterval(value) => session_expiry_s = value.val(),
                         Property::ReceiveMaximum(value) => receive_maximum = Some(value.val()),
                         Property::RequestProblemInformation(value) => self.problem_information = value.val() != 0,
+                        Property::RequestResponseInformation(value) => request_response_information = value.val() != 0,
+                        Property::TopicAliasMaximum(value) => {
+                            self.aliases_max = usize::from(value.val().min(TOPIC_ALIASES_SENT_MAX));
+                        }
                         Property::AuthenticationMethod(method) => {
                             has_method = true;
                             authentication.method = method.val().to_owned();
@@ -315,11 +337,13 @@ impl Engine {
                     password: p.password().map(<[u8]>::to_vec),
                     session_expiry_s,
                     receive_maximum,
+                    request_response_information,
                     will: p.will_topic().map(|topic| Will {
                         topic: topic.to_owned(),
                         payload: Bytes::copy_from_slice(p.will_payload().unwrap_or_default()),
                         qos: qos_number(p.will_qos()),
                         retain: p.will_retain(),
+                        delay_s: will_delay_s(p.will_props()),
                         properties: message_properties(p.will_props()),
                     }),
                     authentication: has_method.then_some(authentication),
@@ -377,7 +401,7 @@ impl Engine {
                         retain_handling: 0,
                     })
                     .collect(),
-                identifier: false,
+                identifier: None,
             },
             Packet::V5_0Subscribe(p) => Incoming::Subscribe {
                 packet_id: p.packet_id(),
@@ -399,7 +423,10 @@ impl Engine {
                         }
                     })
                     .collect(),
-                identifier: p.props().iter().any(|property| matches!(property, Property::SubscriptionIdentifier(_))),
+                identifier: p.props().iter().find_map(|property| match property {
+                    Property::SubscriptionIdentifier(identifier) => Some(identifier.val()),
+                    _ => None,
+                }),
             },
             Packet::V3_1_1Unsubscribe(p) => Incoming::Unsubscribe {
                 packet_id: p.packet_id(),
@@ -462,6 +489,7 @@ impl Engine {
         session_expiry_s: Option<u32>,
         keep_alive_s: Option<u16>,
         authentication_method: Option<&str>,
+        response_information: Option<&str>,
     ) {
         self.connected = true;
         let sent = if self.is_v5() {
@@ -469,8 +497,6 @@ impl Engine {
             push(&mut properties, ReceiveMaximum::new(self.receive_maximum).map(Property::from));
             push(&mut properties, MaximumPacketSize::new(self.packet_bytes_max).map(Property::from));
             push(&mut properties, TopicAliasMaximum::new(TOPIC_ALIASES_MAX).map(Property::from));
-            push(&mut properties, SharedSubscriptionAvailable::new(0).map(Property::from));
-            push(&mut properties, SubscriptionIdentifierAvailable::new(0).map(Property::from));
             if let Some(client_id) = assigned_client_id {
                 push(&mut properties, mqtt::packet::AssignedClientIdentifier::new(client_id).map(Property::from));
             }
@@ -482,6 +508,9 @@ impl Engine {
             }
             if let Some(method) = authentication_method {
                 push(&mut properties, mqtt::packet::AuthenticationMethod::new(method).map(Property::from));
+            }
+            if let Some(information) = response_information {
+                push(&mut properties, mqtt::packet::ResponseInformation::new(information).map(Property::from));
             }
             v5_0::Connack::builder()
                 .session_present(session_present)
@@ -556,6 +585,13 @@ impl Engine {
         self.inner.register_packet_id(packet_id).is_ok()
     }
 
+    /// Lets a reserved packet identifier go.
+    pub(crate) fn release(&mut self, packet_id: u16) {
+        for event in self.inner.release_packet_id(packet_id) {
+            self.on_event(event);
+        }
+    }
+
     /// Sends a message; `Some` is the packet identifier of a QoS 1 or 2 message.
     pub(crate) fn publish(&mut self, message: Outgoing<'_>) -> Result<Option<u16>, NotSent> {
         let packet_id = match (message.qos, message.again) {
@@ -564,6 +600,8 @@ impl Engine {
             (_, None) => Some(self.inner.acquire_packet_id().map_err(|_| NotSent::Closed)?),
         };
         let dup = message.again.is_some() && message.qos > 0;
+        let mut topic = message.topic;
+        let mut new_alias = false;
         let built: Result<Packet, MqttError> = if self.is_v5() {
             let mut properties: Vec<Property> = Vec::with_capacity(4);
             match message.user_properties {
@@ -583,10 +621,20 @@ impl Engine {
                 }
             }
             if let Some(own) = message.properties {
-                push_message_properties(&mut properties, own);
+                push_message_properties(&mut properties, own, message.expiry_s);
+            }
+            for identifier in message.identifiers {
+                push(&mut properties, SubscriptionIdentifier::new(*identifier).map(Property::from));
+            }
+            if let Some((alias, known)) = self.alias(topic) {
+                push(&mut properties, TopicAlias::new(alias).map(Property::from));
+                new_alias = !known;
+                if known {
+                    topic = "";
+                }
             }
             v5_0::Publish::builder()
-                .topic_name(message.topic)
+                .topic_name(topic)
                 .and_then(|builder| {
                     let builder =
                         builder.qos(qos(message.qos)).dup(dup).retain(message.retain).payload(message.payload);
@@ -615,10 +663,11 @@ impl Engine {
         let sent = built.and_then(|packet| self.send(packet));
         if let Err(error) = sent {
             tracing::debug!(?error, topic = message.topic, "message not sent");
+            if new_alias {
+                self.aliases.pop();
+            }
             if let Some(id) = packet_id {
-                for event in self.inner.release_packet_id(id) {
-                    self.on_event(event);
-                }
+                self.release(id);
             }
             if error == MqttError::PacketTooLarge {
                 return Err(NotSent::TooLarge);
@@ -627,6 +676,54 @@ impl Engine {
             return Err(NotSent::Closed);
         }
         Ok(packet_id)
+    }
+
+    /// The alias of a topic, and whether the client knows it already; a new one if there is room.
+    fn alias(&mut self, topic: &str) -> Option<(u16, bool)> {
+        if self.aliases_max == 0 || topic.len() < ALIASED_TOPIC_BYTES_MIN {
+            return None;
+        }
+        let found = self.aliases.iter().position(|known| **known == *topic);
+        let at = match found {
+            Some(at) => at,
+            None if self.aliases.len() < self.aliases_max => {
+                self.aliases.push(topic.into());
+                self.aliases.len() - 1
+            }
+            None => return None,
+        };
+        Some((u16::try_from(at + 1).ok()?, found.is_some()))
+    }
+
+    /// Takes up a QoS 2 message that the session's last connection had sent and the client has (PUBREC): PUBREL is what it hears next.
+    /// The engine knows of no such beginning, so it is led there by a message and a PUBREC that cross no socket. `false` if the client's
+    /// receive maximum leaves no room now, or a packet of its own is under way. The packet identifier has to be reserved.
+    pub(crate) fn release_again(&mut self, packet_id: u16) -> bool {
+        if !self.framing.is_between_packets() {
+            return false;
+        }
+        let sent: Result<Packet, MqttError> = if self.is_v5() {
+            let builder =
+                v5_0::Publish::builder().topic_name("-").map(|b| b.qos(Qos::ExactlyOnce).packet_id(packet_id));
+            builder.and_then(|builder| builder.build()).map(Into::into)
+        } else {
+            let builder =
+                v3_1_1::Publish::builder().topic_name("-").map(|b| b.qos(Qos::ExactlyOnce).packet_id(packet_id));
+            builder.and_then(|builder| builder.build()).map(Into::into)
+        };
+        let Ok(packet) = sent else { return false };
+        let events = self.inner.send(packet);
+        if events.iter().any(|event| matches!(event, Event::NotifyError(_))) {
+            // It has let go of the packet identifier: keep it for the next try.
+            if self.inner.register_packet_id(packet_id).is_err() {
+                tracing::debug!(packet_id, "still in use");
+            }
+            return false;
+        }
+        let [high, low] = packet_id.to_be_bytes();
+        drop(self.inner.recv(&mut Cursor::new(&[0x50, 2, high, low][..])));
+        self.pubrel(packet_id);
+        true
     }
 
     /// PUBACK or PUBREC.
@@ -876,14 +973,22 @@ fn message_properties(properties: &[Property]) -> MessageProperties {
     message
 }
 
-fn push_message_properties(properties: &mut Vec<Property>, message: &MessageProperties) {
+fn will_delay_s(properties: &[Property]) -> u32 {
+    let delay_s = properties.iter().find_map(|property| match property {
+        Property::WillDelayInterval(delay) => Some(delay.val()),
+        _ => None,
+    });
+    delay_s.unwrap_or(0)
+}
+
+fn push_message_properties(properties: &mut Vec<Property>, message: &MessageProperties, expiry_s: Option<u32>) {
     use mqtt_protocol_core::mqtt::packet::{
         ContentType, CorrelationData, MessageExpiryInterval, PayloadFormat, PayloadFormatIndicator, ResponseTopic,
     };
     if message.payload_format_utf8 == Some(true) {
         push(properties, PayloadFormatIndicator::new(PayloadFormat::String).map(Property::from));
     }
-    if let Some(expiry) = message.message_expiry_interval_s {
+    if let Some(expiry) = expiry_s {
         push(properties, MessageExpiryInterval::new(expiry).map(Property::from));
     }
     if let Some(content_type) = &message.content_type {

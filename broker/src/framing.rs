@@ -38,6 +38,11 @@ impl Framing {
         Self { state: State::Header }
     }
 
+    /// Whether no packet is under way.
+    pub(crate) fn is_between_packets(&self) -> bool {
+        self.state == State::Header
+    }
+
     /// How many of these bytes belong to the packet that is under way, at least one of at least one.
     pub(crate) fn advance(&mut self, bytes: &[u8]) -> Result<usize, Malformed> {
         let mut taken = 0;

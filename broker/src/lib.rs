@@ -5,6 +5,7 @@
 //! `listener` and `websocket` accept, `connection` speaks MQTT (`engine`) for its `session`, the service stores, `bus` carries what is
 //! announced, `registry` finds who wants it, `mailbox` and `stream` bring it to the receiver.
 
+mod absent;
 mod broker;
 pub mod bus;
 pub mod completion;
@@ -15,6 +16,7 @@ mod limits;
 pub mod listener;
 pub mod live;
 mod mailbox;
+mod ordinary;
 mod registry;
 pub mod service;
 mod session;

@@ -25,6 +25,8 @@ pub struct Limits {
     pub queue_messages: usize,
     /// Bytes of them.
     pub queue_bytes: usize,
+    /// Bytes of ordinary messages that may wait for all clients together; further ones are dropped and counted.
+    pub queues_bytes: usize,
     /// Retained messages in all (PUBACK 0x97).
     pub retained_messages: usize,
     /// Bytes of them.
@@ -46,6 +48,7 @@ impl Default for Limits {
             session_expiry_max_s: u32::MAX,
             queue_messages: 1_000,
             queue_bytes: 4 * 1024 * 1024,
+            queues_bytes: 256 * 1024 * 1024,
             retained_messages: 100_000,
             retained_bytes: 256 * 1024 * 1024,
             idle_timeout: Duration::ZERO,

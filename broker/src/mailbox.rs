@@ -6,17 +6,18 @@
 
 use std::collections::VecDeque;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::task::{Context, Poll};
+use std::time::Instant;
 
-use bytes::Bytes;
 use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
 use crate::live::LiveMessage;
+use crate::ordinary::Group;
 use crate::service::PublishOutcome;
-use crate::topics::message::Message;
+use crate::topics::message::{Expiry, Message};
 
 /// Live messages that may wait here for a busy connection: more than a client can cause with what is read from it at once.
 pub(crate) const LIVE_MESSAGES_MAX: usize = 4_096;
@@ -38,6 +39,45 @@ pub(crate) struct Ordinary {
     pub(crate) message: Arc<Message>,
     pub(crate) qos: u8,
     pub(crate) retain: bool,
+    /// Of the subscriptions that it is for.
+    pub(crate) identifiers: Vec<u32>,
+    /// When it was published: its expiry interval counts from then.
+    pub(crate) since: Instant,
+    /// The group that it came by: should this session end, another member gets it.
+    pub(crate) share: Option<Arc<Group>>,
+}
+
+impl Ordinary {
+    pub(crate) fn expiry(&self, now: Instant) -> Expiry {
+        self.message.expiry(self.since, now)
+    }
+}
+
+/// What may wait in all mailboxes together.
+#[derive(Debug)]
+pub(crate) struct QueueBudget {
+    bytes: AtomicUsize,
+    bytes_max: usize,
+}
+
+impl QueueBudget {
+    pub(crate) fn new(bytes_max: usize) -> Self {
+        Self { bytes: AtomicUsize::new(0), bytes_max }
+    }
+
+    /// Bytes that wait now.
+    pub(crate) fn bytes(&self) -> usize {
+        self.bytes.load(Ordering::Relaxed)
+    }
+
+    fn take(&self, bytes: usize) -> bool {
+        let fits = |now: usize| now.checked_add(bytes).filter(|all| *all <= self.bytes_max);
+        self.bytes.fetch_update(Ordering::Relaxed, Ordering::Relaxed, fits).is_ok()
+    }
+
+    fn give_back(&self, bytes: usize) {
+        self.bytes.fetch_sub(bytes, Ordering::Relaxed);
+    }
 }
 
 /// Everything that waited.
@@ -72,17 +112,19 @@ pub(crate) struct Mailbox {
     waker: AtomicWaker,
     ordinary_messages_max: usize,
     ordinary_bytes_max: usize,
+    budget: Arc<QueueBudget>,
     settled: AtomicBool,
     on_settled: Notify,
 }
 
 impl Mailbox {
-    pub(crate) fn new(ordinary_messages_max: usize, ordinary_bytes_max: usize) -> Self {
+    pub(crate) fn new(ordinary_messages_max: usize, ordinary_bytes_max: usize, budget: Arc<QueueBudget>) -> Self {
         Self {
             mail: Mutex::new(Mail::default()),
             waker: AtomicWaker::new(),
             ordinary_messages_max,
             ordinary_bytes_max,
+            budget,
             settled: AtomicBool::new(false),
             on_settled: Notify::new(),
         }
@@ -120,9 +162,10 @@ impl Mailbox {
     pub(crate) fn push_ordinary(&self, ordinary: Ordinary) -> bool {
         {
             let mut mail = self.mail.lock();
-            let bytes = message_bytes(&ordinary.message.payload, &ordinary.message.topic);
+            let bytes = message_bytes(&ordinary.message);
             if mail.ordinary.len() >= self.ordinary_messages_max
                 || (mail.ordinary_bytes + bytes > self.ordinary_bytes_max && !mail.ordinary.is_empty())
+                || !self.budget.take(bytes)
             {
                 return false;
             }
@@ -161,12 +204,39 @@ impl Mailbox {
         }
     }
 
+    /// Takes the ordinary messages alone.
+    pub(crate) fn take_ordinary(&self) -> VecDeque<Ordinary> {
+        let mut mail = self.mail.lock();
+        self.budget.give_back(std::mem::take(&mut mail.ordinary_bytes));
+        std::mem::take(&mut mail.ordinary)
+    }
+
+    /// Drops ordinary messages that wait.
+    pub(crate) fn retain_ordinary(&self, keep: impl Fn(&Ordinary) -> bool) {
+        let mut mail = self.mail.lock();
+        let mail = &mut *mail;
+        let bytes = &mut mail.ordinary_bytes;
+        mail.ordinary.retain(|ordinary| {
+            let kept = keep(ordinary);
+            if !kept {
+                let freed = message_bytes(&ordinary.message);
+                *bytes -= freed;
+                self.budget.give_back(freed);
+            }
+            kept
+        });
+    }
+
     /// Takes what waits. Ordinary messages stay while the connection has no room for them (`take_ordinary` false): the queue is theirs.
     pub(crate) fn poll(&self, cx: &mut Context<'_>, take_ordinary: bool) -> Poll<Mail> {
         self.waker.register(cx.waker());
         let mut mail = self.mail.lock();
         if take_ordinary {
-            return if mail.is_empty() { Poll::Pending } else { Poll::Ready(std::mem::take(&mut *mail)) };
+            if mail.is_empty() {
+                return Poll::Pending;
+            }
+            self.budget.give_back(mail.ordinary_bytes);
+            return Poll::Ready(std::mem::take(&mut *mail));
         }
         let ordinary = std::mem::take(&mut mail.ordinary);
         let ordinary_bytes = mail.ordinary_bytes;
@@ -177,6 +247,12 @@ impl Mailbox {
     }
 }
 
-fn message_bytes(payload: &Bytes, topic: &str) -> usize {
-    payload.len() + topic.len() + 64
+impl Drop for Mailbox {
+    fn drop(&mut self) {
+        self.budget.give_back(self.mail.get_mut().ordinary_bytes);
+    }
+}
+
+fn message_bytes(message: &Message) -> usize {
+    message.payload.len() + message.topic.len() + message.properties.bytes() + 128
 }

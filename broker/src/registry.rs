@@ -95,6 +95,24 @@ impl Registry {
         own
     }
 
+    /// Holds a session that no connection has, without being one: whoever comes waits until [`Mailbox::settle`]. `false` if there is a connection.
+    pub(crate) fn hold(&self, key: &SessionKey, number: ConnectionNumber, mailbox: &Arc<Mailbox>) -> bool {
+        let mut sessions = self.sessions.lock();
+        if sessions.closed || sessions.holders.contains_key(key) {
+            return false;
+        }
+        sessions.holders.insert(key.clone(), Holder { number, mailbox: Arc::clone(mailbox) });
+        true
+    }
+
+    /// The end of [`Registry::hold`].
+    pub(crate) fn let_go(&self, key: &SessionKey, number: ConnectionNumber) {
+        let mut sessions = self.sessions.lock();
+        if sessions.holders.get(key).is_some_and(|holder| holder.number == number) {
+            sessions.holders.remove(key);
+        }
+    }
+
     pub(crate) fn is_connected(&self, user: &str) -> bool {
         self.sessions.lock().connections_by_user.contains_key(user)
     }
@@ -193,7 +211,7 @@ mod tests {
     }
 
     fn mailbox() -> Arc<Mailbox> {
-        Arc::new(Mailbox::new(10, 1000))
+        Arc::new(Mailbox::new(10, 1000, Arc::new(crate::mailbox::QueueBudget::new(1000))))
     }
 
     #[test]

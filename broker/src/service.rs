@@ -271,6 +271,17 @@ pub struct SessionRecord {
     pub cursors: Vec<(Arc<str>, Position)>,
 }
 
+/// A stored session whose client is not connected.
+#[derive(Clone, Debug)]
+pub struct StoredSession {
+    /// Whose it is, as far as that is known without a connection.
+    pub identity: Identity,
+    /// What is stored.
+    pub record: SessionRecord,
+    /// How long it has left; `None`: for ever.
+    pub expires_in: Option<Duration>,
+}
+
 /// A subscription of a stored session.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SubscriptionRecord {
@@ -351,6 +362,16 @@ pub trait Service: Send + Sync + 'static {
         true
     }
 
+    /// May a message that this client published stay retained under this topic, and be delivered?
+    fn may_stand(&self, who: &Identity, topic: &str) -> bool {
+        !matches!(self.route_publish(who, topic), PublishRoute::Refused(_))
+    }
+
+    /// The MQTT 5 response information, for a client that asks for it.
+    fn response_information(&self, _who: &Identity) -> Option<String> {
+        None
+    }
+
     /// Rights have changed: who is this now? `None` if nobody any more, who is disconnected then.
     fn recheck(&self, who: &Identity) -> Option<Identity> {
         Some(who.clone())
@@ -393,6 +414,14 @@ pub trait Service: Send + Sync + 'static {
         &self,
         session: &SessionKey,
     ) -> impl Future<Output = Result<Option<SessionRecord>, ServiceError>> + Send;
+
+    /// All stored sessions that have not expired. Asked once, before clients are let in.
+    fn stored_sessions(&self) -> impl Future<Output = Result<Vec<StoredSession>, ServiceError>> + Send {
+        std::future::ready(Ok(Vec::new()))
+    }
+
+    /// Removes a session if it has expired.
+    fn forget_expired(&self, session: &SessionKey) -> impl Future<Output = Result<(), ServiceError>> + Send;
 
     /// Stores subscriptions, expiry and cursors; on disk when it returns.
     fn save_session(

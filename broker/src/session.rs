@@ -2,13 +2,14 @@
 //!
 //! Pure bookkeeping; the connection does the talking. Invariant: a packet identifier in flight has exactly one target.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::Will;
 use crate::live::LiveMessage;
 use crate::mailbox::Ordinary;
+use crate::ordinary::Receiver;
 use crate::service::{BoundTopic, Identity, Keeping, Position, SessionKey, SessionRecord, SubscriptionRecord};
 use crate::stream::DurableStream;
 
@@ -30,20 +31,46 @@ pub(crate) struct Subscription {
 pub(crate) struct Slot {
     pub(crate) topic: Arc<str>,
     pub(crate) qos: u8,
+    /// Of the subscriptions that it is read for.
+    pub(crate) identifiers: Vec<u32>,
     pub(crate) stream: DurableStream,
+}
+
+/// A live bound topic that the session listens to.
+#[derive(Debug)]
+pub(crate) struct LiveTopic {
+    pub(crate) name: Arc<str>,
+    pub(crate) qos: u8,
+    pub(crate) identifiers: Vec<u32>,
+}
+
+/// A bound topic that the subscriptions ask for.
+#[derive(Debug)]
+pub(crate) struct Wanted {
+    pub(crate) topic: BoundTopic,
+    /// The highest of them.
+    pub(crate) qos: u8,
+    pub(crate) identifiers: Vec<u32>,
 }
 
 /// A message without a log, waiting for the window.
 #[derive(Debug)]
 pub(crate) enum Queued {
     Ordinary(Ordinary),
+    /// As before, under this packet identifier, because the session's last connection had sent it.
+    Again(Ordinary, u16),
+    /// The receiver has it, and is still to hear PUBREL.
+    Release(u16),
     Live(Arc<LiveMessage>, u8),
 }
 
 #[derive(Debug, Clone)]
 pub(crate) enum Target {
     Stream(Arc<str>, Position),
-    Queued,
+    Ordinary(Ordinary),
+    /// Its receiver has it (PUBREC): only PUBREL and PUBCOMP are left.
+    Released,
+    Live,
 }
 
 /// A message of a durable topic that was sent and not acknowledged when its connection ended.
@@ -52,6 +79,23 @@ pub(crate) struct Resend {
     pub(crate) topic: Arc<str>,
     pub(crate) position: Position,
     pub(crate) packet_id: u16,
+}
+
+/// What was under way when a session's connection ended.
+#[derive(Debug, Default)]
+pub(crate) struct UnderWay {
+    /// QoS 2 publishes of the client that got PUBREC and were not released: they must not be taken twice.
+    pub(crate) received: HashSet<u16>,
+    /// Deliveries from durable topics that were not acknowledged.
+    pub(crate) resend: Vec<Resend>,
+    /// Ordinary messages: those sent and not acknowledged first, then those that waited.
+    pub(crate) queue: VecDeque<Queued>,
+}
+
+impl UnderWay {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.received.is_empty() && self.resend.is_empty() && self.queue.is_empty()
+    }
 }
 
 #[derive(Debug)]
@@ -63,7 +107,9 @@ struct InFlight {
 
 pub(crate) struct Session {
     pub(crate) key: SessionKey,
-    pub(crate) identity: Identity,
+    pub(crate) identity: Arc<Identity>,
+    /// The session as ordinary messages see it.
+    pub(crate) receiver: Arc<Receiver>,
     /// What CONNECT agreed on, if it asked for extended authentication.
     pub(crate) authentication_method: Option<String>,
     pub(crate) expiry_s: u32,
@@ -71,7 +117,7 @@ pub(crate) struct Session {
     pub(crate) will: Option<Will>,
     pub(crate) subscriptions: Vec<Subscription>,
     pub(crate) slots: Vec<Slot>,
-    pub(crate) live_topics: Vec<(Arc<str>, u8)>,
+    pub(crate) live_topics: Vec<LiveTopic>,
     /// The last position that the bus has brought, on any durable topic.
     pub(crate) bus_seen: Position,
     pub(crate) queue: VecDeque<Queued>,
@@ -86,10 +132,11 @@ pub(crate) struct Session {
 const IN_FLIGHT_BYTES_MAX: usize = 256 * 1024;
 
 impl Session {
-    pub(crate) fn new(key: SessionKey, identity: Identity, expiry_s: u32, window: usize) -> Self {
+    pub(crate) fn new(key: SessionKey, receiver: Arc<Receiver>, expiry_s: u32, window: usize) -> Self {
         Self {
             key,
-            identity,
+            identity: receiver.identity(),
+            receiver,
             authentication_method: None,
             expiry_s,
             silence_max: None,
@@ -136,14 +183,31 @@ impl Session {
         Some(self.resend.swap_remove(at).packet_id)
     }
 
-    /// What the session's next connection has to send again.
-    pub(crate) fn unacknowledged(&mut self) -> Vec<Resend> {
+    /// The receiver has what this packet identifier carried. `false` if it carried nothing.
+    pub(crate) fn released(&mut self, packet_id: u16) -> bool {
+        let Some(sent) = self.in_flight.iter_mut().find(|sent| sent.packet_id == packet_id) else { return false };
+        sent.target = Target::Released;
+        true
+    }
+
+    /// Takes what the session's next connection has to know of deliveries. Live messages are for this connection alone, and QoS 0 waits for nobody.
+    pub(crate) fn take_under_way(&mut self, received: HashSet<u16>) -> UnderWay {
         let mut resend = std::mem::take(&mut self.resend);
-        resend.extend(self.in_flight.drain(..).filter_map(|sent| match sent.target {
-            Target::Stream(topic, position) => Some(Resend { topic, position, packet_id: sent.packet_id }),
-            Target::Queued => None,
+        let mut queue = VecDeque::new();
+        for InFlight { packet_id, target, .. } in self.in_flight.drain(..) {
+            match target {
+                Target::Stream(topic, position) => resend.push(Resend { topic, position, packet_id }),
+                Target::Ordinary(ordinary) => queue.push_back(Queued::Again(ordinary, packet_id)),
+                Target::Released => queue.push_back(Queued::Release(packet_id)),
+                Target::Live => {}
+            }
+        }
+        queue.extend(self.queue.drain(..).filter(|queued| match queued {
+            Queued::Ordinary(ordinary) => ordinary.qos > 0,
+            Queued::Again(..) | Queued::Release(_) => true,
+            Queued::Live(..) => false,
         }));
-        resend
+        UnderWay { received, resend, queue }
     }
 
     pub(crate) fn slot(&mut self, topic: &str) -> Option<&mut Slot> {
@@ -155,19 +219,26 @@ impl Session {
         next_slot(&mut self.slots, self.bus_seen)
     }
 
-    pub(crate) fn live_qos(&self, topic: &str) -> Option<u8> {
-        self.live_topics.iter().find(|(name, _)| **name == *topic).map(|(_, qos)| *qos)
+    pub(crate) fn live_topic(&self, topic: &str) -> Option<&LiveTopic> {
+        self.live_topics.iter().find(|live| *live.name == *topic)
     }
 
-    /// The bound topics that the subscriptions ask for together, each with its highest QoS.
-    pub(crate) fn wanted(&self) -> Vec<(BoundTopic, u8)> {
-        let mut wanted: Vec<(BoundTopic, u8)> = Vec::new();
-        for subscription in &self.subscriptions {
-            let Subscribed::Bound(topics) = &subscription.to else { continue };
+    /// The bound topics that the subscriptions ask for together.
+    pub(crate) fn wanted(&self) -> Vec<Wanted> {
+        let mut wanted: Vec<Wanted> = Vec::new();
+        for Subscription { record, to } in &self.subscriptions {
+            let Subscribed::Bound(topics) = to else { continue };
             for topic in topics {
-                match wanted.iter_mut().find(|(other, _)| other.name == topic.name) {
-                    Some((_, qos)) => *qos = subscription.record.qos.max(*qos),
-                    None => wanted.push((topic.clone(), subscription.record.qos)),
+                match wanted.iter_mut().find(|other| other.topic.name == topic.name) {
+                    Some(same) => {
+                        same.qos = record.qos.max(same.qos);
+                        same.identifiers.extend(record.identifier);
+                    }
+                    None => wanted.push(Wanted {
+                        topic: topic.clone(),
+                        qos: record.qos,
+                        identifiers: record.identifier.into_iter().collect(),
+                    }),
                 }
             }
         }
@@ -180,6 +251,11 @@ impl Session {
             expiry_s: self.expiry_s,
             cursors: self.slots.iter().map(|slot| (Arc::clone(&slot.topic), slot.stream.acknowledged())).collect(),
         }
+    }
+
+    /// The subscriptions to ordinary topics.
+    pub(crate) fn ordinary(&self) -> impl Iterator<Item = &SubscriptionRecord> {
+        self.subscriptions.iter().filter(|one| matches!(one.to, Subscribed::Ordinary)).map(|one| &one.record)
     }
 
     /// Whether a bound topic is durable and not yet read.
@@ -241,7 +317,7 @@ mod tests {
             let mut log = before;
             let mut wire: VecDeque<Option<u64>> = VecDeque::new();
             let mut slots: Vec<Slot> = ["inbox", "sent"]
-                .map(|topic| Slot { topic: topic.into(), qos: 1, stream: DurableStream::new(Position(0), Position(0)) })
+                .map(|topic| Slot { topic: topic.into(), qos: 1, identifiers: Vec::new(), stream: DurableStream::new(Position(0), Position(0)) })
                 .into();
             let mut bus_seen = Position(0);
             let mut read: Option<(usize, u64, usize)> = None;

@@ -151,6 +151,8 @@ impl Server {
         };
         let broker = starting.await.context("starting the buses")?.context("starting the buses")?;
 
+        broker.resume_sessions().await.context("taking up the sessions that are stored")?;
+
         let mqtt = bind("mqtt.listen", settings.mqtt.listen).await?;
         let http = bind("http.listen", settings.http.listen).await?;
         let mqtt_tls = bind_some("mqtt.tls_listen", settings.mqtt.tls_listen).await?;
@@ -374,6 +376,7 @@ fn broker_limits(settings: &Settings) -> broker::Limits {
         session_expiry_max_s: limits.session_expiry_max_s,
         queue_messages: limits.queue_messages,
         queue_bytes: limits.queue_bytes,
+        queues_bytes: limits.queues_bytes,
         retained_messages: limits.retained_messages,
         retained_bytes: limits.retained_bytes,
         idle_timeout: limits.idle_timeout,

@@ -11,7 +11,7 @@ use broker::completion::{Reply, complete};
 use broker::service::{
     Authentication, BoundPublish, BoundTopic, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Delivery, Identity,
     Keeping, Observation, Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service,
-    ServiceError, SessionKey, SessionRecord, SubscribeRoute, Subscriber, SubscriptionRecord,
+    ServiceError, SessionKey, SessionRecord, StoredSession, SubscribeRoute, Subscriber, SubscriptionRecord,
 };
 use chat_protocol::event::TypingState;
 use chat_protocol::request::RequestError;
@@ -300,6 +300,10 @@ impl<L: Log> Service for ChatService<L> {
         }
     }
 
+    fn response_information(&self, who: &Identity) -> Option<String> {
+        Some(Down::Res.topic(&UserId::parse(&who.user).ok()?))
+    }
+
     fn submit(&self, publishes: Vec<BoundPublish>) -> Result<(), Vec<BoundPublish>> {
         // A place first: once taken apart, publishes cannot be given back.
         let permit = match self.queue.try_reserve() {
@@ -410,26 +414,40 @@ impl<L: Log> Service for ChatService<L> {
             let alive = log::SessionRecord { ended_at_ms: None, ..record.clone() };
             self.log.put_session(&device, alive).await.map_err(service_error)?;
         }
-        let cursors = Side::ALL.into_iter().filter_map(|side| {
-            let position = record.cursors.of(side)?;
-            Some((durable_topic(side, &device.user).into(), Position(position.0)))
-        });
-        let cursors = cursors.collect();
-        Ok(Some(SessionRecord {
-            subscriptions: record
-                .subscriptions
-                .into_iter()
-                .map(|subscription| SubscriptionRecord {
-                    filter: subscription.filter,
-                    qos: subscription.qos,
-                    no_local: subscription.no_local,
-                    retain_as_published: subscription.retain_as_published,
-                    identifier: subscription.identifier,
-                })
-                .collect(),
-            expiry_s: record.expiry_s,
-            cursors,
-        }))
+        Ok(Some(session_record(&device.user, record)))
+    }
+
+    async fn stored_sessions(&self) -> Result<Vec<StoredSession>, ServiceError> {
+        let now_ms = now_ms();
+        let mut sessions = Vec::new();
+        for (device, record) in self.log.sessions(None).await.map_err(service_error)? {
+            if has_expired(&record, now_ms) {
+                self.log.delete_session(&device).await.map_err(service_error)?;
+                continue;
+            }
+            let ended_at_ms = record.ended_at_ms.unwrap_or(now_ms);
+            if record.ended_at_ms.is_none() && record.expiry_s != u32::MAX {
+                // Its connection ended with the process before this one.
+                self.log.end_session(&device, now_ms, record.expiry_s);
+            }
+            let expires_in = (record.expiry_s != u32::MAX).then(|| {
+                let at_ms = ended_at_ms.saturating_add(u64::from(record.expiry_s) * 1_000);
+                Duration::from_millis(at_ms.saturating_sub(now_ms))
+            });
+            let Some(identity) = self.auth.identity_of(&device.user, &device.client_id) else { continue };
+            sessions.push(StoredSession { identity, record: session_record(&device.user, record), expires_in });
+        }
+        Ok(sessions)
+    }
+
+    async fn forget_expired(&self, session: &SessionKey) -> Result<(), ServiceError> {
+        let device = Self::device(session)?;
+        match self.log.session(&device).await.map_err(service_error)? {
+            Some(record) if has_expired(&record, now_ms()) => {
+                self.log.delete_session(&device).await.map_err(service_error)
+            }
+            _ => Ok(()),
+        }
     }
 
     async fn save_session(&self, session: &SessionKey, record: SessionRecord) -> Result<(), ServiceError> {
@@ -515,6 +533,23 @@ impl<L: Log> Service for ChatService<L> {
             Observation::Panicked => self.metrics.refused("panic"),
         }
     }
+}
+
+/// A session as the edge knows it.
+fn session_record(user: &UserId, record: log::SessionRecord) -> SessionRecord {
+    let cursors = Side::ALL.into_iter().filter_map(|side| {
+        let position = record.cursors.of(side)?;
+        Some((durable_topic(side, user).into(), Position(position.0)))
+    });
+    let cursors = cursors.collect();
+    let subscriptions = record.subscriptions.into_iter().map(|subscription| SubscriptionRecord {
+        filter: subscription.filter,
+        qos: subscription.qos,
+        no_local: subscription.no_local,
+        retain_as_published: subscription.retain_as_published,
+        identifier: subscription.identifier,
+    });
+    SessionRecord { subscriptions: subscriptions.collect(), expiry_s: record.expiry_s, cursors }
 }
 
 /// The bound topic behind which a stream of the user's stands.

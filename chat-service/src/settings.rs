@@ -205,6 +205,8 @@ pub struct Limits {
     pub queue_messages: usize,
     #[serde(deserialize_with = "within::<_, _, 1, 1_073_741_824>")]
     pub queue_bytes: usize,
+    #[serde(deserialize_with = "within::<_, _, 1, 1_099_511_627_776>")]
+    pub queues_bytes: usize,
 }
 
 /// What chatd says about itself on stderr.
@@ -987,6 +989,7 @@ mod tests {
             ("session_expiry_max_s", "4294967296"),
             ("queue_messages", "0"),
             ("queue_bytes", "0"),
+            ("queues_bytes", "0"),
             ("packet_bytes", "268435456"),
         ] {
             let variable = format!("CHATD__LIMITS__{}", key.to_uppercase());

@@ -80,6 +80,12 @@ pub fn validate_topic_filter(filter: &str, levels_max: usize) -> Result<Option<S
     Ok(shared)
 }
 
+/// The parts of a valid filter that is shared.
+pub fn shared(filter: &str) -> Option<Shared<'_>> {
+    let (group, filter) = filter.strip_prefix(SHARE)?.strip_prefix('/')?.split_once('/')?;
+    Some(Shared { group, filter })
+}
+
 fn validate_string(topic: &str) -> Result<(), TopicError> {
     if topic.is_empty() {
         Err(TopicError::Empty)
@@ -164,6 +170,9 @@ mod tests {
     fn shared_filters() {
         assert_eq!(validate_topic_filter("$share/g/a/+/#", LEVELS), Ok(Some(Shared { group: "g", filter: "a/+/#" })));
         assert_eq!(validate_topic_filter("$share/g//", LEVELS), Ok(Some(Shared { group: "g", filter: "/" })));
+        for filter in ["$share/g/a/+/#", "$share/g//", "$shared/g/a", "a/b/c", "$SYS/a/b"] {
+            assert_eq!(Ok(shared(filter)), validate_topic_filter(filter, LEVELS), "{filter}");
+        }
         for bad in ["$share", "$share/", "$share/g", "$share/g/", "$share//a", "$share/+/a", "$share/g#/a"] {
             assert_eq!(validate_topic_filter(bad, LEVELS), Err(TopicError::MalformedShare), "{bad:?}");
         }

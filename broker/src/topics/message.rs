@@ -4,6 +4,7 @@
 //! allocating more than they could fill, because one day the bus is a network. Invariant: `decode(encode(m)) == m`.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::{BufMut, Bytes, BytesMut};
 
@@ -71,6 +72,17 @@ pub enum MessageError {
     Flags,
 }
 
+/// What is left of a message's expiry interval.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expiry {
+    /// It has none.
+    Never,
+    /// So many seconds.
+    Left(u32),
+    /// Nothing: it is not delivered any more [MQTT-3.3.2-5].
+    Over,
+}
+
 impl MessageProperties {
     /// Bytes of their content.
     pub fn bytes(&self) -> usize {
@@ -82,6 +94,17 @@ impl MessageProperties {
 }
 
 impl Message {
+    /// What is left now, if it was published at `since`.
+    pub fn expiry(&self, since: Instant, now: Instant) -> Expiry {
+        let Some(interval_s) = self.properties.message_expiry_interval_s else { return Expiry::Never };
+        let waited_s = now.saturating_duration_since(since).as_secs();
+        let left_s = u64::from(interval_s).saturating_sub(waited_s);
+        match u32::try_from(left_s) {
+            Ok(left_s) if left_s > 0 => Expiry::Left(left_s),
+            _ => Expiry::Over,
+        }
+    }
+
     /// Packs it: flags, publisher, topic, properties, then the payload to the end. QoS above 2 becomes 2.
     pub fn encode(&self) -> Bytes {
         let properties = &self.properties;

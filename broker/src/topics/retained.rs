@@ -1,13 +1,15 @@
 //! Retained messages: the last one of each topic, handed out in topic order.
 //!
-//! Bounded in number and bytes; what does not fit is refused and what stands there stays. Nothing expires here by itself.
+//! Bounded in number and bytes; what does not fit is refused and what stands there stays. What has expired is removed when it is come across.
 
 use std::collections::BTreeMap;
 use std::ops::Bound;
 use std::sync::Arc;
+use std::time::Instant;
 
 use super::filter;
-use super::message::Message;
+use super::message::{Expiry, Message};
+use crate::service::Identity;
 
 /// What one retained message costs beside its content, for the bound on bytes.
 const OVERHEAD_BYTES: usize = 256;
@@ -29,10 +31,21 @@ pub enum RetainedFull {
     },
 }
 
+/// A retained message.
+#[derive(Clone, Debug)]
+pub struct RetainedMessage {
+    /// As published.
+    pub message: Arc<Message>,
+    /// Who published it; `None`: the server.
+    pub source: Option<Arc<Identity>>,
+    /// When.
+    pub since: Instant,
+}
+
 /// The retained messages by topic.
 #[derive(Clone, Debug)]
 pub struct Retained {
-    messages: BTreeMap<Arc<str>, Arc<Message>>,
+    messages: BTreeMap<Arc<str>, RetainedMessage>,
     bytes: usize,
     messages_max: usize,
     bytes_max: usize,
@@ -61,14 +74,17 @@ impl Retained {
 
     /// Retains a message in place of its topic's last one, or clears the topic if the payload is empty [MQTT-3.3.1-6]. An error changes
     /// nothing.
-    pub fn set(&mut self, message: Arc<Message>) -> Result<(), RetainedFull> {
+    pub fn set(
+        &mut self,
+        message: Arc<Message>,
+        source: Option<Arc<Identity>>,
+        since: Instant,
+    ) -> Result<(), RetainedFull> {
         if message.payload.is_empty() {
-            if let Some(cleared) = self.messages.remove(&message.topic) {
-                self.bytes -= bytes(&cleared);
-            }
+            self.clear(&message.topic);
             return Ok(());
         }
-        let replaced = self.messages.get(&message.topic).map(|replaced| bytes(replaced));
+        let replaced = self.messages.get(&message.topic).map(|replaced| bytes(&replaced.message));
         if replaced.is_none() && self.messages.len() >= self.messages_max {
             return Err(RetainedFull::Messages { max: self.messages_max });
         }
@@ -77,15 +93,32 @@ impl Retained {
             return Err(RetainedFull::Bytes { max: self.bytes_max });
         }
         self.bytes = bytes;
-        self.messages.insert(Arc::clone(&message.topic), message);
+        self.messages.insert(Arc::clone(&message.topic), RetainedMessage { message, source, since });
         Ok(())
+    }
+
+    fn clear(&mut self, topic: &str) {
+        if let Some(cleared) = self.messages.remove(topic) {
+            self.bytes -= bytes(&cleared.message);
+        }
     }
 
     /// Those that a valid, unshared filter matches, in the byte order of their topics. Looks at the topics that begin like the filter does
     /// before its first wildcard.
-    pub fn matching(&self, filter: &str) -> Vec<Arc<Message>> {
+    pub fn matching(&mut self, filter: &str, now: Instant) -> Vec<RetainedMessage> {
+        let (expired, found): (Vec<_>, Vec<_>) = self
+            .all_matching(filter)
+            .into_iter()
+            .partition(|retained| retained.message.expiry(retained.since, now) == Expiry::Over);
+        for retained in expired {
+            self.clear(&retained.message.topic);
+        }
+        found
+    }
+
+    fn all_matching(&self, filter: &str) -> Vec<RetainedMessage> {
         let Some(wildcard) = filter.find(['+', '#']) else {
-            return self.messages.get(filter).map(Arc::clone).into_iter().collect();
+            return self.messages.get(filter).cloned().into_iter().collect();
         };
         // `a/#` matches `a` too, the one match that does not begin with `a/`.
         let parent = filter[wildcard..].starts_with('#').then(|| filter[..wildcard].strip_suffix('/')).flatten();
@@ -96,7 +129,7 @@ impl Retained {
             .take_while(|(topic, _)| topic.starts_with(prefix))
             .filter(|(topic, _)| filter::matches(filter, topic))
             .map(|(_, message)| message);
-        parent.and_then(|parent| self.messages.get(parent)).into_iter().chain(below).map(Arc::clone).collect()
+        parent.and_then(|parent| self.messages.get(parent)).into_iter().chain(below).cloned().collect()
     }
 }
 
@@ -106,6 +139,8 @@ fn bytes(message: &Message) -> usize {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use bytes::Bytes;
     use proptest::prelude::*;
 
@@ -123,19 +158,39 @@ mod tests {
         })
     }
 
-    fn topics(retained: &Retained, filter: &str) -> Vec<String> {
-        retained.matching(filter).iter().map(|message| message.topic.to_string()).collect()
+    fn topics(retained: &mut Retained, filter: &str) -> Vec<String> {
+        retained.matching(filter, Instant::now()).iter().map(|found| found.message.topic.to_string()).collect()
+    }
+
+    fn set(retained: &mut Retained, message: Arc<Message>) -> Result<(), RetainedFull> {
+        retained.set(message, None, Instant::now())
+    }
+
+    fn found(retained: &mut Retained, filter: &str) -> Vec<Arc<Message>> {
+        retained.matching(filter, Instant::now()).into_iter().map(|found| found.message).collect()
+    }
+
+    #[test]
+    fn what_has_expired_is_gone() {
+        let (mut retained, begin) = (Retained::new(10, 10_000), Instant::now());
+        let properties = MessageProperties { message_expiry_interval_s: Some(5), ..MessageProperties::default() };
+        let expiring = Arc::new(Message { properties, ..(*message("a", "x")).clone() });
+        assert_eq!(retained.set(expiring, None, begin), Ok(()));
+        assert_eq!(set(&mut retained, message("b", "x")), Ok(()));
+        assert_eq!(retained.matching("#", begin + Duration::from_millis(4_999)).len(), 2);
+        assert_eq!(retained.matching("#", begin + Duration::from_secs(5)).len(), 1);
+        assert_eq!((retained.len(), retained.bytes()), (1, OVERHEAD_BYTES + 2));
     }
 
     #[test]
     fn the_last_one_stands_until_it_is_cleared() {
         let mut retained = Retained::new(10, 10_000);
-        assert_eq!(retained.set(message("a", "1")), Ok(()));
-        assert_eq!(retained.set(message("a", "22")), Ok(()));
-        assert_eq!(retained.matching("a"), [message("a", "22")]);
+        assert_eq!(set(&mut retained, message("a", "1")), Ok(()));
+        assert_eq!(set(&mut retained, message("a", "22")), Ok(()));
+        assert_eq!(found(&mut retained, "a"), [message("a", "22")]);
         assert_eq!(retained.bytes(), OVERHEAD_BYTES + 3);
-        assert_eq!(retained.set(message("a", "")), Ok(()));
-        assert_eq!(retained.set(message("a", "")), Ok(()));
+        assert_eq!(set(&mut retained, message("a", "")), Ok(()));
+        assert_eq!(set(&mut retained, message("a", "")), Ok(()));
         assert_eq!((retained.len(), retained.bytes()), (0, 0));
         assert!(retained.is_empty());
     }
@@ -144,29 +199,32 @@ mod tests {
     fn they_come_in_the_order_of_their_topics() {
         let mut retained = Retained::new(100, 100_000);
         for topic in ["b", "a/b/c", "a", "a!", "a/", "a/b", "ab", "$a/b", "ä/b", "/"] {
-            assert_eq!(retained.set(message(topic, "x")), Ok(()));
+            assert_eq!(set(&mut retained, message(topic, "x")), Ok(()));
         }
-        assert_eq!(topics(&retained, "#"), ["/", "a", "a!", "a/", "a/b", "a/b/c", "ab", "b", "ä/b"]);
-        assert_eq!(topics(&retained, "a/#"), ["a", "a/", "a/b", "a/b/c"]);
-        assert_eq!(topics(&retained, "+/b"), ["a/b", "ä/b"]);
-        assert_eq!(topics(&retained, "ä/+"), ["ä/b"]);
-        assert_eq!(topics(&retained, "+/+/#"), ["/", "a/", "a/b", "a/b/c", "ä/b"]);
-        assert_eq!(topics(&retained, "$a/#"), ["$a/b"]);
-        assert_eq!(topics(&retained, "/#"), ["/"]);
-        assert_eq!(topics(&retained, "missing"), [""; 0]);
+        assert_eq!(topics(&mut retained, "#"), ["/", "a", "a!", "a/", "a/b", "a/b/c", "ab", "b", "ä/b"]);
+        assert_eq!(topics(&mut retained, "a/#"), ["a", "a/", "a/b", "a/b/c"]);
+        assert_eq!(topics(&mut retained, "+/b"), ["a/b", "ä/b"]);
+        assert_eq!(topics(&mut retained, "ä/+"), ["ä/b"]);
+        assert_eq!(topics(&mut retained, "+/+/#"), ["/", "a/", "a/b", "a/b/c", "ä/b"]);
+        assert_eq!(topics(&mut retained, "$a/#"), ["$a/b"]);
+        assert_eq!(topics(&mut retained, "/#"), ["/"]);
+        assert_eq!(topics(&mut retained, "missing"), [""; 0]);
     }
 
     #[test]
     fn a_full_store_refuses_what_is_new_and_keeps_what_it_has() {
         let mut retained = Retained::new(2, 2 * OVERHEAD_BYTES + 10);
-        assert_eq!(retained.set(message("a", "1")), Ok(()));
-        assert_eq!(retained.set(message("b", "1")), Ok(()));
-        assert_eq!(retained.set(message("c", "1")), Err(RetainedFull::Messages { max: 2 }));
-        assert_eq!(retained.set(message("b", "1234567890")), Err(RetainedFull::Bytes { max: 2 * OVERHEAD_BYTES + 10 }));
-        assert_eq!(retained.matching("b"), [message("b", "1")]);
-        assert_eq!(retained.set(message("b", "1234567")), Ok(()));
-        assert_eq!(retained.set(message("a", "")), Ok(()));
-        assert_eq!(retained.set(message("c", "1")), Ok(()));
+        assert_eq!(set(&mut retained, message("a", "1")), Ok(()));
+        assert_eq!(set(&mut retained, message("b", "1")), Ok(()));
+        assert_eq!(set(&mut retained, message("c", "1")), Err(RetainedFull::Messages { max: 2 }));
+        assert_eq!(
+            set(&mut retained, message("b", "1234567890")),
+            Err(RetainedFull::Bytes { max: 2 * OVERHEAD_BYTES + 10 })
+        );
+        assert_eq!(found(&mut retained, "b"), [message("b", "1")]);
+        assert_eq!(set(&mut retained, message("b", "1234567")), Ok(()));
+        assert_eq!(set(&mut retained, message("a", "")), Ok(()));
+        assert_eq!(set(&mut retained, message("c", "1")), Ok(()));
     }
 
     proptest! {
@@ -177,10 +235,10 @@ mod tests {
         ) {
             let mut retained = Retained::new(100, 100_000);
             for name in &names {
-                prop_assert_eq!(retained.set(message(name, "x")), Ok(()));
+                prop_assert_eq!(set(&mut retained, message(name, "x")), Ok(()));
             }
             let expected: Vec<String> = names.into_iter().filter(|name| filter::matches(&filter, name)).collect();
-            prop_assert_eq!(topics(&retained, &filter), expected);
+            prop_assert_eq!(topics(&mut retained, &filter), expected);
         }
     }
 }

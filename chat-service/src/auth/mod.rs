@@ -248,6 +248,16 @@ impl Auth {
         Identity { user: user.as_arc(), client_id: client_id.into(), roles: Roles(bits), expires_at }
     }
 
+    /// Who a device is while it is not connected, as far as that is known; `None` if its user is certain not to exist.
+    pub fn identity_of(&self, user: &UserId, client_id: &str) -> Option<Identity> {
+        if !self.may_exist(user) {
+            return None;
+        }
+        let files = self.files();
+        let roles = files.passwords.as_ref().and_then(|passwords| passwords.get(user)).map(|user| user.roles.clone());
+        Some(self.identity(user.clone(), client_id, &roles.unwrap_or_default(), None))
+    }
+
     async fn prove(&self, peer: &Peer, authentication: &Authentication) -> Result<Proof, ConnectRefusal> {
         if authentication.method != TOKEN_METHOD || self.files().tokens.is_none() {
             return Err(method_refused());

@@ -1,0 +1,266 @@
+//! Who gets an ordinary message: subscriptions by filter, groups that share one, and what a receiver may see.
+//!
+//! A message is handed out while the subscriptions are held still, so a session that moves from one connection to the next misses nothing
+//! and gets nothing twice. Whether a receiver may see a topic is asked for each message: filters may match more than that.
+
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use parking_lot::{Mutex, RwLock};
+use rustc_hash::FxHashMap;
+
+use crate::mailbox::{Mailbox, Ordinary};
+use crate::service::{Identity, Observation, Service, SubscriptionRecord};
+use crate::topics::filter;
+use crate::topics::message::Message;
+use crate::topics::trie::SubscriptionTrie;
+
+/// A session as ordinary messages see it, with a connection or without.
+#[derive(Debug)]
+pub(crate) struct Receiver {
+    pub(crate) mailbox: Arc<Mailbox>,
+    identity: RwLock<Arc<Identity>>,
+    present: AtomicBool,
+}
+
+impl Receiver {
+    pub(crate) fn new(mailbox: Arc<Mailbox>, identity: Arc<Identity>, present: bool) -> Arc<Self> {
+        Arc::new(Self { mailbox, identity: RwLock::new(identity), present: AtomicBool::new(present) })
+    }
+
+    pub(crate) fn identity(&self) -> Arc<Identity> {
+        Arc::clone(&self.identity.read())
+    }
+
+    pub(crate) fn set_identity(&self, identity: Arc<Identity>) {
+        *self.identity.write() = identity;
+    }
+
+    /// Its connection has gone; the session goes on.
+    pub(crate) fn set_absent(&self) {
+        self.present.store(false, Ordering::Release);
+    }
+
+    fn is_present(&self) -> bool {
+        self.present.load(Ordering::Acquire)
+    }
+
+    /// Whether it takes a message of this topic at this QoS: nothing waits at QoS 0 for who is not there.
+    fn takes(&self, service: &impl Service, topic: &str, qos: u8) -> bool {
+        (qos > 0 || self.is_present()) && service.may_receive(&self.identity.read(), topic)
+    }
+}
+
+/// How one session subscribes to an ordinary filter.
+#[derive(Clone, Debug)]
+pub(crate) struct OrdinarySubscription {
+    qos: u8,
+    no_local: bool,
+    retain_as_published: bool,
+    identifier: Option<u32>,
+    receiver: Arc<Receiver>,
+}
+
+impl OrdinarySubscription {
+    pub(crate) fn new(record: &SubscriptionRecord, receiver: &Arc<Receiver>) -> Self {
+        Self {
+            qos: record.qos,
+            no_local: record.no_local,
+            retain_as_published: record.retain_as_published,
+            identifier: record.identifier,
+            receiver: Arc::clone(receiver),
+        }
+    }
+}
+
+/// A shared subscription: each message goes to one of its members.
+pub(crate) struct Group {
+    members: Mutex<Members>,
+}
+
+#[derive(Default)]
+struct Members {
+    list: Vec<(u64, OrdinarySubscription)>,
+    next: usize,
+}
+
+impl fmt::Debug for Group {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        // Members have mailboxes, and those have messages of this group.
+        f.debug_struct("Group").finish_non_exhaustive()
+    }
+}
+
+impl Group {
+    /// To the next member in turn that has room; to one without a connection only if no other takes it.
+    pub(crate) fn deliver(self: &Arc<Self>, message: &Arc<Message>, since: Instant, service: &impl Service) {
+        let mut members = self.members.lock();
+        let count = members.list.len();
+        for present in [true, false] {
+            for step in 0..count {
+                let at = (members.next + step) % count;
+                let (_, subscription) = &members.list[at];
+                let receiver = &subscription.receiver;
+                let qos = subscription.qos.min(message.qos);
+                if receiver.is_present() != present || !receiver.takes(service, &message.topic, qos) {
+                    continue;
+                }
+                let taken = receiver.mailbox.push_ordinary(Ordinary {
+                    message: Arc::clone(message),
+                    qos,
+                    retain: subscription.retain_as_published && message.retain,
+                    identifiers: subscription.identifier.into_iter().collect(),
+                    since,
+                    share: Some(Arc::clone(self)),
+                });
+                if taken {
+                    members.next = (at + 1) % count;
+                    return;
+                }
+            }
+        }
+        if count > 0 && message.qos > 0 {
+            service.observe(Observation::QueueFull);
+        }
+    }
+}
+
+/// All ordinary subscriptions.
+#[derive(Default)]
+pub(crate) struct Subscriptions {
+    tries: RwLock<Tries>,
+}
+
+#[derive(Default)]
+struct Tries {
+    /// By the number of the connection that the session has or had last.
+    plain: SubscriptionTrie<u64, OrdinarySubscription>,
+    shared: SubscriptionTrie<u64, Arc<Group>>,
+    /// By the whole filter, with `$share` and the group's name.
+    groups: FxHashMap<Box<str>, (u64, Arc<Group>)>,
+    next_group: u64,
+}
+
+impl Tries {
+    /// `true` if it is new.
+    fn subscribe(&mut self, filter: &str, number: u64, subscription: OrdinarySubscription) -> bool {
+        let Some(shared) = filter::shared(filter) else {
+            return self.plain.insert(filter, number, subscription).is_none();
+        };
+        let group = match self.groups.get(filter) {
+            Some((_, group)) => Arc::clone(group),
+            None => {
+                let group = Arc::new(Group { members: Mutex::default() });
+                self.next_group += 1;
+                self.groups.insert(filter.into(), (self.next_group, Arc::clone(&group)));
+                self.shared.insert(shared.filter, self.next_group, Arc::clone(&group));
+                group
+            }
+        };
+        let mut members = group.members.lock();
+        match members.list.iter_mut().find(|(other, _)| *other == number) {
+            Some(member) => {
+                member.1 = subscription;
+                false
+            }
+            None => {
+                members.list.push((number, subscription));
+                true
+            }
+        }
+    }
+
+    fn unsubscribe(&mut self, filter: &str, number: u64) {
+        let Some(shared) = filter::shared(filter) else {
+            self.plain.remove(filter, &number);
+            return;
+        };
+        let Some((group_number, group)) = self.groups.get(filter) else { return };
+        let mut members = group.members.lock();
+        members.list.retain(|(other, _)| *other != number);
+        if members.list.is_empty() {
+            drop(members);
+            self.shared.remove(shared.filter, group_number);
+            self.groups.remove(filter);
+        }
+    }
+}
+
+/// Who matched: the subscriber, and one of its subscriptions.
+pub(crate) type Matched = Vec<(u64, OrdinarySubscription)>;
+
+impl Subscriptions {
+    /// `true` if the subscriber had none to this filter.
+    pub(crate) fn subscribe(&self, filter: &str, number: u64, subscription: OrdinarySubscription) -> bool {
+        self.tries.write().subscribe(filter, number, subscription)
+    }
+
+    pub(crate) fn unsubscribe<'a>(&self, filters: impl IntoIterator<Item = &'a str>, number: u64) {
+        let mut tries = self.tries.write();
+        for filter in filters {
+            tries.unsubscribe(filter, number);
+        }
+    }
+
+    /// A session goes from one connection to the next: every message reaches one of them.
+    pub(crate) fn replace<'a>(
+        &self,
+        old_filters: impl IntoIterator<Item = &'a str>,
+        old: u64,
+        new_records: impl IntoIterator<Item = &'a SubscriptionRecord>,
+        new: u64,
+        receiver: &Arc<Receiver>,
+    ) {
+        let mut tries = self.tries.write();
+        for filter in old_filters {
+            tries.unsubscribe(filter, old);
+        }
+        for record in new_records {
+            tries.subscribe(&record.filter, new, OrdinarySubscription::new(record, receiver));
+        }
+    }
+
+    /// Hands a message to everybody who subscribes and may see it. `matched` is room to work in.
+    pub(crate) fn deliver(&self, message: &Arc<Message>, service: &impl Service, matched: &mut Matched) {
+        let since = Instant::now();
+        let tries = self.tries.read();
+        matched.clear();
+        tries.plain.matching(&message.topic, &mut |number: &u64, subscription: &OrdinarySubscription| {
+            if !(subscription.no_local && *number == message.publisher) {
+                matched.push((*number, subscription.clone()));
+            }
+        });
+        // Overlapping filters of one session deliver once, at the highest QoS and with every identifier [MQTT-3.3.4-2], [MQTT-3.3.4-5].
+        matched.sort_unstable_by_key(|(number, subscription)| (*number, std::cmp::Reverse(subscription.qos)));
+        for same in matched.chunk_by(|(one, _), (other, _)| one == other) {
+            let [(_, first), ..] = same else { continue };
+            let qos = first.qos.min(message.qos);
+            if !first.receiver.takes(service, &message.topic, qos) {
+                continue;
+            }
+            let delivered = first.receiver.mailbox.push_ordinary(Ordinary {
+                message: Arc::clone(message),
+                qos,
+                retain: message.retain && same.iter().any(|(_, subscription)| subscription.retain_as_published),
+                identifiers: same.iter().filter_map(|(_, subscription)| subscription.identifier).collect(),
+                since,
+                share: None,
+            });
+            if !delivered {
+                service.observe(Observation::QueueFull);
+            }
+        }
+        matched.clear();
+        tries.shared.matching(&message.topic, &mut |_: &u64, group: &Arc<Group>| {
+            group.deliver(message, since, service);
+        });
+    }
+
+    /// Subscriptions, and groups of shared ones.
+    pub(crate) fn len(&self) -> (usize, usize) {
+        let tries = self.tries.read();
+        (tries.plain.len(), tries.groups.len())
+    }
+}
