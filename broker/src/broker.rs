@@ -57,6 +57,7 @@ pub(crate) struct Shared<S> {
     ordinary_bus: OnceBus,
     live_bus: OnceBus,
     next_connection: AtomicU64,
+    last_ordinary: AtomicU64,
     tasks: TaskTracker,
     permits: Arc<Semaphore>,
     stopping: CancellationToken,
@@ -202,6 +203,7 @@ impl<S: Service> Broker<S> {
             ordinary_bus: OnceBus::new(),
             live_bus: OnceBus::new(),
             next_connection: AtomicU64::new(1),
+            last_ordinary: AtomicU64::new(0),
             tasks: TaskTracker::new(),
             permits,
             stopping: CancellationToken::new(),
@@ -303,7 +305,7 @@ impl<S: Service> Broker<S> {
     /// There is no room for another retained message.
     pub fn publish(&self, topic: Arc<str>, payload: Bytes, retain: bool) -> Result<(), RetainedFull> {
         let properties = MessageProperties::default();
-        let message = Message { topic, payload, qos: 0, retain, publisher: 0, properties };
+        let message = Message { topic, payload, qos: 0, retain, publisher: 0, number: 0, properties };
         self.shared.publish_ordinary(message, None)
     }
 
@@ -361,14 +363,25 @@ impl<S: Service> Shared<S> {
     }
 
     /// Retains and publishes an ordinary message. `source`: who must have the right to publish it for as long as it is retained.
-    pub(crate) fn publish_ordinary(&self, message: Message, source: Option<Arc<Identity>>) -> Result<(), RetainedFull> {
+    pub(crate) fn publish_ordinary(
+        &self,
+        mut message: Message,
+        source: Option<Arc<Identity>>,
+    ) -> Result<(), RetainedFull> {
         if message.retain {
             self.retained.lock().set(Arc::new(message.clone()), source, Instant::now())?;
         }
+        // After it is retained: whoever subscribes from now on finds it there.
+        message.number = self.last_ordinary.fetch_add(1, Ordering::AcqRel) + 1;
         if let Some(bus) = self.ordinary_bus.get() {
             bus.publish(vec![BusMessage { topic: Arc::from(ORDINARY_BUS_TOPIC), payload: message.encode() }]);
         }
         Ok(())
+    }
+
+    /// The number of the last ordinary message that was taken.
+    pub(crate) fn last_ordinary(&self) -> u64 {
+        self.last_ordinary.load(Ordering::Acquire)
     }
 
     /// Whether the bus has room for another ordinary message: without it the message would be lost.
@@ -445,7 +458,7 @@ impl<S: Service> Shared<S> {
                 && let Some(group) = &ordinary.share
                 && ordinary.message.qos > 0
             {
-                group.deliver(&ordinary.message, ordinary.since, &*self.service);
+                group.deliver_again(&ordinary.message, ordinary.since, &*self.service);
             }
         }
     }
@@ -508,6 +521,7 @@ impl<S: Service> Shared<S> {
                     qos: will.qos,
                     retain: will.retain,
                     publisher: 0,
+                    number: 0,
                     properties: will.properties,
                 };
                 if let Err(full) = self.publish_ordinary(message, Some(Arc::clone(identity))) {

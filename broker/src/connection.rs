@@ -795,6 +795,7 @@ where
                     qos: publish.qos,
                     retain: publish.retain,
                     publisher: self.number.0,
+                    number: 0,
                     properties: publish.properties,
                 };
                 let source = Some(Arc::clone(&session.identity));
@@ -997,7 +998,8 @@ where
 
     fn insert_ordinary(&self, record: &SubscriptionRecord, departure: &mut Departure<S>) {
         let Some(session) = &self.session else { return };
-        let subscription = OrdinarySubscription::new(record, &session.receiver);
+        let after = self.shared.last_ordinary();
+        let subscription = OrdinarySubscription::new(record, after, &session.receiver);
         if self.shared.subscriptions.subscribe(&record.filter, self.number.0, subscription) {
             departure.ordinary.push(record.filter.clone());
         }
@@ -1023,7 +1025,8 @@ where
             Queued::Again(_, packet_id) | Queued::Release(packet_id) => self.engine.reserve(*packet_id),
             Queued::Ordinary(_) | Queued::Live(..) => true,
         });
-        session.queue.extend(receiver.mailbox.take_ordinary().into_iter().map(Queued::Ordinary));
+        let waited = receiver.mailbox.take_ordinary().into_iter().filter(|ordinary| ordinary.qos > 0);
+        session.queue.extend(waited.map(Queued::Ordinary));
     }
 
     /// Rights have changed: who is this now, and what may it still do?

@@ -19,6 +19,7 @@ use mqtt_protocol_core::mqtt::result_code::{
 };
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
+use crate::connect_packet;
 use crate::framing::{Framing, Malformed};
 use crate::live::LiveMessage;
 use crate::service::{Authentication, ConnectRefusalCode, RefusalCode};
@@ -169,6 +170,9 @@ pub(crate) struct Engine {
     packet_bytes_max: u32,
     problem_information: bool,
     connected: bool,
+    /// What there is of the packet before which nothing is known of the client.
+    first: Vec<u8>,
+    takes_no_aliases: bool,
     /// Topics that have an alias towards the client: 1, 2, 3, …
     aliases: Vec<Box<str>>,
     aliases_max: usize,
@@ -193,6 +197,8 @@ impl Engine {
             packet_bytes_max,
             problem_information: true,
             connected: false,
+            first: Vec::new(),
+            takes_no_aliases: false,
             aliases: Vec::new(),
             aliases_max: 0,
         }
@@ -220,14 +226,33 @@ impl Engine {
                     break;
                 }
             };
-            let mut cursor = Cursor::new(&bytes[taken..taken + len]);
+            let received = &bytes[taken..taken + len];
             taken += len;
+            let events = if self.connected {
+                self.inner.recv(&mut Cursor::new(received))
+            } else {
+                // The first packet whole: there is something in it that the engine cannot take.
+                if self.framing.announced() > self.packet_bytes_max {
+                    self.fault = Some(MqttError::PacketTooLarge);
+                    break;
+                }
+                self.first.extend_from_slice(received);
+                if !self.framing.is_between_packets() {
+                    continue;
+                }
+                let mut first = std::mem::take(&mut self.first);
+                self.takes_no_aliases |= connect_packet::raise_topic_alias_maximum(&mut first);
+                self.inner.recv(&mut Cursor::new(&first[..]))
+            };
             let mut connect = false;
-            for event in self.inner.recv(&mut cursor) {
+            for event in events {
                 match event {
                     Event::NotifyPacketReceived(packet) => {
                         let packet = self.incoming(packet);
-                        if packet.as_ref().is_some_and(has_packet_id_0) {
+                        if packet.as_ref().is_some_and(has_malformed_topic) {
+                            // [MQTT-1.5.4-2], [MQTT-4.7.3-1], [MQTT-4.7.3-2]: no NUL, and never empty.
+                            self.fault.get_or_insert(MqttError::MalformedPacket);
+                        } else if packet.as_ref().is_some_and(has_packet_id_0) {
                             // [MQTT-2.2.1-3]: identifiers are not 0.
                             self.fault.get_or_insert(MqttError::ProtocolError);
                         } else if let Some(packet) = packet {
@@ -235,6 +260,8 @@ impl Engine {
                             packets.push_back(packet);
                         }
                     }
+                    // To what is no CONNECT there is no answer in MQTT 3.1.1 [MQTT-3.1.4-1].
+                    Event::RequestSendPacket { packet: Packet::V3_1_1Connack(_), .. } => {}
                     other => self.on_event(other),
                 }
             }
@@ -318,7 +345,7 @@ impl Engine {
                         Property::ReceiveMaximum(value) => receive_maximum = Some(value.val()),
                         Property::RequestProblemInformation(value) => self.problem_information = value.val() != 0,
                         Property::RequestResponseInformation(value) => request_response_information = value.val() != 0,
-                        Property::TopicAliasMaximum(value) => {
+                        Property::TopicAliasMaximum(value) if !self.takes_no_aliases => {
                             self.aliases_max = usize::from(value.val().min(TOPIC_ALIASES_SENT_MAX));
                         }
                         Property::AuthenticationMethod(method) => {
@@ -924,7 +951,19 @@ impl Engine {
             Some(MqttError::TopicNameInvalid) => DisconnectReasonCode::TopicNameInvalid,
             _ => DisconnectReasonCode::MalformedPacket,
         };
-        self.disconnect(code, "the packet is not valid MQTT here");
+        let sentence = "the packet is not valid MQTT here";
+        if !self.connected && self.is_v5() && !self.closing {
+            let code = match self.fault {
+                Some(MqttError::ProtocolError) => ConnectReasonCode::ProtocolError,
+                _ => ConnectReasonCode::MalformedPacket,
+            };
+            let properties: Vec<Property> = ReasonString::new(sentence).map(Property::from).into_iter().collect();
+            let connack = v5_0::Connack::builder().session_present(false).reason_code(code).props(properties).build();
+            if let Err(error) = connack.and_then(|packet| self.send(packet.into())) {
+                tracing::debug!(?error, "there is nothing to answer to");
+            }
+        }
+        self.disconnect(code, sentence);
     }
 
     /// A packet of ours that the engine would not send: the connection cannot go on as if it had been sent.
@@ -935,6 +974,18 @@ impl Engine {
             }
             self.closing = true;
         }
+    }
+}
+
+/// Topic names and filters that are none in any version. One that is only not taken here is refused, and the connection stays.
+fn has_malformed_topic(packet: &Incoming) -> bool {
+    let malformed = |topic: &str| topic.is_empty() || topic.contains('\0');
+    match packet {
+        Incoming::Connect(connect) => connect.will.as_ref().is_some_and(|will| malformed(&will.topic)),
+        Incoming::Publish(publish) => malformed(&publish.topic),
+        Incoming::Subscribe { filters, .. } => filters.iter().any(|filter| malformed(&filter.filter)),
+        Incoming::Unsubscribe { filters, .. } => filters.iter().any(|filter| malformed(filter)),
+        _ => false,
     }
 }
 

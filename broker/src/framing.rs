@@ -43,6 +43,14 @@ impl Framing {
         self.state == State::Header
     }
 
+    /// The length that the packet under way has announced, as far as it has; without its fixed header.
+    pub(crate) fn announced(&self) -> u32 {
+        match self.state {
+            State::Header => 0,
+            State::Length { length, .. } | State::Body { length, .. } => length,
+        }
+    }
+
     /// How many of these bytes belong to the packet that is under way, at least one of at least one.
     pub(crate) fn advance(&mut self, bytes: &[u8]) -> Result<usize, Malformed> {
         let mut taken = 0;

@@ -9,6 +9,7 @@ mod absent;
 mod broker;
 pub mod bus;
 pub mod completion;
+mod connect_packet;
 mod connection;
 mod engine;
 mod framing;

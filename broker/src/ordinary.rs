@@ -60,12 +60,15 @@ pub(crate) struct OrdinarySubscription {
     no_local: bool,
     retain_as_published: bool,
     identifier: Option<u32>,
+    /// The last message that was taken before it: what is still on the bus then is not for it.
+    after: u64,
     receiver: Arc<Receiver>,
 }
 
 impl OrdinarySubscription {
-    pub(crate) fn new(record: &SubscriptionRecord, receiver: &Arc<Receiver>) -> Self {
+    pub(crate) fn new(record: &SubscriptionRecord, after: u64, receiver: &Arc<Receiver>) -> Self {
         Self {
+            after,
             qos: record.qos,
             no_local: record.no_local,
             retain_as_published: record.retain_as_published,
@@ -95,7 +98,22 @@ impl fmt::Debug for Group {
 
 impl Group {
     /// To the next member in turn that has room; to one without a connection only if no other takes it.
-    pub(crate) fn deliver(self: &Arc<Self>, message: &Arc<Message>, since: Instant, service: &impl Service) {
+    fn deliver(self: &Arc<Self>, message: &Arc<Message>, since: Instant, service: &impl Service) {
+        self.hand_out(message, since, service, |subscription| message.number > subscription.after);
+    }
+
+    /// A message that a member was given and has not acknowledged when its session ended.
+    pub(crate) fn deliver_again(self: &Arc<Self>, message: &Arc<Message>, since: Instant, service: &impl Service) {
+        self.hand_out(message, since, service, |_| true);
+    }
+
+    fn hand_out(
+        self: &Arc<Self>,
+        message: &Arc<Message>,
+        since: Instant,
+        service: &impl Service,
+        wants: impl Fn(&OrdinarySubscription) -> bool,
+    ) {
         let mut members = self.members.lock();
         let count = members.list.len();
         for present in [true, false] {
@@ -104,7 +122,10 @@ impl Group {
                 let (_, subscription) = &members.list[at];
                 let receiver = &subscription.receiver;
                 let qos = subscription.qos.min(message.qos);
-                if receiver.is_present() != present || !receiver.takes(service, &message.topic, qos) {
+                if receiver.is_present() != present
+                    || !wants(subscription)
+                    || !receiver.takes(service, &message.topic, qos)
+                {
                     continue;
                 }
                 let taken = receiver.mailbox.push_ordinary(Ordinary {
@@ -147,7 +168,11 @@ impl Tries {
     /// `true` if it is new.
     fn subscribe(&mut self, filter: &str, number: u64, subscription: OrdinarySubscription) -> bool {
         let Some(shared) = filter::shared(filter) else {
-            return self.plain.insert(filter, number, subscription).is_none();
+            let replaced = self.plain.insert(filter, number, subscription.clone());
+            if let Some(OrdinarySubscription { after, .. }) = replaced {
+                self.plain.insert(filter, number, OrdinarySubscription { after, ..subscription });
+            }
+            return replaced.is_none();
         };
         let group = match self.groups.get(filter) {
             Some((_, group)) => Arc::clone(group),
@@ -162,7 +187,7 @@ impl Tries {
         let mut members = group.members.lock();
         match members.list.iter_mut().find(|(other, _)| *other == number) {
             Some(member) => {
-                member.1 = subscription;
+                member.1 = OrdinarySubscription { after: member.1.after, ..subscription };
                 false
             }
             None => {
@@ -218,7 +243,7 @@ impl Subscriptions {
             tries.unsubscribe(filter, old);
         }
         for record in new_records {
-            tries.subscribe(&record.filter, new, OrdinarySubscription::new(record, receiver));
+            tries.subscribe(&record.filter, new, OrdinarySubscription::new(record, 0, receiver));
         }
     }
 
@@ -228,7 +253,7 @@ impl Subscriptions {
         let tries = self.tries.read();
         matched.clear();
         tries.plain.matching(&message.topic, &mut |number: &u64, subscription: &OrdinarySubscription| {
-            if !(subscription.no_local && *number == message.publisher) {
+            if message.number > subscription.after && !(subscription.no_local && *number == message.publisher) {
                 matched.push((*number, subscription.clone()));
             }
         });

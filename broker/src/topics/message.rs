@@ -34,6 +34,8 @@ pub struct Message {
     pub retain: bool,
     /// Number of the connection that published it, for No Local.
     pub publisher: u64,
+    /// Counts ordinary messages in the order in which they were taken: a subscription gets those taken after it.
+    pub number: u64,
     /// What MQTT 5 hands on to receivers unchanged.
     pub properties: MessageProperties,
 }
@@ -131,10 +133,11 @@ impl Message {
 
         let lengths = 3 * (5 + 2 * properties.user_properties.len());
         let mut bytes =
-            BytesMut::with_capacity(14 + lengths + self.topic.len() + properties.bytes() + self.payload.len());
+            BytesMut::with_capacity(22 + lengths + self.topic.len() + properties.bytes() + self.payload.len());
         bytes.put_u8(flags);
         bytes.put_u8(more_flags);
         bytes.put_u64(self.publisher);
+        bytes.put_u64(self.number);
         put_bytes(&mut bytes, self.topic.as_bytes());
         if let Some(expiry_s) = properties.message_expiry_interval_s {
             bytes.put_u32(expiry_s);
@@ -162,6 +165,7 @@ impl Message {
         let mut rest = Unpacking(bytes);
         let [flags, more_flags] = rest.array::<2>()?;
         let publisher = u64::from_be_bytes(rest.array()?);
+        let number = u64::from_be_bytes(rest.array()?);
         let qos = flags & QOS;
         let format = (flags & PAYLOAD_FORMAT != 0).then_some(flags & PAYLOAD_FORMAT_UTF8 != 0);
         if qos > 2 || more_flags & !CORRELATION != 0 || (format.is_none() && flags & PAYLOAD_FORMAT_UTF8 != 0) {
@@ -188,7 +192,7 @@ impl Message {
         for _ in 0..user_properties {
             properties.user_properties.push((rest.text()?.into(), rest.text()?.into()));
         }
-        Ok(Self { topic, payload: rest.0, qos, retain: flags & RETAIN != 0, publisher, properties })
+        Ok(Self { topic, payload: rest.0, qos, retain: flags & RETAIN != 0, publisher, number, properties })
     }
 }
 
@@ -275,6 +279,7 @@ mod tests {
     fn message() -> impl Strategy<Value = Message> {
         (".{0,300}", vec(any::<u8>(), 0..300), 0u8..=2, any::<bool>(), any::<u64>(), properties()).prop_map(
             |(topic, payload, qos, retain, publisher, properties)| Message {
+                number: publisher.rotate_left(7),
                 topic: topic.into(),
                 payload: payload.into(),
                 qos,
@@ -294,6 +299,7 @@ mod tests {
             qos: 2,
             retain: true,
             publisher: u64::MAX,
+            number: u64::MAX,
             properties: MessageProperties {
                 response_topic: Some(long.clone()),
                 user_properties: vec![(long.clone(), long)],
@@ -305,10 +311,10 @@ mod tests {
 
     #[test]
     fn lies_about_lengths_are_refused() {
-        let mut bytes = vec![0; 10];
+        let mut bytes = vec![0; 18];
         bytes.extend([0xff, 0xff, 0xff, 0xff, 0xff, 0x01]);
         assert_eq!(Message::decode(bytes.into()), Err(MessageError::Length));
-        let mut bytes = vec![0; 11];
+        let mut bytes = vec![0; 19];
         bytes.extend([0xff, 0xff, 0xff, 0xff, 0x7f]);
         assert_eq!(Message::decode(bytes.into()), Err(MessageError::Length), "user properties without end");
     }

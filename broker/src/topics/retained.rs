@@ -154,6 +154,7 @@ mod tests {
             qos: 0,
             retain: true,
             publisher: 1,
+            number: 1,
             properties: MessageProperties::default(),
         })
     }
