@@ -19,6 +19,7 @@ use mqtt_protocol_core::mqtt::result_code::{
 };
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
+use crate::escaped::Escaped;
 use crate::framing::{Framing, Malformed};
 use crate::live::LiveMessage;
 use crate::service::{Authentication, ConnectRefusalCode, RefusalCode};
@@ -163,6 +164,8 @@ pub(crate) struct Engine {
     pub(crate) fault: Option<MqttError>,
     /// The connection ends once `out` is written.
     pub(crate) closing: bool,
+    /// PUBLISH packets sent that nobody has counted yet.
+    pub(crate) messages_sent: u64,
     /// QoS 2 publishes that wait for their outcome.
     unanswered_qos2: Vec<u16>,
     receive_maximum: u16,
@@ -188,6 +191,7 @@ impl Engine {
             out: Vec::new(),
             fault: None,
             closing: false,
+            messages_sent: 0,
             unanswered_qos2: Vec::new(),
             receive_maximum,
             packet_bytes_max,
@@ -662,7 +666,7 @@ impl Engine {
         };
         let sent = built.and_then(|packet| self.send(packet));
         if let Err(error) = sent {
-            tracing::debug!(?error, topic = message.topic, "message not sent");
+            tracing::debug!(?error, topic = %Escaped(message.topic), "message not sent");
             if new_alias {
                 self.aliases.pop();
             }
@@ -675,6 +679,7 @@ impl Engine {
             self.closing = true;
             return Err(NotSent::Closed);
         }
+        self.messages_sent += 1;
         Ok(packet_id)
     }
 

@@ -11,6 +11,7 @@ pub mod bus;
 pub mod completion;
 mod connection;
 mod engine;
+pub mod escaped;
 mod framing;
 mod limits;
 pub mod listener;
