@@ -213,6 +213,7 @@ mod tests {
             user: "bob".into(),
             client_id: "phone".into(),
             roles: crate::service::Roles(0),
+            credential: crate::service::Credential(0),
             expires_at: None,
         };
         let mailbox = Arc::new(Mailbox::new(10, 1_000, Arc::new(QueueBudget::new(1_000))));

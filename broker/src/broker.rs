@@ -23,6 +23,7 @@ use crate::bus::{Bus, BusCounters, BusError, BusMessage, BusOptions, BusSink};
 use crate::completion::Reply;
 use crate::connection;
 use crate::engine::Will;
+use crate::escaped::Escaped;
 use crate::limits::Limits;
 use crate::live::LiveMessage;
 use crate::mailbox::{Mailbox, QueueBudget};
@@ -309,6 +310,11 @@ impl<S: Service> Broker<S> {
         self.shared.publish_ordinary(message, None)
     }
 
+    /// How many retained messages there are, the server's own among them.
+    pub fn retained_messages(&self) -> usize {
+        self.shared.retained.lock().len()
+    }
+
     /// Rights have changed: every session is looked at again (see [`Service::recheck`]).
     pub fn rights_changed(&self) {
         self.shared.registry.recheck();
@@ -528,7 +534,7 @@ impl<S: Service> Shared<S> {
                     tracing::warn!(reason = %full, "a will was not published");
                 }
             }
-            Err(refusal) => tracing::warn!(reason = %refusal.reason, "a will was not published"),
+            Err(refusal) => tracing::warn!(reason = %Escaped(&refusal.reason), "a will was not published"),
         }
     }
 

@@ -21,6 +21,7 @@ use crate::absent::{AbsentSession, DelayedWill};
 use crate::broker::Shared;
 use crate::completion::Reply;
 use crate::engine::{Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Publish, UserProperties};
+use crate::escaped::Escaped;
 use crate::mailbox::{Ending, LIVE_MESSAGES_MAX, Mail, Mailbox, Ordinary};
 use crate::ordinary::{OrdinarySubscription, Receiver};
 use crate::registry::ConnectionNumber;
@@ -593,7 +594,7 @@ where
                 self.take_identity(identity, departure).await;
             }
             Err(refusal) => {
-                tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused to authenticate again");
+                tracing::info!(peer = %self.peer, reason = %Escaped(&refusal.reason), "refused to authenticate again");
                 self.engine.disconnect(DisconnectReasonCode::NotAuthorized, &refusal.reason);
             }
         }
@@ -603,7 +604,7 @@ where
         match self.open_session(connect, departure).await {
             Ok(()) => {}
             Err(refusal) => {
-                tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused a connect");
+                tracing::info!(peer = %self.peer, reason = %Escaped(&refusal.reason), "refused a connect");
                 self.shared.service.observe(Observation::ConnectRefused);
                 self.engine.refuse(refusal.code, &refusal.reason);
             }
@@ -648,7 +649,7 @@ where
         if let Some(previous) = previous
             && tokio::time::timeout(SETTLE_TIMEOUT, previous.settled()).await.is_err()
         {
-            tracing::warn!(user = %key.user, "the session's last connection has not let go of it in time");
+            tracing::warn!(user = %Escaped(&key.user), "the session's last connection has not let go of it in time");
         }
         self.shared.service.observe(Observation::Connected);
         self.shared.service.arrived(&key.user);
@@ -759,6 +760,7 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
+        self.shared.service.observe(Observation::MessageReceived);
         let (user, roles) = (Arc::clone(&session.key.user), session.identity.roles);
         let received_at = Instant::now();
         match self.route(&session.identity, &publish) {
@@ -1252,6 +1254,10 @@ where
         let Some(session) = &mut self.session else { return };
         if session.queue.is_empty() {
             session.queue.shrink_to(0);
+        }
+        let messages_sent = std::mem::take(&mut self.engine.messages_sent);
+        if messages_sent > 0 {
+            self.shared.service.observe(Observation::MessagesSent(messages_sent));
         }
         if self.engine.out.is_empty() && !self.unwritten.is_empty() {
             self.on_all_written();

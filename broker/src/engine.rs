@@ -20,6 +20,7 @@ use mqtt_protocol_core::mqtt::result_code::{
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
 use crate::connect_packet;
+use crate::escaped::Escaped;
 use crate::framing::{Framing, Malformed};
 use crate::live::LiveMessage;
 use crate::service::{Authentication, ConnectRefusalCode, RefusalCode};
@@ -164,6 +165,8 @@ pub(crate) struct Engine {
     pub(crate) fault: Option<MqttError>,
     /// The connection ends once `out` is written.
     pub(crate) closing: bool,
+    /// PUBLISH packets sent that nobody has counted yet.
+    pub(crate) messages_sent: u64,
     /// QoS 2 publishes that wait for their outcome.
     unanswered_qos2: Vec<u16>,
     receive_maximum: u16,
@@ -192,6 +195,7 @@ impl Engine {
             out: Vec::new(),
             fault: None,
             closing: false,
+            messages_sent: 0,
             unanswered_qos2: Vec::new(),
             receive_maximum,
             packet_bytes_max,
@@ -689,7 +693,7 @@ impl Engine {
         };
         let sent = built.and_then(|packet| self.send(packet));
         if let Err(error) = sent {
-            tracing::debug!(?error, topic = message.topic, "message not sent");
+            tracing::debug!(?error, topic = %Escaped(message.topic), "message not sent");
             if new_alias {
                 self.aliases.pop();
             }
@@ -702,6 +706,7 @@ impl Engine {
             self.closing = true;
             return Err(NotSent::Closed);
         }
+        self.messages_sent += 1;
         Ok(packet_id)
     }
 

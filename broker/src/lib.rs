@@ -12,6 +12,7 @@ pub mod completion;
 mod connect_packet;
 mod connection;
 mod engine;
+pub mod escaped;
 mod framing;
 mod limits;
 pub mod listener;

@@ -34,6 +34,10 @@ pub struct SessionKey {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Roles(pub u32);
 
+/// What a connection proved itself with, as the service tells them apart. The broker carries it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Credential(pub u64);
+
 /// Who a connection is.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Identity {
@@ -43,6 +47,8 @@ pub struct Identity {
     pub client_id: Arc<str>,
     /// What it may do.
     pub roles: Roles,
+    /// What it proved itself with.
+    pub credential: Credential,
     /// When it has to prove again who it is (see [`Service::authenticate_again`]), or is disconnected.
     pub expires_at: Option<Instant>,
 }
@@ -311,6 +317,10 @@ pub enum Observation {
     Disconnected,
     /// A CONNECT was refused.
     ConnectRefused,
+    /// A PUBLISH came from a client that is connected.
+    MessageReceived,
+    /// PUBLISH packets were written to a client's buffer.
+    MessagesSent(u64),
     /// Messages of bound topics were acknowledged by their receiver (QoS 0: written to its socket).
     Delivered(u64),
     /// From reading the sender's PUBLISH to writing it to a receiver's buffer, live messages only.

@@ -10,7 +10,9 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::auth::command::Passwd;
+use crate::server;
 use crate::settings::Settings;
+use crate::tls::Tls;
 use crate::tools::Tool;
 
 /// Something failed while running: a port in use, a damaged log.
@@ -43,7 +45,7 @@ struct CommandLine {
 
 #[derive(Debug, Subcommand)]
 enum Action {
-    /// Print the effective settings as TOML and exit; if they are wrong, say why and exit with code 2.
+    /// Print the effective settings as TOML and exit; if they or a file that they name are wrong, say why and exit with code 2.
     CheckConfig,
     /// Users and their passwords.
     #[command(subcommand)]
@@ -132,7 +134,11 @@ pub fn parse() -> Command {
 
 /// `chatd check-config`: what it prints is itself a settings file.
 pub fn check_config(flags: &Flags) -> ExitCode {
-    match Settings::load(flags) {
+    let checked = Settings::load(flags).map_err(|error| error.to_string()).and_then(|settings| {
+        check_files(&settings)?;
+        Ok(settings)
+    });
+    match checked {
         Ok(settings) => {
             let text = format!("# ok: the effective settings\n{}", settings.to_toml());
             match std::io::stdout().write_all(text.as_bytes()) {
@@ -148,6 +154,13 @@ pub fn check_config(flags: &Flags) -> ExitCode {
             ExitCode::from(EXIT_USAGE)
         }
     }
+}
+
+/// The files that the settings name: users, keys, rights, certificates.
+fn check_files(settings: &Settings) -> Result<(), String> {
+    server::auth(settings).map_err(|error| error.to_string())?;
+    Tls::new(&settings.tls).map_err(|error| error.to_string())?;
+    Ok(())
 }
 
 #[cfg(test)]

@@ -174,6 +174,7 @@ impl Server {
             metrics: Arc::clone(&metrics),
             blocks,
             receipts: Arc::clone(&receipts),
+            auth: Auth::development(),
             message_bytes_max: MESSAGE_BYTES_MAX,
         });
         let service = ChatService {

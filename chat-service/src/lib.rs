@@ -2,8 +2,8 @@
 //!
 //! The reading order is the way of a message: `service` parses what a client publishes, `sequencer` numbers it (`core` decides) and writes it to the
 //! `log`, then answers the sender and announces it; receivers read `envelope`s, live or from the log. `requests` are answered with
-//! what `views` see in the log; `receipts`, `typing` and `presence` tell what happens. Around it: `settings`, `cli`,
-//! `logging`, `metrics`, `http`, and `server`, which puts the parts together; `admin` and `tools`, for operators.
+//! what `views` see in the log; `receipts`, `typing` and `presence` tell what happens, `sys` how the server is. Around it: `settings`, `cli`,
+//! `logging`, `metrics`, `http`, `outgoing`, and `server`, which puts the parts together; `admin` and `tools`, for operators.
 
 pub mod admin;
 pub mod auth;
@@ -18,6 +18,7 @@ pub mod http;
 pub mod log;
 pub mod logging;
 pub mod metrics;
+mod outgoing;
 pub mod presence;
 pub mod receipts;
 mod refusal;
@@ -27,6 +28,7 @@ pub mod sequencer;
 pub mod server;
 pub mod service;
 pub mod settings;
+pub mod sys;
 pub mod tls;
 pub mod tools;
 pub mod typing;

@@ -25,6 +25,10 @@ pub struct Metrics {
     pub connections: Gauge,
     /// `chatd_connects_total`: accepted CONNECTs.
     pub connects: Counter,
+    /// `chatd_mqtt_messages_received_total`: PUBLISH packets from clients, of every kind, refused ones too.
+    pub mqtt_messages_received: Counter,
+    /// `chatd_mqtt_messages_sent_total`: PUBLISH packets to clients, of every kind.
+    pub mqtt_messages_sent: Counter,
     /// `chatd_messages_accepted_total`: chat messages stored.
     pub messages_accepted: Counter,
     /// `chatd_messages_delivered_total`: chat messages that devices have acknowledged (QoS 0: that were written), each device counting.
@@ -41,6 +45,10 @@ pub struct Metrics {
     pub publish_to_puback_seconds: Histogram,
     /// `chatd_publish_to_delivery_seconds`: from reading a PUBLISH to sending the message to a device that was there.
     pub publish_to_delivery_seconds: Histogram,
+    /// `chatd_jwt_key_fetches_total`: attempts to fetch keys from `auth.jwt_key_url`.
+    pub jwt_key_fetches: Counter,
+    /// `chatd_jwt_key_fetch_failures_total`: those that failed.
+    pub jwt_key_fetch_failures: Counter,
     refused: Family<Reason, Counter>,
     bus_gaps: Family<Bus, Counter>,
     bus_restarts: Family<Bus, Counter>,
@@ -81,6 +89,8 @@ impl Metrics {
         let metrics = Self {
             connections: Gauge::default(),
             connects: Counter::default(),
+            mqtt_messages_received: Counter::default(),
+            mqtt_messages_sent: Counter::default(),
             messages_accepted: Counter::default(),
             messages_delivered: Counter::default(),
             messages_duplicate: Counter::default(),
@@ -89,6 +99,8 @@ impl Metrics {
             commit_messages: Histogram::new(exponential_buckets(1.0, 2.0, 16)),
             publish_to_puback_seconds: Histogram::new(latency_buckets()),
             publish_to_delivery_seconds: Histogram::new(latency_buckets()),
+            jwt_key_fetches: Counter::default(),
+            jwt_key_fetch_failures: Counter::default(),
             refused: Family::default(),
             bus_gaps: Family::default(),
             bus_restarts: Family::default(),
@@ -110,6 +122,8 @@ impl Metrics {
         r.register_with_unit("start_time", "When the process began, since the Unix epoch", Unit::Seconds, started);
         r.register("connections", "MQTT connections, now", self.connections.clone());
         r.register("connects", "Accepted CONNECTs", self.connects.clone());
+        r.register("mqtt_messages_received", "PUBLISH packets from clients", self.mqtt_messages_received.clone());
+        r.register("mqtt_messages_sent", "PUBLISH packets to clients", self.mqtt_messages_sent.clone());
         r.register("messages_accepted", "Chat messages stored", self.messages_accepted.clone());
         r.register("messages_delivered", "Chat messages acknowledged by devices", self.messages_delivered.clone());
         r.register("messages_duplicate", "Resends answered with the first seq", self.messages_duplicate.clone());
@@ -128,6 +142,12 @@ impl Metrics {
             "From reading a PUBLISH to sending the message to a device that was there",
             Unit::Seconds,
             self.publish_to_delivery_seconds.clone(),
+        );
+        r.register("jwt_key_fetches", "Attempts to fetch keys that sign tokens", self.jwt_key_fetches.clone());
+        r.register(
+            "jwt_key_fetch_failures",
+            "Attempts to fetch keys that sign tokens that failed",
+            self.jwt_key_fetch_failures.clone(),
         );
         r.register("bus_gaps", "Times that live messages were lost on a bus and read again", self.bus_gaps.clone());
         r.register("bus_restarts", "Times that a bus had ended and was replaced", self.bus_restarts.clone());
@@ -196,6 +216,8 @@ mod tests {
         let metrics = Metrics::new();
         metrics.connections.inc();
         metrics.connects.inc();
+        metrics.mqtt_messages_received.inc_by(5);
+        metrics.mqtt_messages_sent.inc_by(4);
         metrics.messages_accepted.inc_by(3);
         metrics.messages_delivered.inc();
         metrics.messages_duplicate.inc();
@@ -205,6 +227,8 @@ mod tests {
         metrics.commit_messages.observe(100.0);
         metrics.publish_to_puback_seconds.observe(0.002);
         metrics.publish_to_delivery_seconds.observe(0.002);
+        metrics.jwt_key_fetches.inc_by(2);
+        metrics.jwt_key_fetch_failures.inc();
         metrics.bus_gap("chat");
         metrics.bus_restart("ordinary");
         metrics.webhook_posted("message.stored");
@@ -214,6 +238,8 @@ mod tests {
         for line in [
             "chatd_connections 1",
             "chatd_connects_total 1",
+            "chatd_mqtt_messages_received_total 5",
+            "chatd_mqtt_messages_sent_total 4",
             "chatd_messages_accepted_total 3",
             "chatd_messages_delivered_total 1",
             "chatd_messages_duplicate_total 1",
@@ -224,6 +250,8 @@ mod tests {
             "chatd_commit_messages_bucket{le=\"128.0\"} 1",
             "chatd_publish_to_puback_seconds_sum 0.002",
             "chatd_publish_to_delivery_seconds_count 1",
+            "chatd_jwt_key_fetches_total 2",
+            "chatd_jwt_key_fetch_failures_total 1",
             "chatd_bus_gaps_total{bus=\"chat\"} 1",
             "chatd_bus_restarts_total{bus=\"ordinary\"} 1",
             concat!("chatd_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),

@@ -21,6 +21,7 @@ use serde::Serialize;
 use serde_json::Value;
 use tokio::sync::{Mutex, OwnedSemaphorePermit, Semaphore, mpsc, oneshot};
 
+use crate::auth::Auth;
 use crate::core::Send as ChatSend;
 use crate::log::{Body, ConversationHead, Log, PeerRecord};
 use crate::metrics::Metrics;
@@ -105,6 +106,7 @@ struct Shared<L> {
     metrics: Arc<Metrics>,
     blocks: Arc<Blocks>,
     receipts: Arc<Receipts<L>>,
+    auth: Arc<Auth>,
     message_bytes_max: usize,
     change_locks: Vec<Mutex<()>>,
     hasher: RandomState,
@@ -118,13 +120,15 @@ pub struct Parts<L> {
     pub metrics: Arc<Metrics>,
     pub blocks: Arc<Blocks>,
     pub receipts: Arc<Receipts<L>>,
+    /// Knows who is no user.
+    pub auth: Arc<Auth>,
     /// Longest text, in bytes.
     pub message_bytes_max: usize,
 }
 
 impl<L: Log> Requests<L> {
     pub fn new(parts: Parts<L>) -> Self {
-        let Parts { log, queue, announcer, metrics, blocks, receipts, message_bytes_max } = parts;
+        let Parts { log, queue, announcer, metrics, blocks, receipts, auth, message_bytes_max } = parts;
         let shared = Shared {
             views: Views::new(Arc::clone(&log)),
             log,
@@ -133,6 +137,7 @@ impl<L: Log> Requests<L> {
             metrics,
             blocks,
             receipts,
+            auth,
             message_bytes_max,
             change_locks: (0..CHANGE_LOCKS).map(|_| Mutex::new(())).collect(),
             hasher: RandomState::new(),
@@ -183,6 +188,12 @@ impl<L: Log> Shared<L> {
             Ok(call) => call,
             Err(error) => return self.encode::<DoneOk>(reference, Err(ViewError::Refused(error))),
         };
+        if let Some(with) = call.with()
+            && !self.auth.may_exist(with)
+        {
+            let sentence = format!("`with`: there is no user {with}");
+            return self.encode::<DoneOk>(reference, refused(ErrorCode::UnknownUser, sentence));
+        }
         let me = &asked.me;
         match call {
             Call::Whoami => {

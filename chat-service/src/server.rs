@@ -1,7 +1,7 @@
 //! The server as a whole: opens the log, starts the sequencer, the broker and the listeners, and takes them down in the opposite order.
 
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,8 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
 use crate::admin;
-use crate::auth::Auth;
+use crate::auth::keys::KeyFetch;
+use crate::auth::{Auth, AuthError};
 use crate::core::Quotas;
 use crate::docs;
 use crate::erasure;
@@ -28,6 +29,7 @@ use crate::retention;
 use crate::sequencer;
 use crate::service::ChatService;
 use crate::settings::Settings;
+use crate::sys;
 use crate::tls::Tls;
 use crate::typing::TypingRelay;
 use crate::webhooks::Webhooks;
@@ -79,6 +81,7 @@ pub struct Server {
     http_options: http::Options,
     shutdown_timeout: Duration,
     auth: Arc<Auth>,
+    key_fetch: Option<KeyFetch>,
 }
 
 impl Server {
@@ -95,7 +98,10 @@ impl Server {
             Arc::new(open.await.context("opening the log")??)
         };
         let metrics = Arc::new(Metrics::new());
-        let auth = Arc::new(Auth::new(&settings.auth, settings.tls.client_ca.is_some())?);
+        let auth = Arc::new(auth(settings)?);
+        let key_fetch = settings.auth.jwt_key_url.as_ref().map(|url| KeyFetch::new(url, settings.auth.jwt_key_refresh));
+        let key_fetch =
+            key_fetch.transpose().context("auth.jwt_key_url: the system's certificates, which https needs")?;
         let announcer = Announcer::default();
         let webhooks = {
             let announcer = announcer.clone();
@@ -127,6 +133,7 @@ impl Server {
             metrics: Arc::clone(&metrics),
             blocks,
             receipts: Arc::clone(&receipts),
+            auth: Arc::clone(&auth),
             message_bytes_max: limits.message_bytes,
         });
         let telling =
@@ -190,6 +197,7 @@ impl Server {
             http_options,
             shutdown_timeout: limits.shutdown_timeout,
             auth,
+            key_fetch,
         })
     }
 
@@ -251,6 +259,8 @@ impl Server {
             }
         };
         self.telling.start(&stop);
+        let telling = sys::run(self.broker.clone(), Arc::clone(&self.metrics), told(stop.subscribe()));
+        drop(tokio::spawn(telling));
         self.webhooks.start(&self.log, &self.committed, &stop);
         drop(tokio::spawn(erasure::run(Arc::clone(&self.log), self.erase_interval, told(stop.subscribe()))));
         if !self.retention.is_zero() {
@@ -259,7 +269,12 @@ impl Server {
             // It ends at the stop by itself, between two commits.
             drop(tokio::spawn(removing));
         }
-        drop(tokio::spawn(reload(self.auth, self.tls, stop.subscribe())));
+        if let Some(fetch) = self.key_fetch {
+            let (auth, metrics, broker) = (Arc::clone(&self.auth), Arc::clone(&self.metrics), self.broker.clone());
+            let changed = move || broker.rights_changed();
+            drop(tokio::spawn(fetch.run(auth, metrics, changed, told(stop.subscribe()))));
+        }
+        drop(tokio::spawn(reload(self.auth, self.tls, self.broker.clone(), stop.subscribe())));
         self.readiness.ready();
         tracing::info!("ready");
 
@@ -315,8 +330,18 @@ async fn told(mut flag: watch::Receiver<bool>) {
     drop(flag.wait_for(|set| *set).await);
 }
 
-/// On SIGHUP reads the files again that say who may come in.
-async fn reload(auth: Arc<Auth>, tls: Option<Arc<Tls>>, mut stop: watch::Receiver<bool>) {
+/// Who may come in, from the files that the settings name.
+///
+/// # Errors
+/// The first thing that is wrong with them.
+pub fn auth(settings: &Settings) -> Result<Auth, AuthError> {
+    // What comes from this machine comes from a proxy, or from a test.
+    let counts_address = Box::new(|address: IpAddr| !address.to_canonical().is_loopback());
+    Auth::new(&settings.auth, settings.tls.client_ca.is_some(), counts_address)
+}
+
+/// On SIGHUP reads the files again that say who may come in, and who may do what.
+async fn reload(auth: Arc<Auth>, tls: Option<Arc<Tls>>, broker: Broker<Chat>, mut stop: watch::Receiver<bool>) {
     let mut hangup = match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) {
         Ok(hangup) => hangup,
         Err(error) => {
@@ -341,9 +366,12 @@ async fn reload(auth: Arc<Auth>, tls: Option<Arc<Tls>>, mut stop: watch::Receive
         }
         let reading = Arc::clone(&auth);
         match tokio::task::spawn_blocking(move || reading.reload()).await {
-            Ok(Ok(())) => tracing::info!("read the users and keys again"),
-            Ok(Err(error)) => tracing::error!(%error, "the users and keys stay as they were"),
-            Err(error) => tracing::error!(%error, "reading the users and keys panicked"),
+            Ok(Ok(())) => {
+                broker.rights_changed();
+                tracing::info!("read the users, keys and rights again");
+            }
+            Ok(Err(error)) => tracing::error!(%error, "the users, keys and rights stay as they were"),
+            Err(error) => tracing::error!(%error, "reading the users, keys and rights panicked"),
         }
     }
 }

@@ -73,6 +73,12 @@ impl<L: Log> ChatService<L> {
             let sentence = format!("you are {}: publish below chat/{}/", publish.user, publish.user);
             return Err((ErrorCode::NotAuthorized, sentence, None));
         }
+        // Of a message `parse_send` says it, which knows the id.
+        if let Up::Read { peer, .. } | Up::Typing { peer, .. } = &up
+            && !self.auth.may_exist(peer)
+        {
+            return Err((ErrorCode::UnknownUser, no_such_user(peer), None));
+        }
         let payload = |sentence: &str| (ErrorCode::InvalidPayload, sentence.to_owned(), None);
         match up {
             Up::Out { me, peer, id } => self.parse_send(publish, me, peer, id).map(Wanted::Send),
@@ -109,7 +115,7 @@ impl<L: Log> ChatService<L> {
         };
         let told_id = id.as_ref().map(|id| id.as_str().to_owned());
         if !self.auth.may_exist(&to) {
-            return Err((ErrorCode::UnknownUser, format!("there is no user {to}"), told_id));
+            return Err((ErrorCode::UnknownUser, no_such_user(&to), told_id));
         }
         let conversation = ConversationId::between(&from, &to)
             .map_err(|error| (ErrorCode::SelfMessage, error.to_string(), told_id.clone()))?;
@@ -203,8 +209,12 @@ impl<L: Log> ChatService<L> {
     }
 }
 
-/// Why a topic outside `chat/` is refused once authentication is on.
-const CLOSED: &str = "not_authorized: topics outside chat/ are closed here";
+/// Why a topic outside `chat/` is refused.
+const CLOSED: &str = "not_authorized: this topic is closed to you";
+
+fn no_such_user(user: &UserId) -> String {
+    format!("there is no user {user}")
+}
 
 /// Taken, with nothing to tell about it.
 const TAKEN: PublishOutcome = PublishOutcome::Stored { subscribers: true, properties: Vec::new() };
@@ -249,24 +259,29 @@ impl<L: Log> Service for ChatService<L> {
         self.auth.authenticate_again(peer, identity, authentication).await
     }
 
-    fn route_publish(&self, _who: &Identity, topic: &str) -> PublishRoute {
+    fn route_publish(&self, who: &Identity, topic: &str) -> PublishRoute {
         // What is wrong with a chat topic is told by `submit`, which knows the codes of the protocol.
         if topic::is_chat(topic) {
             PublishRoute::Bound
-        } else if self.auth.is_open() {
+        } else if self.auth.may_publish(who, topic) {
             PublishRoute::Ordinary
         } else {
             PublishRoute::Refused(Refusal { code: RefusalCode::NotAuthorized, reason: CLOSED.to_owned() })
         }
     }
 
+    fn may_receive(&self, who: &Identity, topic: &str) -> bool {
+        !topic::is_chat(topic) && self.auth.may_receive(who, topic)
+    }
+
+    fn recheck(&self, who: &Identity) -> Option<Identity> {
+        self.auth.recheck(who)
+    }
+
     fn route_subscribe(&self, who: &Identity, filter: &str) -> SubscribeRoute {
         let refuse = |code, reason: String| SubscribeRoute::Refused(Refusal { code, reason });
-        if filter.starts_with("$SYS") {
-            return refuse(RefusalCode::NotAuthorized, "not_authorized: $SYS is not served".to_owned());
-        }
         if !topic::is_chat(filter) {
-            return if self.auth.is_open() {
+            return if self.auth.may_subscribe(who, filter) {
                 SubscribeRoute::Ordinary
             } else {
                 refuse(RefusalCode::NotAuthorized, CLOSED.to_owned())
@@ -518,6 +533,12 @@ impl<L: Log> Service for ChatService<L> {
                 self.metrics.connections.dec();
             }
             Observation::ConnectRefused => self.metrics.refused("connect"),
+            Observation::MessageReceived => {
+                self.metrics.mqtt_messages_received.inc();
+            }
+            Observation::MessagesSent(count) => {
+                self.metrics.mqtt_messages_sent.inc_by(count);
+            }
             Observation::Delivered(count) => {
                 self.metrics.messages_delivered.inc_by(count);
             }

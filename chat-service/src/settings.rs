@@ -15,6 +15,7 @@ use config::{Config, ConfigError, Environment, File, FileFormat, Map, Source, Va
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use tracing_subscriber::EnvFilter;
 
+use crate::auth::keys::KeyUrl;
 use crate::cli::Flags;
 use crate::webhooks::{SECRET_BYTES_MIN, Secret, WebhookUrl};
 
@@ -101,6 +102,12 @@ pub struct AuthSettings {
     pub password_file: Option<PathBuf>,
     #[serde(deserialize_with = "optional_path", serialize_with = "as_optional_path")]
     pub jwt_key_file: Option<PathBuf>,
+    /// `None`: keys come from the file alone.
+    #[serde(deserialize_with = "optional", serialize_with = "as_optional")]
+    pub jwt_key_url: Option<KeyUrl>,
+    #[serde(rename = "jwt_key_refresh_s")]
+    #[serde(deserialize_with = "seconds_within::<_, 30, 604_800>", serialize_with = "as_seconds")]
+    pub jwt_key_refresh: Duration,
     #[serde(deserialize_with = "any_text")]
     pub jwt_audience: String,
     #[serde(deserialize_with = "any_text")]
@@ -109,6 +116,8 @@ pub struct AuthSettings {
     pub jwt_roles_claim: String,
     #[serde(deserialize_with = "list", serialize_with = "as_list")]
     pub observers: Vec<UserId>,
+    #[serde(deserialize_with = "optional_path", serialize_with = "as_optional_path")]
+    pub acl_file: Option<PathBuf>,
 }
 
 /// How a client proves who it is.
@@ -357,9 +366,12 @@ impl Settings {
             }
         }
         if self.auth.mode == AuthMode::Required {
-            if self.auth.password_file.is_none() && self.auth.jwt_key_file.is_none() && tls.client_ca.is_none() {
+            let auth = &self.auth;
+            let takes_tokens = auth.jwt_key_file.is_some() || auth.jwt_key_url.is_some();
+            if auth.password_file.is_none() && !takes_tokens && tls.client_ca.is_none() {
                 let reason =
-                    "nobody could log in: set auth.password_file, auth.jwt_key_file or tls.client_ca".to_owned();
+                    "nobody could log in: set auth.password_file, auth.jwt_key_file, auth.jwt_key_url or tls.client_ca"
+                        .to_owned();
                 return Err(Wrong { key: "auth.mode".into(), reason });
             }
             return Ok(());
@@ -580,6 +592,17 @@ where
 
 fn as_milliseconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.serialize_u64(u64::try_from(duration.as_millis()).expect("it was read from a u64 of milliseconds"))
+}
+
+fn seconds_within<'de, D, const MIN: u64, const MAX: u64>(deserializer: D) -> Result<Duration, D::Error>
+where
+    D: Deserializer<'de>,
+{
+    within::<D, u64, MIN, MAX>(deserializer).map(Duration::from_secs)
+}
+
+fn as_seconds<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_u64(duration.as_secs())
 }
 
 fn days_within<'de, D, const MIN: u64, const MAX: u64>(deserializer: D) -> Result<Duration, D::Error>
@@ -887,6 +910,29 @@ mod tests {
         );
         assert_eq!(settings.unwrap().auth.password_file, Some("users".into()));
         assert_says(&refusal("[auth]\nmode = 'required'"), &["`auth.mode`", "auth.password_file"]);
+    }
+
+    #[test]
+    fn keys_come_by_https_or_from_this_machine() {
+        let url = |url: &str| format!("[auth]\nmode = 'required'\njwt_key_url = '{url}'\njwt_key_refresh_s = 60");
+        for good in
+            ["https://id.example.com/keys", "http://127.0.0.1:8081/keys", "http://[::1]/keys", "http://localhost/keys"]
+        {
+            let settings = load(&url(good), &[], Flags::default()).unwrap();
+            assert_eq!(settings.auth.jwt_key_url.as_ref().unwrap().to_string(), good);
+            assert_eq!(settings.auth.jwt_key_refresh, Duration::from_secs(60));
+            assert_eq!(load(&settings.to_toml(), &[], Flags::default()).unwrap(), settings);
+        }
+        for bad in [
+            "http://id.example.com/keys",
+            "http://127.0.0.1.example.com/",
+            "file:///etc/keys",
+            "id.example.com",
+            "https://a:b@id.example.com/",
+        ] {
+            assert_says(&refusal(&url(bad)), &["`auth.jwt_key_url`"]);
+        }
+        assert_says(&refusal("[auth]\njwt_key_refresh_s = 29"), &["`auth.jwt_key_refresh_s`", "29 is not between"]);
     }
 
     #[test]

@@ -134,6 +134,21 @@ pub enum Call {
     },
 }
 
+impl Call {
+    /// The other user whom it is about.
+    pub fn with(&self) -> Option<&UserId> {
+        match self {
+            Self::History { with, .. }
+            | Self::Block { with }
+            | Self::Unblock { with }
+            | Self::Delete { with, .. }
+            | Self::Unsend { with, .. }
+            | Self::Edit { with, .. } => Some(with),
+            Self::Whoami | Self::Conversations { .. } | Self::Sync { .. } | Self::Blocked => None,
+        }
+    }
+}
+
 /// What came on `chat/{me}/req/{method}`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {

@@ -11,10 +11,10 @@ use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
 
-const SECRET: &str = "0123456789abcdef0123456789abcdef";
+pub(crate) const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
 /// `chatd passwd …` with something on its standard input; its exit code and what it said.
-async fn passwd(arguments: &[&str], file: &Path, input: &str) -> (Option<i32>, String) {
+pub(crate) async fn passwd(arguments: &[&str], file: &Path, input: &str) -> (Option<i32>, String) {
     let mut command = chatd::command().await.unwrap();
     let command = command.arg("passwd").args(arguments).arg("--file").arg(file);
     let command = command.stdin(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
@@ -26,7 +26,7 @@ async fn passwd(arguments: &[&str], file: &Path, input: &str) -> (Option<i32>, S
 }
 
 /// A folder with users alice, bob, and eve, who observes; each with their name and `-pw` as password.
-async fn users() -> (TempDir, PathBuf) {
+pub(crate) async fn users() -> (TempDir, PathBuf) {
     let folder = tempfile::tempdir().unwrap();
     let file = folder.path().join("users");
     for (name, role) in [("alice", None), ("bob", None), ("eve", Some("observer"))] {
@@ -38,12 +38,12 @@ async fn users() -> (TempDir, PathBuf) {
     (folder, file)
 }
 
-fn required() -> Options {
+pub(crate) fn required() -> Options {
     Options::default().set("auth.mode", "required")
 }
 
 /// The code of the CONNACK.
-async fn refused(chatd: &Chatd, connect: Connect) -> (u8, Properties) {
+pub(crate) async fn refused(chatd: &Chatd, connect: Connect) -> (u8, Properties) {
     let mut client = connect.open(chatd).await.unwrap();
     match client.receive().await.unwrap() {
         Some(Packet::Connack { code, properties, .. }) if code != 0 => {
@@ -174,11 +174,11 @@ async fn guessing_costs_the_guesser_only() {
     Connect::v5("bob", "laptop").password("bob-pw").to(&chatd).await.unwrap();
 }
 
-fn now_s() -> u64 {
+pub(crate) fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }
 
-fn token(members: Value) -> String {
+pub(crate) fn token(members: Value) -> String {
     encode(&Header::new(Algorithm::HS256), &members, &EncodingKey::from_secret(SECRET.as_bytes())).unwrap()
 }
 
@@ -213,7 +213,7 @@ async fn a_token_lets_its_subject_in() {
 }
 
 /// Waits for a DISCONNECT; its code.
-async fn disconnected(client: &mut Client) -> u8 {
+pub(crate) async fn disconnected(client: &mut Client) -> u8 {
     let packets = client.until_closed().await.unwrap();
     match packets.last() {
         Some(Packet::Disconnect { code, .. }) => *code,
@@ -283,4 +283,284 @@ async fn topics_outside_chat_are_closed() {
     assert_eq!(client.publish(Publish::new("home/lamp", "on", 1)).await.unwrap().code, 0x87);
     let will = packet::Will { topic: "home/lamp".to_owned(), ..packet::Will::default() };
     assert_eq!(refused(&chatd, alice(Version::V5).password(token).will(will)).await.0, 0x87);
+}
+
+/// Where the server knows all its users, others are nobody: not to write to, not to ask about.
+#[tokio::test]
+async fn names_that_are_not_on_file_are_refused_everywhere() {
+    let (_folder, file) = users().await;
+    let chatd = Chatd::start_with(required().set("auth.password_file", file.display())).await.unwrap();
+    let mut alice = alice(Version::V5).password("alice-pw").to(&chatd).await.unwrap();
+    alice.subscribe("chat/alice/res", 1).await.unwrap();
+    for (topic, payload) in
+        [("out/nobody", "hello"), ("out/nobody/m-1", "hello"), ("read/nobody", "1"), ("typing/nobody", "on")]
+    {
+        let ack = alice.publish(Publish::new(format!("chat/alice/{topic}"), payload, 1)).await.unwrap();
+        assert_eq!(ack.code, 0x90, "{topic}");
+        assert!(ack.reason.as_deref().unwrap().starts_with("unknown_user: "), "{ack:?}");
+    }
+    let mut ask = async |method: &str, with: &str| {
+        let more = match method {
+            "delete" | "unsend" => json!({"with": with, "seq": 1}),
+            "edit" => json!({"with": with, "seq": 1, "text": "x"}),
+            _ => json!({"with": with}),
+        };
+        let publish = Publish::new(format!("chat/alice/req/{method}"), more.to_string(), 1);
+        assert!(alice.publish(publish).await.unwrap().code < 0x80);
+        alice.acked_message_on("chat/alice/res").await.unwrap().json()
+    };
+    for method in ["history", "block", "unblock", "delete", "unsend", "edit"] {
+        assert_eq!(ask(method, "nobody").await["error"]["code"], "unknown_user", "{method}");
+        assert_ne!(ask(method, "bob").await["error"]["code"], "unknown_user", "{method}");
+    }
+    // With tokens beside the file nobody knows all users.
+    let key = file.with_file_name("key");
+    std::fs::write(&key, SECRET).unwrap();
+    let options = required().set("auth.password_file", file.display()).set("auth.jwt_key_file", key.display());
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let mut alice = self::alice(Version::V5).password("alice-pw").to(&chatd).await.unwrap();
+    assert_eq!(alice.say("alice", "nobody", "hello").await.unwrap().code, 0x10);
+}
+
+#[tokio::test]
+async fn another_password_ends_the_sessions_of_the_old_one() {
+    let (_folder, file) = users().await;
+    let chatd = Chatd::start_with(required().set("auth.password_file", file.display())).await.unwrap();
+    let mut alice = alice(Version::V5).password("alice-pw").to(&chatd).await.unwrap();
+    let mut bob = Connect::v4("bob", "phone").password("bob-pw").to(&chatd).await.unwrap();
+    let mut eve = Connect::v5("eve", "tail").password("eve-pw").to(&chatd).await.unwrap();
+    eve.subscribe("chat/+/inbox", 1).await.unwrap();
+    assert_eq!(passwd(&["add", "alice"], &file, "new").await.0, Some(0));
+    assert_eq!(passwd(&["remove", "bob"], &file, "").await.0, Some(0));
+    // Eve keeps her password, and observes no more.
+    let without = std::fs::read_to_string(&file).unwrap().replace(":observer", "");
+    std::fs::write(&file, without).unwrap();
+    chatd.signal_hangup().unwrap();
+    assert_eq!(disconnected(&mut alice).await, 0x87);
+    assert_eq!(bob.until_closed().await.unwrap(), []);
+    assert_eq!(eve.subscribe_codes(&[("chat/+/inbox", 1)]).await.unwrap().0, [0x87]);
+    let mut alice = self::alice(Version::V5).password("new").to(&chatd).await.unwrap();
+    assert_eq!(alice.say("alice", "eve", "for her alone").await.unwrap().code, 0);
+    assert!(eve.ping().await.unwrap().is_empty(), "she does not read it as an observer");
+}
+
+/// Whether a user exists is not to be learned from how long a refusal takes: median against median, over many logins.
+#[tokio::test]
+async fn a_refusal_takes_as_long_for_users_who_are_there() {
+    let (_folder, file) = users().await;
+    // Somebody whose hash costs half of what the others' do.
+    let dear = "dora:$argon2id$v=19$m=9728,t=2,p=1$c29tZXNhbHRzYWx0$W0J9Fj1pvQxPTx0gT1VJoU1qZ0kPl0b5sSkS3KZ1nZk\n";
+    let before = std::fs::read_to_string(&file).unwrap();
+    std::fs::write(&file, format!("{before}{dear}")).unwrap();
+    let chatd = Chatd::start_with(required().set("auth.password_file", file.display())).await.unwrap();
+    let mut took: [Vec<Duration>; 3] = Default::default();
+    // At most 10 failures of a user, or nothing is looked at any more.
+    for round in 0..9 {
+        for (nth, name) in ["alice", "nobody", "dora"].into_iter().enumerate() {
+            let began = Instant::now();
+            let connect = Connect::v5(name, "phone").password(format!("guess {round}"));
+            assert_eq!(refused(&chatd, connect).await.0, 0x86);
+            took[nth].push(began.elapsed());
+        }
+    }
+    let medians = took.map(|mut of| {
+        of.sort();
+        of[of.len() / 2].as_secs_f64()
+    });
+    for median in medians {
+        let ratio = median / medians[0];
+        assert!((0.8..1.25).contains(&ratio), "{medians:?}");
+    }
+}
+
+/// Whoever has keys, and gives them to those who ask. Ends when dropped.
+struct Keys {
+    address: std::net::SocketAddr,
+    body: std::sync::Arc<parking_lot::Mutex<Option<String>>>,
+    asked: std::sync::Arc<std::sync::atomic::AtomicUsize>,
+    serving: tokio::task::JoinHandle<()>,
+}
+
+impl Drop for Keys {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
+
+impl Keys {
+    /// `None`: it answers with an error.
+    async fn start(body: Option<String>) -> Self {
+        use axum::http::StatusCode;
+        let body = std::sync::Arc::new(parking_lot::Mutex::new(body));
+        let asked = std::sync::Arc::new(std::sync::atomic::AtomicUsize::new(0));
+        let (given, counted) = (body.clone(), asked.clone());
+        let answer = move || {
+            counted.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            let body = given.lock().clone();
+            async move { body.map_or((StatusCode::INTERNAL_SERVER_ERROR, String::new()), |body| (StatusCode::OK, body)) }
+        };
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let routes = axum::Router::new().route("/keys", axum::routing::get(answer));
+        let serving = tokio::spawn(async move { axum::serve(listener, routes).await.unwrap() });
+        Self { address, body, asked, serving }
+    }
+
+    fn set(&self, body: Option<String>) {
+        *self.body.lock() = body;
+    }
+
+    fn options(&self) -> Options {
+        required().set("auth.jwt_key_url", format!("http://{}/keys", self.address))
+    }
+
+    fn asked(&self) -> usize {
+        self.asked.load(std::sync::atomic::Ordering::Relaxed)
+    }
+}
+
+const KEY_SET: &str = include_str!("../../chat-service/fixtures/ed25519-public.jwks");
+const KEY_OF_SET: &[u8] = include_bytes!("../../chat-service/fixtures/ed25519-private.pem");
+
+/// Signed with the key of the set.
+fn signed(kid: Option<&str>) -> String {
+    let header = Header { kid: kid.map(str::to_owned), ..Header::new(Algorithm::EdDSA) };
+    let body = json!({"sub": "alice", "exp": now_s() + 600});
+    encode(&header, &body, &EncodingKey::from_ed_pem(KEY_OF_SET).unwrap()).unwrap()
+}
+
+#[tokio::test]
+async fn keys_are_fetched_again_until_they_are_there() {
+    let keys = Keys::start(None).await;
+    let chatd = Chatd::start_with(keys.options()).await.unwrap();
+    let connect = alice(Version::V5).password(signed(Some("2026")));
+    let (code, properties) = refused(&chatd, connect.clone()).await;
+    assert_eq!(code, 0x88, "{properties:?}");
+    assert!(properties.reason().unwrap().contains("keys are not there yet"), "{properties:?}");
+    eventually("it asks again", PATIENCE, async || keys.asked() >= 2).await;
+    keys.set(Some(KEY_SET.to_owned()));
+    eventually("it has them", PATIENCE, async || chatd.log().unwrap().contains("fetched the keys")).await;
+    connect.to(&chatd).await.unwrap();
+    let metrics = chatd.metrics().await.unwrap();
+    assert!(metrics["chatd_jwt_key_fetch_failures_total"] >= 2.0);
+    assert!(metrics["chatd_jwt_key_fetches_total"] > metrics["chatd_jwt_key_fetch_failures_total"]);
+
+    // A key that the set does not have is looked for, but not each time that somebody names one; and nothing that a token says is fetched.
+    let asked = keys.asked();
+    let header = Header {
+        kid: Some("../../../etc/passwd".to_owned()),
+        jku: Some(format!("http://{}/keys?stolen", keys.address)),
+        x5u: Some(format!("http://{}/keys?stolen", keys.address)),
+        ..Header::new(Algorithm::EdDSA)
+    };
+    let body = json!({"sub": "alice", "exp": now_s() + 600});
+    let stranger = encode(&header, &body, &EncodingKey::from_ed_pem(KEY_OF_SET).unwrap()).unwrap();
+    let attempts = (0..20).map(|_| refused(&chatd, alice(Version::V5).password(stranger.clone())));
+    for (code, _) in futures_util::future::join_all(attempts).await {
+        assert_eq!(code, 0x86);
+    }
+    assert!(keys.asked() <= asked + 1, "{} after {asked}", keys.asked());
+    // Whoever names a key that is not there guesses nothing: alice is not locked out.
+    connect.to(&chatd).await.unwrap();
+}
+
+#[tokio::test]
+async fn keys_that_cannot_be_fetched_again_stay() {
+    let keys = Keys::start(Some(KEY_SET.to_owned())).await;
+    let chatd = Chatd::start_with(keys.options().set("auth.jwt_key_refresh_s", 30)).await.unwrap();
+    eventually("it has them", PATIENCE, async || chatd.log().unwrap().contains("fetched the keys")).await;
+    let mut client = alice(Version::V5).password(signed(None)).to(&chatd).await.unwrap();
+    let failures = || async { chatd.metric("chatd_jwt_key_fetch_failures_total").await.unwrap() };
+    let long = Duration::from_secs(60);
+    keys.set(None);
+    eventually("a fetch fails", long, async || failures().await >= 1.0).await;
+    alice(Version::V5).password(signed(Some("2026"))).to(&chatd).await.unwrap();
+    for bad in ["{}", "nonsense", r#"{"keys":[{"kty":"oct","k":"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"}]}"#] {
+        let before = failures().await;
+        keys.set(Some(bad.to_owned()));
+        eventually("it is refused", long, async || failures().await > before).await;
+        assert_eq!(client.say("alice", "bob", "still here").await.unwrap().code, 0x10);
+    }
+    // A set that is too long is not read to its end.
+    let before = failures().await;
+    keys.set(Some(format!("{}{KEY_SET}", " ".repeat(1024 * 1024))));
+    eventually("it is refused", long, async || failures().await > before).await;
+
+    // And when the key is taken back, so is what it opened.
+    keys.set(Some(
+        r#"{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"new","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}"#
+            .to_owned(),
+    ));
+    client.set_patience(long);
+    assert_eq!(disconnected(&mut client).await, 0x87);
+    assert_eq!(refused(&chatd, alice(Version::V5).password(signed(None))).await.0, 0x86);
+}
+
+/// Nothing that a client sends may begin a line of the log, or reach the terminal of whoever reads it.
+#[tokio::test]
+async fn nothing_that_clients_send_breaks_a_line_of_the_log() {
+    const EVIL: &str = "a\n2026-01-01T00:00:00Z ERROR forged\r\u{1b}[31m\u{7}\u{9b}\u{202e}\u{85}";
+    let (_folder, file) = users().await;
+    let key = file.with_file_name("key");
+    std::fs::write(&key, SECRET).unwrap();
+    let options = required()
+        .set("auth.password_file", file.display())
+        .set("auth.jwt_key_file", key.display())
+        .set("log.format", "auto")
+        .set("log.level", "debug");
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let long = EVIL.repeat(300);
+    for version in [Version::V4, Version::V5] {
+        let alice = || alice(version).password("alice-pw");
+        for text in [EVIL, &long] {
+            let evil_token = token(json!({"sub": text, "exp": now_s() + 600}));
+            let evil_header = Header { kid: Some(text.to_owned()), ..Header::new(Algorithm::HS256) };
+            let key = EncodingKey::from_secret(SECRET.as_bytes());
+            let evil_kid = encode(&evil_header, &json!({"sub": "alice", "exp": text}), &key).unwrap();
+            let will = packet::Will { topic: text.to_owned(), payload: text.into(), ..packet::Will::default() };
+            let attempts = [
+                Connect::new(version, text, "phone").password("x"),
+                Connect::new(version, text, text),
+                Connect::new(version, "bob", "phone").password(text),
+                Connect::new(version, "", "phone").password(evil_token),
+                Connect::new(version, "", "phone").password(evil_kid),
+                alice().will(will),
+            ];
+            let attempts = attempts.into_iter().map(|connect| {
+                let chatd = &chatd;
+                async move { connect.open(chatd).await.unwrap().until_closed().await.unwrap() }
+            });
+            for packets in futures_util::future::join_all(attempts).await {
+                assert!(matches!(packets.first(), Some(Packet::Connack { code: 1.., .. }) | None), "{packets:?}");
+            }
+            let client_id = Connect { client_id: text.chars().take(50).collect(), ..alice() };
+            let mut client = client_id.to(&chatd).await.unwrap();
+            for topic in [
+                text.to_owned(),
+                format!("chat/alice/out/{text}"),
+                format!("chat/{text}/out/bob"),
+                format!("chat/alice/req/{text}"),
+            ] {
+                client.publish(Publish::new(topic, text, 1)).await.unwrap();
+            }
+            client.subscribe_codes(&[(text, 1), (&format!("chat/{text}"), 1)]).await.unwrap();
+        }
+    }
+    if let Ok(mut socket) = tokio::net::TcpStream::connect(chatd.http_addr()).await {
+        let request =
+            "GET /mqtt HTTP/1.1\r\nhost: x\r\norigin: http://a\u{1b}[31m\r\nsec-websocket-protocol: \u{9b}\r\n\r\n";
+        socket.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        drop(tokio::io::AsyncReadExt::read_to_end(&mut socket, &mut answer).await);
+    }
+    let log = chatd.log().unwrap();
+    assert!(log.contains("refused a connect"), "{log}");
+    for line in log.lines() {
+        let begins = line.get(..11).is_some_and(|date| {
+            date.starts_with("20") && date.ends_with('T') && !line.starts_with("2026-01-01T00:00:00Z ERROR forged")
+        });
+        assert!(begins, "{line:?}");
+        assert!(line.len() < 4_096, "{} bytes: {line:?}", line.len());
+        assert!(line.chars().all(|one| !one.is_control() && !('\u{202a}'..='\u{202e}').contains(&one)), "{line:?}");
+    }
 }

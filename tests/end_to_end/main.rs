@@ -3,6 +3,8 @@
 //! `CHATD_BIN` names another chatd, `CHATD_TEST_SEED` repeats a random test, `CHATD_TEST_LONG=1` takes the long way where there is one.
 
 #[cfg(test)]
+mod acl;
+#[cfg(test)]
 mod auth;
 #[cfg(test)]
 mod chat;

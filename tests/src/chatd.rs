@@ -253,7 +253,8 @@ async fn spawn(
     let mut child = command()
         .await?
         .args(["--mqtt-listen", &mqtt.to_string(), "--http-listen", &http.to_string()])
-        .args(["--log-format", "json", "--data"])
+        .args(log_format(options))
+        .arg("--data")
         .arg(folder.join("data"))
         .args(&options.arguments)
         .envs(options.environment.iter().cloned())
@@ -300,6 +301,12 @@ async fn spawn(
         }
     });
     Ok((child, mqtt, http, greeting))
+}
+
+/// JSON, which can be read again, unless a test wants to see what people see.
+fn log_format(options: &Options) -> &'static [&'static str] {
+    let is_set = options.environment.iter().any(|(variable, _)| variable == "CHATD__LOG__FORMAT");
+    if is_set { &[] } else { &["--log-format", "json"] }
 }
 
 /// `chatd` with no arguments yet and none of our environment's settings; killed when dropped.

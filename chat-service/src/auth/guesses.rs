@@ -22,9 +22,45 @@ const GUESSERS_MAX: usize = 100_000;
 
 /// An address, and perhaps the user whose password was tried. Of IPv6 the network counts: whoever has one has all of its addresses.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-struct Guesser {
+pub(super) struct Guesser {
     address: IpAddr,
     user: Option<Arc<str>>,
+}
+
+impl Guesser {
+    /// Whoever comes from there.
+    pub(super) fn of_address(address: IpAddr) -> Self {
+        Self { address: network(address), user: None }
+    }
+
+    /// Whoever tries this user from there.
+    pub(super) fn of_user(address: IpAddr, user: &Arc<str>) -> Self {
+        Self { address: network(address), user: Some(Arc::clone(user)) }
+    }
+}
+
+/// Where somebody comes from, and who they say they are.
+#[derive(Clone, Debug)]
+pub(super) struct Caller {
+    pub(super) address: IpAddr,
+    /// Empty if it is no name that a user could have.
+    pub(super) user: Arc<str>,
+    /// Whether the address alone counts: not if many share it, as behind a proxy.
+    pub(super) counts_address: bool,
+}
+
+impl Caller {
+    /// Whose places they take when they wait.
+    pub(super) fn guest(&self) -> Guesser {
+        if self.counts_address { Guesser::of_address(self.address) } else { Guesser::of_user(self.address, &self.user) }
+    }
+
+    /// Each with the failures that it may have.
+    fn guessers(&self) -> impl Iterator<Item = (Guesser, u32)> {
+        let of_user = (Guesser::of_user(self.address, &self.user), USER_FAILURES_MAX);
+        let of_address = self.counts_address.then(|| (Guesser::of_address(self.address), ADDRESS_FAILURES_MAX));
+        std::iter::once(of_user).chain(of_address)
+    }
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -51,29 +87,21 @@ fn network(address: IpAddr) -> IpAddr {
     }
 }
 
-fn guessers(address: IpAddr, user: &Arc<str>) -> [(Guesser, u32); 2] {
-    let address = network(address);
-    [
-        (Guesser { address, user: Some(Arc::clone(user)) }, USER_FAILURES_MAX),
-        (Guesser { address, user: None }, ADDRESS_FAILURES_MAX),
-    ]
-}
-
 impl Guesses {
     /// How long they still have to wait before anything is looked at.
-    pub(super) fn wait(&self, address: IpAddr, user: &Arc<str>, now: Instant) -> Option<Duration> {
+    pub(super) fn wait(&self, caller: &Caller, now: Instant) -> Option<Duration> {
         let wait = |(guesser, max): (Guesser, u32)| {
             let failures = self.failures.get(&guesser).filter(|failures| now < failures.last + MEMORY)?;
             let beyond = failures.count.checked_sub(max)?;
             let wait = FIRST_WAIT.saturating_mul(1 << beyond.min(10)).min(WAIT_MAX);
             (failures.last + wait).checked_duration_since(now).filter(|left| !left.is_zero())
         };
-        guessers(address, user).into_iter().filter_map(wait).max()
+        caller.guessers().filter_map(wait).max()
     }
 
-    pub(super) fn failed(&mut self, address: IpAddr, user: &Arc<str>, now: Instant) {
+    pub(super) fn failed(&mut self, caller: &Caller, now: Instant) {
         self.forget_old(now);
-        for (guesser, _) in guessers(address, user) {
+        for (guesser, _) in caller.guessers() {
             let failures = self.failures.entry(guesser.clone()).or_insert(Failures { count: 0, last: now });
             if failures.count == 0 || now >= failures.last + MEMORY {
                 failures.count = 0;
@@ -85,9 +113,8 @@ impl Guesses {
     }
 
     /// Whoever knows the password is no guesser. The address is not forgiven: it may have one account and guess at others.
-    pub(super) fn succeeded(&mut self, address: IpAddr, user: &Arc<str>) {
-        let [(guesser, _), _] = guessers(address, user);
-        self.failures.remove(&guesser);
+    pub(super) fn succeeded(&mut self, caller: &Caller) {
+        self.failures.remove(&Guesser::of_user(caller.address, &caller.user));
     }
 
     fn forget_old(&mut self, now: Instant) {
@@ -117,59 +144,79 @@ mod tests {
     const HOME: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 1));
     const ELSEWHERE: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(192, 0, 2, 2));
 
-    fn bob() -> Arc<str> {
-        Arc::from("bob")
+    fn at(address: IpAddr, user: &str) -> Caller {
+        Caller { address, user: Arc::from(user), counts_address: true }
+    }
+
+    fn bob(address: IpAddr) -> Caller {
+        at(address, "bob")
     }
 
     #[test]
     fn a_guesser_waits_longer_each_time_and_nobody_else_does() {
         let (mut guesses, begin) = (Guesses::default(), Instant::now());
         for _ in 0..USER_FAILURES_MAX {
-            assert_eq!(guesses.wait(HOME, &bob(), begin), None);
-            guesses.failed(HOME, &bob(), begin);
+            assert_eq!(guesses.wait(&bob(HOME), begin), None);
+            guesses.failed(&bob(HOME), begin);
         }
-        assert_eq!(guesses.wait(HOME, &bob(), begin), Some(FIRST_WAIT));
-        assert_eq!(guesses.wait(HOME, &bob(), begin + FIRST_WAIT), None, "it may try again");
-        guesses.failed(HOME, &bob(), begin + FIRST_WAIT);
-        assert_eq!(guesses.wait(HOME, &bob(), begin + FIRST_WAIT), Some(FIRST_WAIT * 2));
-        assert_eq!(guesses.wait(ELSEWHERE, &bob(), begin), None, "bob himself is somewhere else");
-        assert_eq!(guesses.wait(HOME, &Arc::from("alice"), begin), None);
+        assert_eq!(guesses.wait(&bob(HOME), begin), Some(FIRST_WAIT));
+        assert_eq!(guesses.wait(&bob(HOME), begin + FIRST_WAIT), None, "it may try again");
+        guesses.failed(&bob(HOME), begin + FIRST_WAIT);
+        assert_eq!(guesses.wait(&bob(HOME), begin + FIRST_WAIT), Some(FIRST_WAIT * 2));
+        assert_eq!(guesses.wait(&bob(ELSEWHERE), begin), None, "bob himself is somewhere else");
+        assert_eq!(guesses.wait(&at(HOME, "alice"), begin), None);
         for _ in 0..20 {
-            guesses.failed(HOME, &bob(), begin);
+            guesses.failed(&bob(HOME), begin);
         }
-        assert_eq!(guesses.wait(HOME, &bob(), begin), Some(WAIT_MAX));
-        assert_eq!(guesses.wait(HOME, &bob(), begin + MEMORY), None);
+        assert_eq!(guesses.wait(&bob(HOME), begin), Some(WAIT_MAX));
+        assert_eq!(guesses.wait(&bob(HOME), begin + MEMORY), None);
     }
 
     #[test]
     fn an_address_that_tries_many_names_waits_for_all() {
         let (mut guesses, now) = (Guesses::default(), Instant::now());
         for nth in 0..ADDRESS_FAILURES_MAX {
-            guesses.failed(HOME, &Arc::from(format!("user-{nth}")), now);
+            guesses.failed(&at(HOME, &format!("user-{nth}")), now);
         }
-        assert!(guesses.wait(HOME, &bob(), now).is_some());
-        assert!(guesses.wait(ELSEWHERE, &bob(), now).is_none());
+        assert!(guesses.wait(&bob(HOME), now).is_some());
+        assert!(guesses.wait(&bob(ELSEWHERE), now).is_none());
+    }
+
+    #[test]
+    fn an_address_that_many_share_counts_only_with_a_user() {
+        let (mut guesses, now) = (Guesses::default(), Instant::now());
+        let shared = |user: &str| Caller { counts_address: false, ..at(HOME, user) };
+        for nth in 0..ADDRESS_FAILURES_MAX * 2 {
+            guesses.failed(&shared(&format!("user-{nth}")), now);
+        }
+        assert!(guesses.wait(&shared("bob"), now).is_none());
+        for _ in 0..USER_FAILURES_MAX {
+            guesses.failed(&shared("bob"), now);
+        }
+        assert!(guesses.wait(&shared("bob"), now).is_some());
+        assert_ne!(shared("bob").guest(), shared("alice").guest());
+        assert_eq!(at(HOME, "bob").guest(), at(HOME, "alice").guest());
     }
 
     #[test]
     fn an_ipv6_network_counts_as_one() {
         let (mut guesses, now) = (Guesses::default(), Instant::now());
         for nth in 0..USER_FAILURES_MAX {
-            guesses.failed(format!("2001:db8::{nth}").parse().unwrap(), &bob(), now);
+            guesses.failed(&bob(format!("2001:db8::{nth}").parse().unwrap()), now);
         }
-        assert!(guesses.wait("2001:db8::ffff".parse().unwrap(), &bob(), now).is_some());
-        assert!(guesses.wait("2001:db8:0:1::1".parse().unwrap(), &bob(), now).is_none());
+        assert!(guesses.wait(&bob("2001:db8::ffff".parse().unwrap()), now).is_some());
+        assert!(guesses.wait(&bob("2001:db8:0:1::1".parse().unwrap()), now).is_none());
     }
 
     #[test]
     fn who_knows_the_password_is_forgiven() {
         let (mut guesses, now) = (Guesses::default(), Instant::now());
         for _ in 0..USER_FAILURES_MAX - 1 {
-            guesses.failed(HOME, &bob(), now);
+            guesses.failed(&bob(HOME), now);
         }
-        guesses.succeeded(HOME, &bob());
-        guesses.failed(HOME, &bob(), now);
-        assert_eq!(guesses.wait(HOME, &bob(), now), None);
+        guesses.succeeded(&bob(HOME));
+        guesses.failed(&bob(HOME), now);
+        assert_eq!(guesses.wait(&bob(HOME), now), None);
     }
 
     #[test]
@@ -177,10 +224,10 @@ mod tests {
         let (mut guesses, mut now) = (Guesses::default(), Instant::now());
         for nth in 0..150_000_u32 {
             now += Duration::from_micros(1);
-            guesses.failed(IpAddr::V4(nth.into()), &bob(), now);
+            guesses.failed(&bob(IpAddr::V4(nth.into())), now);
         }
         assert!(guesses.failures.len() <= GUESSERS_MAX + 2 && guesses.order.len() <= GUESSERS_MAX + 2);
-        guesses.failed(HOME, &bob(), now + MEMORY);
+        guesses.failed(&bob(HOME), now + MEMORY);
         assert!(guesses.failures.len() <= 2 && guesses.order.len() <= 2);
     }
 }

@@ -1,10 +1,14 @@
 //! Who may come in: passwords on file, tokens, or in development everybody.
 //!
 //! Whoever is refused hears the same sentence after the same work, whether the name is known or not. Hashing a password is expensive by
-//! design, so only so many are hashed at a time and only so many may wait; everything else goes on beside it.
+//! design, so only so many are hashed at a time and only so many may wait; everything else goes on beside it. What files and fetched keys say is
+//! replaced as a whole, and asked anew each time: nothing that follows from it is remembered.
 
+pub mod acl;
 pub mod command;
+mod desk;
 mod guesses;
+pub mod keys;
 pub mod passwords;
 pub mod tokens;
 
@@ -13,25 +17,56 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use broker::service::{Authentication, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, Peer, Roles};
+use broker::service::{
+    Authentication, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Credential, Identity, Peer, Roles,
+};
 use chat_protocol::UserId;
 use parking_lot::{Mutex, RwLock};
-use tokio::sync::Semaphore;
+use sha2::{Digest, Sha256};
+use tokio::sync::Notify;
 
-use self::guesses::Guesses;
+use self::acl::{Acl, AclFileError, Client, Wanted};
+use self::desk::{Desk, Room};
+use self::guesses::{Caller, Guesses};
 use self::passwords::{PASSWORD_BYTES_MAX, PasswordFile, PasswordFileError, User};
-use self::tokens::{Claims, KeyError, Proof, Tokens};
+use self::tokens::{Claims, KeyError, Keys, Proof, TokenError, Tokens};
 use crate::settings::{AuthMode, AuthSettings};
 
 /// The MQTT 5 authentication method that carries a token in CONNECT and renews it in AUTH.
 pub const TOKEN_METHOD: &str = "JWT";
-/// Passwords that are hashed at a time, and that wait for it.
-const HASHING_MAX: usize = 2;
-const WAITING_MAX: usize = 64;
-/// A failed login is answered so much later.
+/// Where the admins read how the server is.
+const SERVER_TOPICS: &str = "$SYS";
+/// Passwords that wait to be hashed, and of those, those of one address.
+const PASSWORD_PLACES: usize = 64;
+const PASSWORD_PLACES_OF_ONE: usize = 16;
+/// Tokens whose signature waits to be checked: that takes a hundredth of the time.
+const TOKEN_PLACES: usize = 1_024;
+const TOKEN_PLACES_OF_ONE: usize = 256;
+/// A failed login is answered at a whole number of these after it came, so that not even the cost of a hash shows.
 const FAILURE_DELAY: Duration = Duration::from_secs(1);
+
+/// Whether the failures of an address count, whoever's they are: not if many share it, as behind a proxy.
+pub type CountsAddress = Box<dyn Fn(IpAddr) -> bool + Send + Sync>;
+
+/// How many logins are worked on at a time: with few processors one, so that the other is left for everything else.
+fn at_a_time() -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    if processors <= 2 { 1 } else { 2 }
+}
+
+/// Short for what somebody proved themselves with, to tell later whether it is still good.
+fn fingerprint(parts: &[&[u8]]) -> Credential {
+    let mut hash = Sha256::new();
+    for part in parts {
+        hash.update(u64::try_from(part.len()).unwrap_or(u64::MAX).to_be_bytes());
+        hash.update(part);
+    }
+    let digest = hash.finalize();
+    Credential(digest.iter().take(8).fold(0, |number, byte| number << 8 | u64::from(*byte)))
+}
 
 /// What somebody may do besides chatting under their own name.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,10 +114,25 @@ impl FromStr for Role {
     }
 }
 
-/// What the files said when they were read last.
-struct Files {
+/// What the files said when they were read last, and the keys that were fetched last.
+struct Rules {
     passwords: Option<PasswordFile>,
+    /// `None`: tokens are not taken.
     tokens: Option<Tokens>,
+    /// Keys are still to be fetched for the first time.
+    awaits_keys: bool,
+    acl: Option<Acl>,
+    /// Whoever is not on file is checked against this, so that it takes as long.
+    nobody: User,
+}
+
+/// What [`Rules`] are made of.
+#[derive(Default)]
+struct Sources {
+    passwords: Option<PasswordFile>,
+    keys_on_file: Option<Keys>,
+    fetched_keys: Option<Keys>,
+    acl: Option<Acl>,
 }
 
 /// Why a file of [`AuthSettings`] was refused.
@@ -92,6 +142,8 @@ pub enum AuthError {
     Passwords(#[from] PasswordFileError),
     #[error("auth.jwt_key_file: {0}")]
     Keys(#[from] KeyError),
+    #[error("auth.acl_file: {0}")]
+    Acl(#[from] AclFileError),
 }
 
 /// Who may come in.
@@ -100,14 +152,19 @@ pub struct Auth {
     observers: Vec<UserId>,
     password_path: Option<PathBuf>,
     key_path: Option<PathBuf>,
+    acl_path: Option<PathBuf>,
+    fetches_keys: bool,
     takes_certificates: bool,
     claims: Claims,
-    files: RwLock<Arc<Files>>,
+    counts_address: CountsAddress,
+    sources: Mutex<Sources>,
+    rules: RwLock<Arc<Rules>>,
+    keys_wanted: Notify,
     guesses: Mutex<Guesses>,
-    hashing: Semaphore,
-    waiting: Semaphore,
-    /// Whoever is not on file is checked against this, so that it takes as long.
-    nobody: User,
+    hashing: Desk,
+    checking: Desk,
+    /// Passwords that were hashed, right or wrong.
+    hashed: Arc<AtomicU64>,
 }
 
 impl fmt::Debug for Auth {
@@ -119,24 +176,41 @@ impl fmt::Debug for Auth {
 impl Auth {
     /// # Errors
     /// A file cannot be read, or is not what it has to be.
-    pub fn new(settings: &AuthSettings, takes_certificates: bool) -> Result<Self, AuthError> {
+    pub fn new(
+        settings: &AuthSettings,
+        takes_certificates: bool,
+        counts_address: CountsAddress,
+    ) -> Result<Self, AuthError> {
         let claims = Claims {
             audience: settings.jwt_audience.clone(),
             issuer: settings.jwt_issuer.clone(),
             roles: settings.jwt_roles_claim.clone(),
+        };
+        let room = |places, places_of_one| Room { at_a_time: at_a_time(), places, places_of_one };
+        let nothing = Rules {
+            passwords: None,
+            tokens: None,
+            awaits_keys: false,
+            acl: None,
+            nobody: PasswordFile::default().nobody(),
         };
         let auth = Self {
             mode: settings.mode,
             observers: settings.observers.clone(),
             password_path: settings.password_file.clone(),
             key_path: settings.jwt_key_file.clone(),
+            acl_path: settings.acl_file.clone(),
+            fetches_keys: settings.jwt_key_url.is_some(),
             takes_certificates,
             claims,
-            files: RwLock::new(Arc::new(Files { passwords: None, tokens: None })),
+            counts_address,
+            sources: Mutex::default(),
+            rules: RwLock::new(Arc::new(nothing)),
+            keys_wanted: Notify::new(),
             guesses: Mutex::default(),
-            hashing: Semaphore::new(HASHING_MAX),
-            waiting: Semaphore::new(HASHING_MAX + WAITING_MAX),
-            nobody: User::with_password(b"", Vec::new()),
+            hashing: Desk::new(room(PASSWORD_PLACES, PASSWORD_PLACES_OF_ONE)),
+            checking: Desk::new(room(TOKEN_PLACES, TOKEN_PLACES_OF_ONE)),
+            hashed: Arc::default(),
         };
         auth.reload()?;
         Ok(auth)
@@ -149,12 +223,15 @@ impl Auth {
             mode: AuthMode::Development,
             password_file: None,
             jwt_key_file: None,
+            jwt_key_url: None,
+            jwt_key_refresh: Duration::from_secs(3_600),
             jwt_audience: String::new(),
             jwt_issuer: String::new(),
             jwt_roles_claim: String::new(),
             observers: Vec::new(),
+            acl_file: None,
         };
-        Arc::new(Self::new(&settings, false).expect("no file is read"))
+        Arc::new(Self::new(&settings, false, Box::new(|_| true)).expect("no file is read"))
     }
 
     /// Reads the files again. If one of them is wrong everything stays as it was.
@@ -162,49 +239,133 @@ impl Auth {
     /// # Errors
     /// A file cannot be read, or is not what it has to be.
     pub fn reload(&self) -> Result<(), AuthError> {
-        if self.mode == AuthMode::Development {
-            return Ok(());
-        }
+        // In development mode nobody is asked for a password; the file is read all the same, so that a mistake in it is told.
         let passwords = self.password_path.as_deref().map(PasswordFile::read).transpose()?;
-        let tokens = self.key_path.as_deref().map(|path| Tokens::read(path, self.claims.clone())).transpose()?;
-        *self.files.write() = Arc::new(Files { passwords, tokens });
+        let keys_on_file = self.key_path.as_deref().map(Keys::read).transpose()?;
+        let acl = self.acl_path.as_deref().map(Acl::read).transpose()?;
+        self.change(|sources| {
+            *sources = Sources { passwords, keys_on_file, acl, fetched_keys: sources.fetched_keys.take() }
+        });
         Ok(())
     }
 
-    fn files(&self) -> Arc<Files> {
-        Arc::clone(&self.files.read())
+    /// Takes keys that were fetched; `false` if they were there before.
+    pub fn take_keys(&self, keys: Keys) -> bool {
+        let mut is_new = true;
+        self.change(|sources| {
+            is_new = sources.fetched_keys.as_ref().is_none_or(|before| !before.is_same(&keys));
+            sources.fetched_keys = Some(keys);
+        });
+        is_new
+    }
+
+    /// Returns when a token has named a key that is not known.
+    pub async fn keys_wanted(&self) {
+        self.keys_wanted.notified().await;
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Sources)) {
+        // Held until the new rules are in place: two changes at a time do not undo each other.
+        let mut sources = self.sources.lock();
+        change(&mut sources);
+        let takes_tokens = self.key_path.is_some() || self.fetches_keys;
+        let keys = [&sources.keys_on_file, &sources.fetched_keys].into_iter().flatten().cloned();
+        let rules = Rules {
+            tokens: takes_tokens.then(|| Tokens::new(keys, self.claims.clone())),
+            awaits_keys: self.fetches_keys && sources.fetched_keys.is_none(),
+            acl: sources.acl.clone(),
+            nobody: sources.passwords.as_ref().map_or_else(|| PasswordFile::default().nobody(), PasswordFile::nobody),
+            passwords: sources.passwords.clone(),
+        };
+        *self.rules.write() = Arc::new(rules);
+    }
+
+    fn rules(&self) -> Arc<Rules> {
+        Arc::clone(&self.rules.read())
     }
 
     /// `false` if it is certain that there is no such user: the password file has all of them, and not this one.
     pub fn may_exist(&self, user: &UserId) -> bool {
-        let files = self.files.read();
-        match (&files.passwords, &files.tokens) {
-            (Some(passwords), None) if !self.takes_certificates => passwords.has(user),
+        let is_closed = self.mode == AuthMode::Required && !self.takes_certificates;
+        let rules = self.rules.read();
+        match (&rules.passwords, &rules.tokens) {
+            (Some(passwords), None) if is_closed => passwords.has(user),
             _ => true,
         }
     }
 
-    /// Whether topics outside `chat/` are everybody's.
+    /// Whether everybody is let in.
     pub fn is_open(&self) -> bool {
         self.mode == AuthMode::Development
+    }
+
+    /// Whether a topic outside `chat/` may be published to.
+    pub fn may_publish(&self, who: &Identity, topic: &str) -> bool {
+        self.allows(who, topic, Wanted::Write)
+    }
+
+    /// Whether a message of a topic outside `chat/` may be received.
+    pub fn may_receive(&self, who: &Identity, topic: &str) -> bool {
+        if is_server_topic(topic) { self.may_watch(who) } else { self.allows(who, topic, Wanted::Read) }
+    }
+
+    /// Whether a filter outside `chat/` may be subscribed to. What it matches is asked again with every message.
+    pub fn may_subscribe(&self, who: &Identity, filter: &str) -> bool {
+        if is_server_topic(filter) {
+            return self.may_watch(who);
+        }
+        match &self.rules.read().acl {
+            Some(acl) => acl.could_read(client(who), filter),
+            None => self.is_open(),
+        }
+    }
+
+    fn allows(&self, who: &Identity, topic: &str, wanted: Wanted) -> bool {
+        match &self.rules.read().acl {
+            Some(acl) => acl.allows(client(who), topic, wanted),
+            None => self.is_open(),
+        }
+    }
+
+    fn may_watch(&self, who: &Identity) -> bool {
+        self.is_open() || Role::Admin.is_in(who.roles)
+    }
+
+    /// Who somebody is now that files were read again or keys fetched. `None` if nobody any more: the password is another one or gone, or the key
+    /// is that signed the token.
+    pub fn recheck(&self, who: &Identity) -> Option<Identity> {
+        if self.is_open() {
+            return Some(who.clone());
+        }
+        let user = UserId::parse(&who.user).ok()?;
+        if who.credential == Credential::default() {
+            return self.may_exist(&user).then(|| who.clone());
+        }
+        let rules = self.rules();
+        let on_file = rules.passwords.as_ref().and_then(|passwords| passwords.get(&user));
+        if let Some(found) = on_file.filter(|found| found.credential() == who.credential) {
+            return Some(Identity { roles: self.roles(&user, &found.roles), ..who.clone() });
+        }
+        let signed = rules.tokens.as_ref().is_some_and(|tokens| tokens.has_key(who.credential));
+        signed.then(|| who.clone())
     }
 
     /// Who asks to come in, or why not.
     pub async fn connect(&self, request: &ConnectRequest<'_>) -> Result<Identity, ConnectRefusal> {
         let client_id = request.client_id;
+        let without_proof = |user: UserId| self.identity(user, client_id, &[], Credential::default(), None);
         if self.mode == AuthMode::Development {
             if request.authentication.is_some() {
                 return Err(method_refused());
             }
-            return named(request).map(|user| self.identity(user, client_id, &[], None));
+            return named(request).map(without_proof);
         }
         if let Some(authentication) = request.authentication {
-            let proof = self.prove(request.peer, authentication).await?;
-            return Ok(self.identity(proof.user, client_id, &proof.roles, Some(proof.expires_at)));
+            let proof = self.prove(request.peer, None, authentication).await?;
+            return Ok(self.proven(proof, client_id));
         }
-        let address = address(request.peer);
         if let (Some(name), None) = (&request.peer.certificate_name, request.password) {
-            return by_certificate(name, request.user_name).map(|user| self.identity(user, client_id, &[], None));
+            return by_certificate(name, request.user_name).map(without_proof);
         }
         let Some(password) = request.password else {
             return Err(refuse(
@@ -212,18 +373,19 @@ impl Auth {
                 "user name and password, or a token as password, are needed",
             ));
         };
-        if self.files().tokens.is_some() && Tokens::is_token(password) {
-            let proof = self.prove_token(address, password).await?;
-            // Empty: whoever the token is about.
-            if request.user_name.is_some_and(|name| !name.is_empty() && name != proof.user.as_str()) {
+        // Empty: whoever the token is about.
+        let name = request.user_name.unwrap_or_default();
+        if self.rules().tokens.is_some() && Tokens::is_token(password) {
+            let proof = self.prove_token(request.peer, (!name.is_empty()).then_some(name), password).await?;
+            if !name.is_empty() && name != proof.user.as_str() {
                 let sentence = "the token is another user's than the user name";
                 return Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, sentence));
             }
-            return Ok(self.identity(proof.user, client_id, &proof.roles, Some(proof.expires_at)));
+            return Ok(self.proven(proof, client_id));
         }
-        let name = request.user_name.unwrap_or_default();
-        let (user, roles) = self.check_password(address, name, password).await?;
-        Ok(self.identity(user, client_id, &roles, None))
+        let (user, found) = self.check_password(request.peer, name, password).await?;
+        let credential = found.credential();
+        Ok(self.identity(user, client_id, &found.roles, credential, None))
     }
 
     /// The same user proves again who they are.
@@ -233,19 +395,15 @@ impl Auth {
         identity: &Identity,
         authentication: &Authentication,
     ) -> Result<Identity, ConnectRefusal> {
-        let proof = self.prove(peer, authentication).await?;
+        let proof = self.prove(peer, Some(&identity.user), authentication).await?;
         if *identity.user != *proof.user.as_str() {
             return Err(refuse(ConnectRefusalCode::NotAuthorized, "the token is another user's"));
         }
-        Ok(self.identity(proof.user, &identity.client_id, &proof.roles, Some(proof.expires_at)))
+        Ok(self.proven(proof, &identity.client_id))
     }
 
-    fn identity(&self, user: UserId, client_id: &str, roles: &[Role], expires_at: Option<Instant>) -> Identity {
-        let mut bits = roles.iter().fold(0, |bits, role| bits | role.bit());
-        if self.observers.contains(&user) {
-            bits |= Role::Observer.bit();
-        }
-        Identity { user: user.as_arc(), client_id: client_id.into(), roles: Roles(bits), expires_at }
+    fn proven(&self, proof: Proof, client_id: &str) -> Identity {
+        self.identity(proof.user, client_id, &proof.roles, proof.credential, Some(proof.expires_at))
     }
 
     /// Who a device is while it is not connected, as far as that is known; `None` if its user is certain not to exist.
@@ -253,73 +411,149 @@ impl Auth {
         if !self.may_exist(user) {
             return None;
         }
-        let files = self.files();
-        let roles = files.passwords.as_ref().and_then(|passwords| passwords.get(user)).map(|user| user.roles.clone());
-        Some(self.identity(user.clone(), client_id, &roles.unwrap_or_default(), None))
+        let rules = self.rules();
+        let on_file = rules.passwords.as_ref().and_then(|passwords| passwords.get(user));
+        let (credential, roles) = on_file.map(|found| (found.credential(), found.roles.clone())).unwrap_or_default();
+        Some(self.identity(user.clone(), client_id, &roles, credential, None))
     }
 
-    async fn prove(&self, peer: &Peer, authentication: &Authentication) -> Result<Proof, ConnectRefusal> {
-        if authentication.method != TOKEN_METHOD || self.files().tokens.is_none() {
+    fn identity(
+        &self,
+        user: UserId,
+        client_id: &str,
+        roles: &[Role],
+        credential: Credential,
+        expires_at: Option<Instant>,
+    ) -> Identity {
+        let roles = self.roles(&user, roles);
+        Identity { user: user.as_arc(), client_id: client_id.into(), roles, credential, expires_at }
+    }
+
+    fn roles(&self, user: &UserId, roles: &[Role]) -> Roles {
+        let bits = roles.iter().fold(0, |bits, role| bits | role.bit());
+        Roles(if self.observers.contains(user) { bits | Role::Observer.bit() } else { bits })
+    }
+
+    async fn prove(
+        &self,
+        peer: &Peer,
+        claimed: Option<&str>,
+        authentication: &Authentication,
+    ) -> Result<Proof, ConnectRefusal> {
+        if authentication.method != TOKEN_METHOD || self.rules().tokens.is_none() {
             return Err(method_refused());
         }
-        self.prove_token(address(peer), &authentication.data).await
+        self.prove_token(peer, claimed, &authentication.data).await
     }
 
-    async fn prove_token(&self, address: IpAddr, token: &[u8]) -> Result<Proof, ConnectRefusal> {
-        let checked = match &self.files().tokens {
-            Some(tokens) => tokens.check(token),
-            None => Err("tokens are not taken".to_owned()),
+    /// `user`: `None` if there is no name that a user could have.
+    fn caller(&self, peer: &Peer, user: Option<&UserId>) -> Caller {
+        let address = address(peer);
+        let user = user.map_or_else(|| Arc::from(""), UserId::as_arc);
+        Caller { address, user, counts_address: (self.counts_address)(address) }
+    }
+
+    /// Nothing is looked at for those who have guessed too often.
+    fn may_try(&self, caller: &Caller) -> Result<(), ConnectRefusal> {
+        let Some(wait) = self.guesses.lock().wait(caller, Instant::now()) else { return Ok(()) };
+        let sentence = format!("too many failed logins: try again in {} s", wait.as_secs() + 1);
+        Err(refuse(ConnectRefusalCode::ConnectionRateExceeded, &sentence))
+    }
+
+    async fn prove_token(&self, peer: &Peer, claimed: Option<&str>, token: &[u8]) -> Result<Proof, ConnectRefusal> {
+        let began = Instant::now();
+        let user = match claimed {
+            Some(name) => UserId::parse(name).ok(),
+            None => Tokens::claimed_user(token),
         };
-        match checked {
-            Ok(proof) => Ok(proof),
-            Err(reason) => {
-                tracing::debug!(%address, %reason, "a token was refused");
-                tokio::time::sleep(FAILURE_DELAY).await;
-                Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, &format!("the token was not taken: {reason}")))
-            }
+        let caller = self.caller(peer, user.as_ref());
+        self.may_try(&caller)?;
+        let mut checked = self.check_token(&caller, token).await?;
+        if checked.as_ref().is_err_and(TokenError::names_unknown_key) && self.fetches_keys {
+            // The key may be new. Perhaps it is there when the answer is due.
+            self.keys_wanted.notify_one();
+            answer_late(began).await;
+            checked = self.check_token(&caller, token).await?;
         }
+        let error = match checked {
+            Ok(proof) => {
+                self.guesses.lock().succeeded(&caller);
+                return Ok(proof);
+            }
+            Err(error) => error,
+        };
+        if self.rules().awaits_keys && !matches!(error, TokenError::NotValid(_)) {
+            let sentence = "the keys are not there yet that tokens are checked with: try again";
+            return Err(refuse(ConnectRefusalCode::ServerUnavailable, sentence));
+        }
+        if matches!(error, TokenError::Forged { .. }) {
+            self.guesses.lock().failed(&caller, Instant::now());
+        }
+        tracing::info!(address = %caller.address, reason = ?error.to_string(), "a token was refused");
+        answer_late(began).await;
+        Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, &format!("the token was not taken: {error}")))
     }
 
-    async fn check_password(
-        &self,
-        address: IpAddr,
-        name: &str,
-        password: &[u8],
-    ) -> Result<(UserId, Vec<Role>), ConnectRefusal> {
-        let wrong = || refuse(ConnectRefusalCode::BadUserNameOrPassword, "user name or password are wrong");
+    async fn check_token(&self, caller: &Caller, token: &[u8]) -> Result<Result<Proof, TokenError>, ConnectRefusal> {
+        let turn = self.checking.turn(caller.guest()).await.ok_or_else(busy)?;
+        let (rules, token) = (self.rules(), token.to_vec());
+        let checked = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            match &rules.tokens {
+                Some(tokens) => tokens.check(&token),
+                None => Err(TokenError::NotValid("tokens are not taken".to_owned())),
+            }
+        });
+        checked.await.map_err(|_| busy())
+    }
+
+    async fn check_password(&self, peer: &Peer, name: &str, password: &[u8]) -> Result<(UserId, User), ConnectRefusal> {
+        let began = Instant::now();
         // A name that cannot be is looked at no less than one that could.
         let user = UserId::parse(name).ok();
-        let guessed: Arc<str> = user.as_ref().map_or_else(|| Arc::from(""), UserId::as_arc);
-        if let Some(wait) = self.guesses.lock().wait(address, &guessed, Instant::now()) {
-            let sentence = format!("too many failed logins: try again in {} s", wait.as_secs() + 1);
-            return Err(refuse(ConnectRefusalCode::ConnectionRateExceeded, &sentence));
-        }
-        let busy = || refuse(ConnectRefusalCode::ServerUnavailable, "too many logins at a time: try again");
-        let _waiting = self.waiting.try_acquire().map_err(|_| busy())?;
-        let _hashing = self.hashing.acquire().await.map_err(|_| busy())?;
-        let files = self.files();
-        let on_file = user.as_ref().and_then(|user| files.passwords.as_ref()?.get(user));
-        let (checked, known) = (on_file.unwrap_or(&self.nobody).clone(), on_file.is_some());
+        let caller = self.caller(peer, user.as_ref());
+        self.may_try(&caller)?;
+        let turn = self.hashing.turn(caller.guest()).await.ok_or_else(busy)?;
+        let rules = self.rules();
+        let on_file = user.as_ref().and_then(|user| rules.passwords.as_ref()?.get(user));
+        let (checked, known) = (on_file.unwrap_or(&rules.nobody).clone(), on_file.is_some());
         let password = password[..password.len().min(PASSWORD_BYTES_MAX + 1)].to_vec();
+        let count = Arc::clone(&self.hashed);
         let hashed = tokio::task::spawn_blocking(move || {
+            let _turn = turn;
+            count.fetch_add(1, Ordering::Relaxed);
             let right = checked.is_password(&password) && password.len() <= PASSWORD_BYTES_MAX;
             (right && known).then_some(checked)
         });
         let found = hashed.await.map_err(|_| busy())?;
-        drop((_hashing, _waiting));
-        match (found, user) {
-            (Some(found), Some(user)) => {
-                self.guesses.lock().succeeded(address, &guessed);
-                Ok((user, found.roles))
-            }
-            _ => {
-                self.guesses.lock().failed(address, &guessed, Instant::now());
-                tracing::info!(%address, "a login failed");
-                tokio::time::sleep(FAILURE_DELAY).await;
-                Err(wrong())
-            }
+        if let (Some(found), Some(user)) = (found, user) {
+            self.guesses.lock().succeeded(&caller);
+            return Ok((user, found));
         }
+        self.guesses.lock().failed(&caller, Instant::now());
+        tracing::info!(address = %caller.address, "a login failed");
+        answer_late(began).await;
+        Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, "user name or password are wrong"))
     }
+}
+
+/// Waits until a failure that began then may be answered.
+async fn answer_late(began: Instant) {
+    let periods = u32::try_from(began.elapsed().as_millis() / FAILURE_DELAY.as_millis()).unwrap_or(u32::MAX);
+    tokio::time::sleep_until((began + FAILURE_DELAY * periods.saturating_add(1)).into()).await;
+}
+
+fn client(who: &Identity) -> Client<'_> {
+    Client { user: &who.user, client_id: &who.client_id }
+}
+
+/// Whether a topic or filter is the server's own.
+fn is_server_topic(topic: &str) -> bool {
+    topic.split('/').next() == Some(SERVER_TOPICS)
+}
+
+fn busy() -> ConnectRefusal {
+    refuse(ConnectRefusalCode::ServerUnavailable, "too many logins at a time: try again")
 }
 
 /// Whoever shows a certificate is the user whose name it has.
@@ -360,5 +594,212 @@ fn named(request: &ConnectRequest<'_>) -> Result<UserId, ConnectRefusal> {
             let sentence = format!("invalid_user: without a user name the client identifier is the user: {error}");
             refuse(ConnectRefusalCode::ClientIdentifierNotValid, &sentence)
         }),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::net::SocketAddr;
+
+    use super::*;
+
+    fn settings() -> AuthSettings {
+        AuthSettings {
+            mode: AuthMode::Required,
+            password_file: None,
+            jwt_key_file: None,
+            jwt_key_url: None,
+            jwt_key_refresh: Duration::from_secs(3_600),
+            jwt_audience: String::new(),
+            jwt_issuer: String::new(),
+            jwt_roles_claim: "roles".to_owned(),
+            observers: Vec::new(),
+            acl_file: None,
+        }
+    }
+
+    struct Folder(tempfile::TempDir);
+
+    impl Folder {
+        fn new() -> Self {
+            Self(tempfile::tempdir().unwrap())
+        }
+
+        fn write(&self, name: &str, text: &str) -> Option<PathBuf> {
+            let path = self.0.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            Some(path)
+        }
+    }
+
+    fn auth(settings: &AuthSettings) -> Auth {
+        Auth::new(settings, false, Box::new(|_| true)).unwrap()
+    }
+
+    fn on_file(users: &[(&str, Vec<Role>)]) -> String {
+        let mut file = PasswordFile::default();
+        for (name, roles) in users {
+            let name = UserId::parse(name).unwrap();
+            file.put(name.clone(), User::with_password(name.as_str().as_bytes(), roles.clone()));
+        }
+        let folder = Folder::new();
+        let path = folder.write("users", "").unwrap();
+        file.write(&path).unwrap();
+        std::fs::read_to_string(path).unwrap()
+    }
+
+    fn from(address: &str) -> Peer {
+        Peer { address: Some(SocketAddr::new(address.parse().unwrap(), 1)), certificate_name: None }
+    }
+
+    async fn log_in(auth: &Auth, peer: &Peer, name: &str, password: &[u8]) -> Result<Identity, ConnectRefusalCode> {
+        let request = ConnectRequest {
+            peer,
+            client_id: "phone",
+            client_id_assigned: false,
+            user_name: Some(name),
+            password: Some(password),
+            authentication: None,
+        };
+        auth.connect(&request).await.map_err(|refusal| refusal.code)
+    }
+
+    /// The work is the same for users who are there, who are not, and who cannot be.
+    #[tokio::test]
+    async fn every_login_costs_one_hash() {
+        let folder = Folder::new();
+        let users = folder.write("users", &on_file(&[("alice", Vec::new())]));
+        let keys = folder.write("key", "0123456789abcdef0123456789abcdef");
+        let both = AuthSettings { password_file: users.clone(), jwt_key_file: keys.clone(), ..settings() };
+        let passwords = AuthSettings { password_file: users, ..settings() };
+        let tokens = AuthSettings { jwt_key_file: keys, ..settings() };
+        for settings in [passwords, both, tokens] {
+            let auth = auth(&settings);
+            let home = from("192.0.2.1");
+            let long = [b'x'; 5_000];
+            let names = [
+                ("alice", &b"wrong"[..]),
+                ("nobody", b"wrong"),
+                ("Not A Name", b"wrong"),
+                ("", b"wrong"),
+                ("alice", &long),
+            ];
+            for refused in join(names.into_iter().map(|(name, password)| log_in(&auth, &home, name, password))).await {
+                assert_eq!(refused.unwrap_err(), ConnectRefusalCode::BadUserNameOrPassword);
+            }
+            assert_eq!(auth.hashed.load(Ordering::Relaxed), u64::try_from(names.len()).unwrap());
+        }
+    }
+
+    #[tokio::test]
+    async fn tokens_are_guessed_no_faster_than_passwords() {
+        let folder = Folder::new();
+        let settings =
+            AuthSettings { jwt_key_file: folder.write("key", "0123456789abcdef0123456789abcdef"), ..settings() };
+        let auth = auth(&settings);
+        let home = from("192.0.2.1");
+        let header = jsonwebtoken::Header::new(jsonwebtoken::Algorithm::HS256);
+        let body = serde_json::json!({"sub": "alice", "exp": 4_000_000_000_u64});
+        let signed = |secret: &str| {
+            let key = jsonwebtoken::EncodingKey::from_secret(secret.as_bytes());
+            jsonwebtoken::encode(&header, &body, &key).unwrap()
+        };
+        let (right, forged) =
+            (signed("0123456789abcdef0123456789abcdef"), signed("another secret of 32 bytes or more"));
+        let guesses = (0..10).map(|_| log_in(&auth, &home, "", forged.as_bytes()));
+        for guess in join(guesses).await {
+            assert_eq!(guess.unwrap_err(), ConnectRefusalCode::BadUserNameOrPassword);
+        }
+        // By the name that the token has, or that it comes with.
+        for name in ["", "alice"] {
+            let refused = log_in(&auth, &home, name, right.as_bytes()).await;
+            assert_eq!(refused.unwrap_err(), ConnectRefusalCode::ConnectionRateExceeded);
+        }
+        let elsewhere = log_in(&auth, &from("192.0.2.2"), "", right.as_bytes()).await.unwrap();
+        assert_eq!(&*elsewhere.user, "alice");
+    }
+
+    /// All of them at a time.
+    async fn join<T>(futures: impl Iterator<Item = impl Future<Output = T>>) -> Vec<T> {
+        let mut futures: Vec<_> = futures.map(Box::pin).collect();
+        let mut done = Vec::new();
+        std::future::poll_fn(|context| {
+            futures.retain_mut(|future| match future.as_mut().poll(context) {
+                std::task::Poll::Ready(value) => {
+                    done.push(value);
+                    false
+                }
+                std::task::Poll::Pending => true,
+            });
+            if futures.is_empty() { std::task::Poll::Ready(()) } else { std::task::Poll::Pending }
+        })
+        .await;
+        done
+    }
+
+    #[tokio::test]
+    async fn who_somebody_is_changes_with_the_files() {
+        let folder = Folder::new();
+        let before = on_file(&[("alice", Vec::new()), ("bob", vec![Role::Observer]), ("carol", Vec::new())]);
+        let users = folder.write("users", &before);
+        let keys = folder.write("key", "0123456789abcdef0123456789abcdef");
+        let auth = auth(&AuthSettings { password_file: users, jwt_key_file: keys, ..settings() });
+        let home = from("192.0.2.1");
+        let alice = log_in(&auth, &home, "alice", b"alice").await.unwrap();
+        let bob = log_in(&auth, &home, "bob", b"bob").await.unwrap();
+        let carol = log_in(&auth, &home, "carol", b"carol").await.unwrap();
+        let body = serde_json::json!({"sub": "dave", "exp": 4_000_000_000_u64, "roles": "admin"});
+        let key = jsonwebtoken::EncodingKey::from_secret(b"0123456789abcdef0123456789abcdef");
+        let token = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &body, &key).unwrap();
+        let dave = log_in(&auth, &home, "", token.as_bytes()).await.unwrap();
+        assert!(Role::Admin.is_in(dave.roles));
+        for who in [&alice, &bob, &carol, &dave] {
+            assert_eq!(auth.recheck(who).as_ref(), Some(who), "nothing has changed");
+        }
+
+        // Alice gets a role, bob loses his, carol another password.
+        let line =
+            |name: &str| before.lines().find(|line| line.starts_with(name)).unwrap().trim_end_matches(":observer");
+        let carols = on_file(&[("carol", Vec::new())]);
+        folder.write("users", &format!("{}:admin\n{}\n{carols}", line("alice"), line("bob")));
+        auth.reload().unwrap();
+        assert!(Role::Admin.is_in(auth.recheck(&alice).unwrap().roles));
+        assert_eq!(auth.recheck(&bob).unwrap().roles, Roles(0));
+        assert_eq!(auth.recheck(&carol), None, "she has to log in again");
+        assert_eq!(auth.recheck(&dave), Some(dave.clone()));
+
+        // A mistake changes nothing.
+        folder.write("users", "alice:secret\n");
+        folder.write("key", "another_secret_of_32_bytes_or_more");
+        auth.reload().unwrap_err();
+        assert!(auth.recheck(&bob).is_some() && auth.recheck(&dave).is_some());
+        folder.write("users", "");
+        auth.reload().unwrap();
+        assert!([&alice, &bob, &carol, &dave].into_iter().all(|who| auth.recheck(who).is_none()));
+    }
+
+    #[tokio::test]
+    async fn keys_that_are_still_to_come_are_no_guesses() {
+        let url = Some("http://127.0.0.1:1/keys".parse().unwrap());
+        let auth = auth(&AuthSettings { jwt_key_url: url, ..settings() });
+        let set = include_str!("../../fixtures/ed25519-public.jwks");
+        let key = jsonwebtoken::EncodingKey::from_ed_pem(include_bytes!("../../fixtures/ed25519-private.pem")).unwrap();
+        let body = serde_json::json!({"sub": "alice", "exp": 4_000_000_000_u64});
+        let header = jsonwebtoken::Header {
+            kid: Some("2026".to_owned()),
+            ..jsonwebtoken::Header::new(jsonwebtoken::Algorithm::EdDSA)
+        };
+        let token = jsonwebtoken::encode(&header, &body, &key).unwrap();
+        let home = from("192.0.2.1");
+        for refused in join((0..12).map(|_| log_in(&auth, &home, "", token.as_bytes()))).await {
+            assert_eq!(refused.unwrap_err(), ConnectRefusalCode::ServerUnavailable);
+        }
+        auth.keys_wanted().await;
+        assert!(auth.take_keys(Keys::parse_public_set(set).unwrap()));
+        assert!(!auth.take_keys(Keys::parse_public_set(set).unwrap()), "they are the same");
+        let alice = log_in(&auth, &home, "", token.as_bytes()).await.unwrap();
+        // Files that are read again leave what was fetched as it is.
+        auth.reload().unwrap();
+        assert_eq!(auth.recheck(&alice), Some(alice));
     }
 }

@@ -11,9 +11,12 @@ use std::path::{Path, PathBuf};
 
 use argon2::password_hash::phc::PasswordHash;
 use argon2::{Algorithm, Argon2, Params, PasswordHasher, PasswordVerifier, Version};
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD_NO_PAD as BASE64;
+use broker::service::Credential;
 use chat_protocol::UserId;
 
-use super::Role;
+use super::{Role, fingerprint};
 
 /// Cost of a hash: 19 MiB, two passes, one lane, as OWASP recommends for argon2id.
 const MEMORY_KIB: u32 = 19 * 1024;
@@ -55,10 +58,42 @@ impl User {
         Self { hash: hash.to_string(), roles }
     }
 
+    /// Somebody whom no password lets in, and whose hash costs as much as another one.
+    fn impostor(Costs { memory_kib, passes, lanes }: Costs) -> Self {
+        let bytes = || -> Vec<u8> { (0..32).map(|_| fastrand::u8(..)).collect() };
+        let encoded = |bytes: &[u8]| BASE64.encode(bytes);
+        let (salt, hash) = (encoded(&bytes()[..16]), encoded(&bytes()));
+        let hash = format!("$argon2id$v=19$m={memory_kib},t={passes},p={lanes}${salt}${hash}");
+        Self { hash, roles: Vec::new() }
+    }
+
+    /// What its hash costs.
+    fn costs(&self) -> Option<Costs> {
+        let params = Params::try_from(&PasswordHash::new(&self.hash).ok()?).ok()?;
+        Some(Costs { memory_kib: params.m_cost(), passes: params.t_cost(), lanes: params.p_cost() })
+    }
+
+    /// Another one with every password that was set.
+    pub(super) fn credential(&self) -> Credential {
+        fingerprint(&[self.hash.as_bytes()])
+    }
+
     /// Whether this is the password. Takes some 20 ms and 19 MiB, by design.
     pub fn is_password(&self, password: &[u8]) -> bool {
         PasswordHash::new(&self.hash).is_ok_and(|hash| hasher().verify_password(password, &hash).is_ok())
     }
+}
+
+/// What a hash costs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Costs {
+    memory_kib: u32,
+    passes: u32,
+    lanes: u32,
+}
+
+impl Costs {
+    const USUAL: Self = Self { memory_kib: MEMORY_KIB, passes: PASSES, lanes: LANES };
 }
 
 fn hasher() -> Argon2<'static> {
@@ -107,6 +142,16 @@ impl PasswordFile {
 
     pub fn get(&self, name: &UserId) -> Option<&User> {
         self.users.get(name)
+    }
+
+    /// Whoever is not on file is checked against this, so that it takes as long as for most of those who are.
+    pub fn nobody(&self) -> User {
+        let mut counted = BTreeMap::<Costs, usize>::new();
+        for costs in self.users.values().filter_map(User::costs) {
+            *counted.entry(costs).or_default() += 1;
+        }
+        let most = counted.into_iter().max_by_key(|(_, count)| *count);
+        User::impostor(most.map_or(Costs::USUAL, |(costs, _)| costs))
     }
 
     pub fn has(&self, name: &UserId) -> bool {
@@ -218,6 +263,23 @@ mod tests {
         }
         assert!(user.hash.starts_with("$argon2id$v=19$m=19456,t=2,p=1$"), "{}", user.hash);
         assert_ne!(user.hash, User::with_password(b"secret", Vec::new()).hash, "each has a salt of its own");
+    }
+
+    #[test]
+    fn nobody_costs_as_much_as_most_do() {
+        assert_eq!(PasswordFile::default().nobody().costs(), Some(Costs::USUAL));
+        let text = format!("a:{}\nb:{}\nc:{}\n", cheap(b"a"), cheap(b"b"), User::with_password(b"c", Vec::new()).hash);
+        let nobody = PasswordFile::parse(&text).unwrap().nobody();
+        assert_eq!(nobody.costs(), Some(Costs { memory_kib: 64, passes: 1, lanes: 1 }));
+        assert_eq!(check_hash(&nobody.hash), Ok(()), "{}", nobody.hash);
+        assert!(!nobody.is_password(b"") && !nobody.is_password(b"a"));
+    }
+
+    #[test]
+    fn a_new_password_is_another_credential() {
+        let (one, other) = (User::with_password(b"a", Vec::new()), User::with_password(b"a", Vec::new()));
+        assert_ne!(one.credential(), other.credential());
+        assert_eq!(one.credential(), User { roles: vec![Role::Admin], ..one.clone() }.credential());
     }
 
     #[test]

@@ -5,18 +5,23 @@
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use broker::service::Credential;
 use chat_protocol::UserId;
+use jsonwebtoken::dangerous::insecure_decode_claims;
+use jsonwebtoken::errors::ErrorKind;
 use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, PublicKeyUse};
-use jsonwebtoken::{Algorithm, DecodingKey, Validation, decode, decode_header};
+use jsonwebtoken::{Algorithm, DecodingKey, DecodingKeyKind, Validation, decode, decode_header};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::Role;
+use super::{Role, fingerprint};
 
 /// A shorter secret is guessed too easily (RFC 7518, section 3.2).
 const SECRET_BYTES_MIN: usize = 32;
 /// Longest token, in bytes.
 const TOKEN_BYTES_MAX: usize = 16 * 1024;
+/// Keys of a set: a token that names none is tried with all of them.
+const KEYS_MAX: usize = 100;
 /// Clocks may differ by so much.
 const LEEWAY_S: u64 = 5;
 
@@ -34,6 +39,86 @@ struct Key {
     id: Option<String>,
     algorithm: Algorithm,
     key: DecodingKey,
+    credential: Credential,
+}
+
+impl Key {
+    fn new(id: Option<String>, algorithm: Algorithm, key: DecodingKey) -> Self {
+        let parts = match key.kind() {
+            DecodingKeyKind::SecretOrDer(bytes) => [bytes.as_slice(), &[]],
+            DecodingKeyKind::RsaModulusExponent { n, e } => [n.as_slice(), e],
+        };
+        let credential = fingerprint(&parts);
+        Self { id, algorithm, key, credential }
+    }
+}
+
+/// Some keys.
+#[derive(Clone, Default)]
+pub struct Keys(Vec<Key>);
+
+impl Keys {
+    /// Keys of a file: a PEM public key (RSA: RS256, P-256: ES256, Ed25519: EdDSA), a JWK or a set of them, or else a secret (HS256).
+    ///
+    /// # Errors
+    /// The file cannot be read, or has no key that can be used.
+    pub fn read(path: &Path) -> Result<Self, KeyError> {
+        let error = |reason: String| KeyError { path: path.to_owned(), reason };
+        let bytes = std::fs::read(path).map_err(|cause| error(cause.to_string()))?;
+        Self::parse(&bytes).map_err(error)
+    }
+
+    /// What such a file says.
+    ///
+    /// # Errors
+    /// Why it has no key that can be used.
+    pub fn parse(bytes: &[u8]) -> Result<Self, String> {
+        keys(bytes).map(Self)
+    }
+
+    /// The public keys of a set. A secret that is fetched is none.
+    ///
+    /// # Errors
+    /// Why there is no key that can be used.
+    pub fn parse_public_set(text: &str) -> Result<Self, String> {
+        let keys: Vec<Key> = json_web_keys(text)?.into_iter().filter(|key| key.algorithm != Algorithm::HS256).collect();
+        if keys.is_empty() { Err("it has no public key for RS256, ES256 or EdDSA".to_owned()) } else { Ok(Self(keys)) }
+    }
+
+    /// Whether it is the same keys under the same names.
+    pub fn is_same(&self, other: &Self) -> bool {
+        let names = |keys: &Self| -> Vec<_> { keys.0.iter().map(|key| (key.id.clone(), key.credential.0)).collect() };
+        names(self) == names(other)
+    }
+}
+
+/// Why a token proves nothing.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum TokenError {
+    /// It is no token, or no key here has signed it.
+    #[error("{reason}")]
+    Forged {
+        reason: String,
+        /// It names a key that is not here, so perhaps it is only too early.
+        names_unknown_key: bool,
+    },
+    /// A key here has signed it, but not for this, or not for now. Whoever has such a token guesses nothing.
+    #[error("{0}")]
+    NotValid(String),
+    /// It names a key that is not here, and there was nothing to check.
+    #[error("it names a key that is not known here")]
+    UnknownKey,
+}
+
+impl TokenError {
+    fn forged(reason: &str) -> Self {
+        Self::Forged { reason: reason.to_owned(), names_unknown_key: false }
+    }
+
+    /// Whether another set of keys might say something else.
+    pub fn names_unknown_key(&self) -> bool {
+        matches!(self, Self::UnknownKey | Self::Forged { names_unknown_key: true, .. })
+    }
 }
 
 /// What a token has to say, besides.
@@ -54,12 +139,20 @@ pub struct Tokens {
     claims: Claims,
 }
 
+/// What a token says before anybody has looked at its signature.
+#[derive(Deserialize)]
+struct Claimed {
+    sub: String,
+}
+
 /// What a token proves.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Proof {
     pub user: UserId,
     pub roles: Vec<Role>,
     pub expires_at: Instant,
+    /// The key that signed it.
+    pub credential: Credential,
 }
 
 #[derive(Deserialize)]
@@ -71,14 +164,20 @@ struct Body {
 }
 
 impl Tokens {
-    /// Keys of a file: a PEM public key (RSA: RS256, P-256: ES256, Ed25519: EdDSA), a JWK or a set of them, or else a secret (HS256).
-    ///
-    /// # Errors
-    /// The file cannot be read, or has no key that can be used.
-    pub fn read(path: &Path, claims: Claims) -> Result<Self, KeyError> {
-        let error = |reason: String| KeyError { path: path.to_owned(), reason };
-        let bytes = std::fs::read(path).map_err(|cause| error(cause.to_string()))?;
-        Ok(Self { keys: keys(&bytes).map_err(error)?, claims })
+    pub fn new(keys: impl IntoIterator<Item = Keys>, claims: Claims) -> Self {
+        Self { keys: keys.into_iter().flat_map(|keys| keys.0).collect(), claims }
+    }
+
+    /// Whether the key that signed something is still here.
+    pub fn has_key(&self, credential: Credential) -> bool {
+        self.keys.iter().any(|key| key.credential == credential)
+    }
+
+    /// Whom a token names, true or not.
+    pub fn claimed_user(token: &[u8]) -> Option<UserId> {
+        let token = token.get(..TOKEN_BYTES_MAX.min(token.len()))?;
+        let claimed: Claimed = insecure_decode_claims(token).ok()?;
+        UserId::parse(&claimed.sub).ok()
     }
 
     /// Whether something that was sent as a password looks like a token.
@@ -90,24 +189,34 @@ impl Tokens {
     ///
     /// # Errors
     /// Why it proves nothing.
-    pub fn check(&self, token: &[u8]) -> Result<Proof, String> {
+    pub fn check(&self, token: &[u8]) -> Result<Proof, TokenError> {
         if token.len() > TOKEN_BYTES_MAX {
-            return Err(format!("a token has at most {TOKEN_BYTES_MAX} bytes"));
+            return Err(TokenError::forged(&format!("a token has at most {TOKEN_BYTES_MAX} bytes")));
         }
-        let token = std::str::from_utf8(token).map_err(|_| "it is no token".to_owned())?;
-        let header = decode_header(token).map_err(|_| "it is no token".to_owned())?;
+        let no_token = || TokenError::forged("it is no token");
+        let token = std::str::from_utf8(token).map_err(|_| no_token())?;
+        // Of the header only `alg` and `kid` are looked at, and those are only compared: `jku`, `x5u` and `jwk` say nothing here.
+        let header = decode_header(token).map_err(|_| no_token())?;
         let named = |key: &&Key| match (&key.id, &header.kid) {
             (Some(id), Some(named)) => id == named,
             _ => true,
         };
-        let mut reason = "no key here has signed such a token".to_owned();
+        let is_known = |kid: &String| self.keys.iter().any(|key| key.id.as_ref() == Some(kid));
+        let names_unknown_key = header.kid.as_ref().is_some_and(|kid| !is_known(kid));
+        let mut error = None;
         for key in self.keys.iter().filter(named).filter(|key| key.algorithm == header.alg) {
             match decode::<Body>(token, &key.key, &self.validation(key.algorithm)) {
-                Ok(found) => return self.proof(found.claims),
-                Err(error) => reason = error.to_string(),
+                Ok(found) => return self.proof(found.claims, key.credential).map_err(TokenError::NotValid),
+                // The signature is looked at first: what comes after it says that it was right.
+                Err(found) if is_after_signature(&found) => return Err(TokenError::NotValid(found.to_string())),
+                Err(found) => error = Some(found.to_string()),
             }
         }
-        Err(reason)
+        Err(match error {
+            Some(reason) => TokenError::Forged { reason, names_unknown_key },
+            None if names_unknown_key => TokenError::UnknownKey,
+            None => TokenError::forged("no key here has signed such a token"),
+        })
     }
 
     fn validation(&self, algorithm: Algorithm) -> Validation {
@@ -128,7 +237,7 @@ impl Tokens {
         validation
     }
 
-    fn proof(&self, body: Body) -> Result<Proof, String> {
+    fn proof(&self, body: Body, credential: Credential) -> Result<Proof, String> {
         let user = UserId::parse(&body.sub).map_err(|error| format!("sub: {error}"))?;
         let roles = match body.others.get(&self.claims.roles) {
             // Roles of other services may be in the same list.
@@ -140,8 +249,22 @@ impl Tokens {
         let left = Duration::from_secs(body.exp.saturating_add(LEEWAY_S)).saturating_sub(now);
         // Nobody waits for ever.
         let left = left.min(Duration::from_secs(100 * 365 * 86_400));
-        Ok(Proof { user, roles, expires_at: Instant::now() + left })
+        Ok(Proof { user, roles, expires_at: Instant::now() + left, credential })
     }
+}
+
+/// Whether a token was refused for what it says, and not for its signature.
+fn is_after_signature(error: &jsonwebtoken::errors::Error) -> bool {
+    matches!(
+        error.kind(),
+        ErrorKind::MissingRequiredClaim(_)
+            | ErrorKind::InvalidClaimFormat(_)
+            | ErrorKind::ExpiredSignature
+            | ErrorKind::ImmatureSignature
+            | ErrorKind::InvalidIssuer
+            | ErrorKind::InvalidAudience
+            | ErrorKind::InvalidSubject
+    )
 }
 
 fn keys(bytes: &[u8]) -> Result<Vec<Key>, String> {
@@ -179,7 +302,7 @@ fn secret(bytes: &[u8]) -> Result<Key, String> {
             "it is no PEM and no JWK, so a secret for HS256; that has {SECRET_BYTES_MIN} bytes at least"
         ));
     }
-    Ok(Key { id: None, algorithm: Algorithm::HS256, key: DecodingKey::from_secret(bytes) })
+    Ok(Key::new(None, Algorithm::HS256, DecodingKey::from_secret(bytes)))
 }
 
 fn pem(text: &str) -> Result<Key, String> {
@@ -189,7 +312,7 @@ fn pem(text: &str) -> Result<Key, String> {
         (Algorithm::ES256, DecodingKey::from_ec_pem(pem)),
         (Algorithm::EdDSA, DecodingKey::from_ed_pem(pem)),
     ];
-    let found = attempts.into_iter().find_map(|(algorithm, key)| Some(Key { id: None, algorithm, key: key.ok()? }));
+    let found = attempts.into_iter().find_map(|(algorithm, key)| Some(Key::new(None, algorithm, key.ok()?)));
     found.ok_or_else(|| "it is no public key of RSA, P-256 or Ed25519".to_owned())
 }
 
@@ -199,6 +322,9 @@ fn json_web_keys(text: &str) -> Result<Vec<Key>, String> {
         .or_else(|_| serde_json::from_str::<Jwk>(text).map(|key| JwkSet { keys: vec![key] }))
         .map_err(|error| format!("it is no JWK and no set of them: {error}"))?;
     let keys: Vec<Key> = set.keys.iter().filter_map(json_web_key).collect();
+    if keys.len() > KEYS_MAX {
+        return Err(format!("it has more than {KEYS_MAX} keys"));
+    }
     if keys.is_empty() { Err("it has no key for RS256, ES256, EdDSA or HS256".to_owned()) } else { Ok(keys) }
 }
 
@@ -224,7 +350,7 @@ fn json_web_key(jwk: &Jwk) -> Option<Key> {
     if jwk.common.key_algorithm.is_some_and(|named| named.to_string() != format!("{algorithm:?}")) {
         return None;
     }
-    Some(Key { id: jwk.common.key_id.clone(), algorithm, key: DecodingKey::from_jwk(jwk).ok()? })
+    Some(Key::new(jwk.common.key_id.clone(), algorithm, DecodingKey::from_jwk(jwk).ok()?))
 }
 
 #[cfg(test)]
@@ -242,7 +368,7 @@ mod tests {
     }
 
     fn tokens(key: &str, claims: Claims) -> Tokens {
-        Tokens { keys: keys(key.as_bytes()).unwrap(), claims }
+        Tokens::new([Keys::parse(key.as_bytes()).unwrap()], claims)
     }
 
     fn usual() -> Claims {
@@ -397,6 +523,73 @@ mod tests {
         for wrong in ["old", "enc", "other"] {
             assert!(tokens.check(named(Some(wrong)).as_bytes()).is_err(), "{wrong}");
         }
+    }
+
+    /// What a token may name is compared and nothing more: no key comes from it, and nothing is fetched or opened.
+    #[test]
+    fn a_token_brings_no_key() {
+        let own = EncodingKey::from_secret(b"a secret of the bearer's own, long enough");
+        let jwk = json!({"kty": "oct", "k": "YSBzZWNyZXQgb2YgdGhlIGJlYXJlcidzIG93biwgbG9uZyBlbm91Z2g"});
+        for kid in
+            ["../../../dev/null", "/etc/passwd", "http://127.0.0.1:1/keys", "' OR 1=1", "", "|/bin/true", "\u{0}"]
+        {
+            let header = Header {
+                kid: Some(kid.to_owned()),
+                jku: Some("http://127.0.0.1:1/keys".to_owned()),
+                x5u: Some("http://127.0.0.1:1/certificate".to_owned()),
+                jwk: Some(serde_json::from_value(jwk.clone()).unwrap()),
+                ..Header::new(Algorithm::HS256)
+            };
+            let token = encode(&header, &body(&json!({})), &own).unwrap();
+            assert!(tokens(SECRET, usual()).check(token.as_bytes()).is_err(), "{kid}");
+            let set =
+                json!({"keys": [{"kty": "oct", "kid": "new", "k": "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"}]});
+            let error = tokens(&set.to_string(), usual()).check(token.as_bytes()).unwrap_err();
+            assert_eq!(error, TokenError::UnknownKey, "{kid}");
+        }
+    }
+
+    #[test]
+    fn only_a_signature_that_is_wrong_is_a_guess() {
+        let tokens = tokens(SECRET, Claims { audience: "chat".to_owned(), ..usual() });
+        for (more, part) in [
+            (json!({}), "aud"),
+            (json!({"aud": "other"}), "Audience"),
+            (json!({"aud": "chat", "exp": now_s() - 600}), "Expired"),
+            (json!({"aud": "chat", "sub": "No Name"}), "sub"),
+        ] {
+            let error = tokens.check(hs256(&body(&more)).as_bytes()).unwrap_err();
+            assert!(matches!(&error, TokenError::NotValid(reason) if reason.contains(part)), "{more}: {error:?}");
+        }
+        let other = EncodingKey::from_secret(b"another secret of 32 bytes or more");
+        for forged in [signed(Algorithm::HS256, &other, &body(&json!({"aud": "chat"}))), "a.b.c".to_owned()] {
+            assert!(matches!(tokens.check(forged.as_bytes()), Err(TokenError::Forged { .. })), "{forged}");
+        }
+        assert_eq!(Tokens::claimed_user(hs256(&body(&json!({}))).as_bytes()).unwrap().as_str(), "bob");
+        assert_eq!(Tokens::claimed_user(b"a.b.c"), None);
+    }
+
+    #[test]
+    fn a_set_that_is_fetched_has_public_keys_only() {
+        let secret = json!({"kty": "oct", "kid": "s", "k": "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"});
+        let public =
+            json!({"kty": "OKP", "crv": "Ed25519", "kid": "p", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"});
+        let set = |keys: &[&Value]| json!({"keys": keys}).to_string();
+        assert!(Keys::parse_public_set(&set(&[&secret])).is_err_and(|error| error.contains("no public key")));
+        let both = Keys::parse_public_set(&set(&[&secret, &public])).unwrap();
+        assert!(both.is_same(&Keys::parse_public_set(&set(&[&public])).unwrap()));
+        assert!(!both.is_same(&Keys::parse(set(&[&secret, &public]).as_bytes()).unwrap()));
+        let many: Vec<&Value> = std::iter::repeat_n(&public, KEYS_MAX + 1).collect();
+        assert!(Keys::parse_public_set(&set(&many)).is_err_and(|error| error.contains("more than 100")));
+    }
+
+    #[test]
+    fn a_key_is_known_again() {
+        let (one, other) =
+            (tokens(SECRET, usual()), tokens("another secret of 32 bytes or more".replace(' ', "_").as_str(), usual()));
+        let proof = one.check(hs256(&body(&json!({}))).as_bytes()).unwrap();
+        assert!(one.has_key(proof.credential) && !other.has_key(proof.credential));
+        assert!(tokens(SECRET, Claims::default()).has_key(proof.credential));
     }
 
     #[test]

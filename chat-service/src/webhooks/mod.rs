@@ -103,7 +103,7 @@ async fn stopped(mut stop: watch::Receiver<bool>) {
 
 /// How fast things are tried again.
 #[derive(Clone, Copy, Debug)]
-struct Pace {
+pub(crate) struct Pace {
     /// The first wait after a failure.
     first_wait: Duration,
     /// How often something is looked at that may change by itself.
@@ -111,10 +111,10 @@ struct Pace {
 }
 
 impl Pace {
-    const USUAL: Self = Self { first_wait: Duration::from_secs(1), look_interval: Duration::from_secs(1) };
+    pub(crate) const USUAL: Self = Self { first_wait: Duration::from_secs(1), look_interval: Duration::from_secs(1) };
 
     /// How long to wait after so many failures: doubling to 60 times the first wait, of which a random part of a half is left out.
-    fn back_off(self, failures: u32) -> Duration {
+    pub(crate) fn back_off(self, failures: u32) -> Duration {
         let times = (1_u32 << failures.clamp(1, 7).saturating_sub(1)).min(60);
         (self.first_wait * times).mul_f64(1.0 - fastrand::f64() / 2.0)
     }

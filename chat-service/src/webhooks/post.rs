@@ -10,13 +10,10 @@ use bytes::Bytes;
 use hmac::{Hmac, KeyInit, Mac};
 use http_body_util::{BodyExt, Full, Limited};
 use hyper::{Method, Request, StatusCode, Uri};
-use hyper_rustls::{HttpsConnector, HttpsConnectorBuilder};
-use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
 use sha2::Sha256;
 
 use super::{Post, now_ms};
+use crate::outgoing::{self, HttpClient, causes};
 
 /// A shorter secret is guessed too easily.
 pub const SECRET_BYTES_MIN: usize = 16;
@@ -98,7 +95,7 @@ fn signature(secret: &Secret, id: &str, timestamp_s: u64, body: &[u8]) -> String
 
 /// Posts to one URL.
 pub struct Poster {
-    client: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
+    client: HttpClient,
     url: Uri,
     secret: Secret,
     timeout: Duration,
@@ -108,20 +105,7 @@ impl Poster {
     /// # Errors
     /// The certificates of the system cannot be read, and the URL needs them.
     pub fn new(url: &WebhookUrl, secret: &Secret, timeout: Duration) -> std::io::Result<Self> {
-        let provider = rustls::crypto::ring::default_provider();
-        let builder = HttpsConnectorBuilder::new();
-        let builder = if url.0.scheme_str() == Some("https") {
-            builder.with_provider_and_native_roots(provider)?
-        } else {
-            let config = rustls::ClientConfig::builder_with_provider(provider.into())
-                .with_safe_default_protocol_versions()
-                .map_err(std::io::Error::other)?
-                .with_root_certificates(rustls::RootCertStore::empty())
-                .with_no_client_auth();
-            builder.with_tls_config(config)
-        };
-        let connector = builder.https_or_http().enable_http1().build();
-        let client = Client::builder(TokioExecutor::new()).build(connector);
+        let client = outgoing::client(&url.0)?;
         Ok(Self { client, url: url.0.clone(), secret: secret.clone(), timeout })
     }
 
@@ -131,7 +115,7 @@ impl Poster {
             .method(Method::POST)
             .uri(self.url.clone())
             .header("content-type", "application/json")
-            .header("user-agent", concat!("chatd/", env!("CARGO_PKG_VERSION")))
+            .header("user-agent", outgoing::USER_AGENT)
             .header("webhook-id", id)
             .header("webhook-timestamp", timestamp_s)
             .header("webhook-signature", signature(&self.secret, id, timestamp_s, &body))
@@ -158,17 +142,6 @@ impl Post for Poster {
     async fn post(&self, id: String, body: Bytes) -> Result<(), String> {
         self.attempt(&id, body).await
     }
-}
-
-/// An error and what caused it.
-fn causes(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        text.push_str(&format!(": {cause}"));
-        source = cause.source();
-    }
-    text
 }
 
 #[cfg(test)]
