@@ -19,11 +19,14 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
+use crate::admission::{Admission, Place};
 use crate::bus::{Bus, BusCounters, BusError, BusMessage, BusOptions, BusSink};
 use crate::connection;
+use crate::filters::UserFilters;
 use crate::limits::Limits;
 use crate::live::LiveMessage;
 use crate::mailbox::{Mailbox, Ordinary};
+use crate::rate::Pacing;
 use crate::registry::{ConnectionNumber, Registry};
 use crate::service::{Observation, Peer, Service, SessionKey};
 use crate::session::Resend;
@@ -61,6 +64,9 @@ pub(crate) type OrdinaryTrie = SubscriptionTrie<u64, OrdinarySubscription>;
 pub(crate) struct Shared<S> {
     pub(crate) service: Arc<S>,
     pub(crate) limits: Limits,
+    pub(crate) pacing: Pacing,
+    pub(crate) filters: UserFilters,
+    admission: Admission,
     pub(crate) registry: Registry,
     pub(crate) ordinary: RwLock<OrdinaryTrie>,
     pub(crate) retained: Mutex<Retained>,
@@ -229,8 +235,12 @@ impl<S: Service> Broker<S> {
     /// Starts both buses. From then on `announcer` reaches this broker's connections.
     pub fn start(service: Arc<S>, announcer: &Announcer, limits: Limits) -> Result<Self, BusError> {
         let permits = Arc::new(Semaphore::new(limits.connections));
+        let began = Instant::now();
         let shared = Arc::new(Shared {
             service,
+            pacing: Pacing::new(&limits, began),
+            filters: UserFilters::new(limits.filters_per_user),
+            admission: Admission::new(limits.connections_per_address, limits.uncounted_addresses.clone()),
             registry: Registry::new(),
             ordinary: RwLock::new(SubscriptionTrie::new()),
             retained: Mutex::new(Retained::new(limits.retained_messages, limits.retained_bytes)),
@@ -240,7 +250,7 @@ impl<S: Service> Broker<S> {
             next_connection: AtomicU64::new(1),
             tasks: TaskTracker::new(),
             permits,
-            began: Instant::now(),
+            began,
             limits,
         });
         let live = Bus::start(
@@ -261,12 +271,29 @@ impl<S: Service> Broker<S> {
         Ok(Self { shared })
     }
 
+    /// A place for a connection from there, before anything is read from it; `None` if there are too many already.
+    pub fn admit(&self, address: SocketAddr) -> Option<Place> {
+        let admitted = self.shared.admission.admit(address.ip());
+        if let Err(reason) = admitted {
+            // Somebody who floods must not fill the log as well.
+            tracing::debug!(peer = %address, %reason, "refused a connection");
+            self.shared.service.observe(Observation::Limited("connections_per_address"));
+        }
+        admitted.ok()
+    }
+
+    /// Who may connect, for listeners of others whose connections count too.
+    pub fn admission(&self) -> Admission {
+        self.shared.admission.clone()
+    }
+
     /// Serves one byte stream until it ends. Returns at once; the connection has a task of its own.
     pub fn serve<T>(&self, io: T, peer: Peer)
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let Ok(permit) = Arc::clone(&self.shared.permits).try_acquire_owned() else {
+            self.shared.service.observe(Observation::Limited("connections"));
             tracing::warn!(%peer, "refused a connection: limits.connections is reached");
             return;
         };
@@ -299,7 +326,9 @@ impl<S: Service> Broker<S> {
     ) where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        let Some(place) = self.admit(address) else { return };
         let Ok(permit) = Arc::clone(&self.shared.permits).try_acquire_owned() else {
+            self.shared.service.observe(Observation::Limited("connections"));
             tracing::warn!(peer = %address, "refused a connection: limits.connections is reached");
             return;
         };
@@ -308,7 +337,7 @@ impl<S: Service> Broker<S> {
         self.shared.tasks.spawn(async move {
             match tokio::time::timeout(timeout, opening).await {
                 Ok(Ok((io, certificate_name))) => {
-                    broker.serve_with(permit, io, Peer { address: Some(address), certificate_name });
+                    broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate_name });
                 }
                 Ok(Err(error)) => tracing::debug!(peer = %address, %error, "a connection could not be opened"),
                 Err(_) => tracing::debug!(peer = %address, "a connection was not opened in time"),

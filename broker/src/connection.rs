@@ -21,19 +21,21 @@ use tokio::time::Sleep;
 use crate::broker::{OrdinarySubscription, Shared, UnderWay};
 use crate::completion::Reply;
 use crate::engine::{
-    Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Publish, UserProperties, Will,
+    Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Overfull, Publish, UserProperties, Will,
 };
 use crate::mailbox::{Ending, LIVE_MESSAGES_MAX, Mail, Mailbox, Ordinary};
-use crate::registry::ConnectionNumber;
+use crate::rate::{Pace, Verdict};
+use crate::registry::{ConnectionNumber, NotAttached};
 use crate::service::{
-    Authentication, BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, Keeping, Observation,
+    Authentication, BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, Keeping, NotCreated, Observation,
     Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError,
     SessionKey, SubscribeRoute, Subscriber, SubscriptionRecord,
 };
 use crate::session::{Queued, Session, Slot, Subscribed, Subscription, Target};
 use crate::stream::{DurableStream, Ready};
-use crate::topics::filter;
+use crate::topics::filter::{self, TopicError};
 use crate::topics::message::Message;
+use crate::topics::retained::RetainedFull;
 
 /// Bytes read at once, into one buffer a thread.
 const READ_BYTES: usize = 64 * 1024;
@@ -59,6 +61,8 @@ const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 const TAKEOVER_READ_TIMEOUT: Duration = Duration::from_millis(500);
 /// How long a connection that is gone waits to learn what became of what it was sent exactly once.
 const OUTCOME_TIMEOUT: Duration = Duration::from_secs(1);
+/// How often a client is told at most that its QoS 0 publishes go nowhere.
+const TOLD_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a failed read of the log waits before the next.
 const READ_RETRY: Duration = Duration::from_millis(500);
 
@@ -123,6 +127,15 @@ struct Connection<S: Service, T> {
     taken_over: Option<Instant>,
     /// The socket had nothing more to read.
     dry: bool,
+    /// Read since others had their turn.
+    read_in_turn: usize,
+    /// How fast it may go; known when its user is.
+    pace: Option<Pace>,
+    /// Until then the first of `packets` waits, which was paid for.
+    paused_until: Option<Instant>,
+    told_at: Option<Instant>,
+    /// Bytes that may still be read before a CONNECT was accepted.
+    connect_bytes_left: usize,
     /// The server stops: what was published is still answered, nothing more is read.
     stopping: bool,
     end: Option<End>,
@@ -137,8 +150,9 @@ where
     let now = Instant::now();
     let deadline = now + shared.limits.connect_timeout;
     let mut connection = Connection {
-        engine: Engine::new(shared.limits.packet_bytes, shared.limits.receive_maximum),
+        engine: Engine::new(&shared.limits),
         mailbox: Arc::new(Mailbox::new(shared.limits.queue_messages, shared.limits.queue_bytes)),
+        connect_bytes_left: usize::try_from(shared.limits.connect_bytes).unwrap_or(usize::MAX),
         shared,
         number,
         io,
@@ -162,6 +176,10 @@ where
         timer_at: deadline,
         taken_over: None,
         dry: false,
+        read_in_turn: 0,
+        pace: None,
+        paused_until: None,
+        told_at: None,
         stopping: false,
         end: None,
     };
@@ -201,6 +219,9 @@ impl<S: Service> Drop for Departure<S> {
             }
         }
         if let Some(key) = &self.key {
+            for filter in &self.ordinary {
+                self.shared.filters.remove(&key.user, filter);
+            }
             self.shared.registry.detach(key, self.number);
             self.shared.service.observe(Observation::Disconnected);
             self.shared.service.left(&key.user);
@@ -251,6 +272,11 @@ where
                 self.write_last_bytes().await;
                 return end;
             }
+            if self.read_in_turn >= READ_BYTES {
+                // A client that sends faster than it is worked off must not keep a thread for itself.
+                self.read_in_turn = 0;
+                tokio::task::yield_now().await;
+            }
         }
     }
 
@@ -293,7 +319,10 @@ where
                     self.end = Some(End::Socket);
                     return Poll::Ready(());
                 }
-                Poll::Pending => self.dry = true,
+                Poll::Pending => {
+                    self.dry = true;
+                    self.read_in_turn = 0;
+                }
             }
         }
         if self.timer.as_mut().poll(cx).is_ready() {
@@ -319,9 +348,19 @@ where
             return Poll::Ready(Ok(()));
         }
         READ_BUFFER.with_borrow_mut(|buffer| {
-            let mut read = ReadBuf::new(buffer);
+            let connecting = self.session.is_none();
+            let most = if connecting { buffer.len().min(self.connect_bytes_left) } else { buffer.len() };
+            if most == 0 {
+                self.shared.service.observe(Observation::Limited("connect_bytes"));
+                return Poll::Ready(Err(()));
+            }
+            let mut read = ReadBuf::new(&mut buffer[..most]);
             if ready!(Pin::new(&mut self.io).poll_read(cx, &mut read)).is_err() || read.filled().is_empty() {
                 return Poll::Ready(Err(()));
+            }
+            self.read_in_turn += read.filled().len();
+            if connecting {
+                self.connect_bytes_left -= read.filled().len();
             }
             self.feed(read.filled());
             Poll::Ready(Ok(()))
@@ -330,6 +369,9 @@ where
 
     fn feed(&mut self, bytes: &[u8]) {
         let taken = self.engine.feed(bytes, &mut self.packets);
+        if let Some(limit) = self.engine.overstepped.take() {
+            self.limited(limit);
+        }
         if taken < bytes.len() && self.engine.fault.is_none() {
             self.early.extend_from_slice(&bytes[taken..]);
         }
@@ -394,11 +436,16 @@ where
         }
         if self.session.is_none() && self.deadline.is_some_and(|deadline| now >= deadline) {
             tracing::debug!(peer = %self.peer, "no CONNECT in time");
+            self.limited("connect_timeout_ms");
             self.end.get_or_insert(End::Closed);
             return;
         }
         let silent_until = self.silent_until();
         if silent_until.is_some_and(|until| now >= until) {
+            let silence_max = self.session.as_ref().and_then(|session| session.silence_max);
+            if silence_max == Some(self.shared.limits.idle_timeout) {
+                self.limited("idle_timeout_ms");
+            }
             self.engine
                 .disconnect(DisconnectReasonCode::KeepAliveTimeout, "nothing was heard for 1.5 times the keep alive");
             return;
@@ -409,7 +456,8 @@ where
             return;
         }
         let connect_by = if self.session.is_none() { self.deadline } else { None };
-        let next = [connect_by, silent_until, expires_at, self.retry_at, self.taken_over].into_iter().flatten().min();
+        let next = [connect_by, silent_until, expires_at, self.retry_at, self.taken_over, self.paused_until];
+        let next = next.into_iter().flatten().min();
         match next {
             // Hearing from a client moves its deadline on: the timer is only set anew when it fires, or for something earlier.
             Some(next) if self.timer_at <= now || next < self.timer_at => {
@@ -429,7 +477,11 @@ where
         let silence_max = self.session.as_ref()?.silence_max?;
         // While we do not read, it cannot be heard.
         let takes_no_bytes = self.engine.out.len() - self.out_at >= OUT_READING_MAX;
-        if takes_no_bytes || !self.unsent.is_empty() || self.pending.len() >= PENDING_READING_MAX {
+        if takes_no_bytes
+            || !self.unsent.is_empty()
+            || self.paused_until.is_some()
+            || self.pending.len() >= PENDING_READING_MAX
+        {
             return Some(Instant::now() + silence_max);
         }
         Some(self.heard_at + silence_max)
@@ -489,11 +541,7 @@ where
     async fn handle_packets(&mut self, departure: &mut Departure<S>) {
         let mut advanced = false;
         let mut delivered = 0;
-        while let Some(packet) = self.packets.pop_front() {
-            if self.end.is_some() {
-                self.packets.clear();
-                break;
-            }
+        while let Some(packet) = self.take_packet() {
             match packet {
                 Incoming::Connect(connect) => self.connect(*connect, departure).await,
                 Incoming::Publish(publish) => self.publish(publish),
@@ -522,6 +570,7 @@ where
                     self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
                 }
                 Incoming::Auth(authentication) => self.authenticate_again(&authentication).await,
+                Incoming::Overfull(overfull) => self.refuse_overfull(overfull),
             }
         }
         if advanced {
@@ -530,6 +579,87 @@ where
         if delivered > 0 {
             self.shared.service.observe(Observation::Delivered(delivered));
         }
+    }
+
+    /// The next packet, unless the client went too fast: then the packet waits, and with it what comes after and reading. What can be refused
+    /// is refused here.
+    fn take_packet(&mut self) -> Option<Incoming> {
+        loop {
+            if self.end.is_some() {
+                self.packets.clear();
+            }
+            let packet = self.packets.front()?;
+            if let Some(until) = self.paused_until {
+                if Instant::now() < until {
+                    return None;
+                }
+                self.paused_until = None;
+                return self.packets.pop_front();
+            }
+            let (Some(pace), Some(cost)) = (&mut self.pace, packet.cost()) else { return self.packets.pop_front() };
+            let may_refuse = packet.is_publish() && self.engine.is_v5();
+            match pace.judge(cost, may_refuse, Instant::now()) {
+                Verdict::Pass => return self.packets.pop_front(),
+                Verdict::Wait { until, limit } => {
+                    self.limited(limit);
+                    self.paused_until = Some(until);
+                    return None;
+                }
+                Verdict::Refuse { limit } => {
+                    self.limited(limit);
+                    if let Some(packet) = self.packets.pop_front() {
+                        self.refuse_too_fast(packet, limit);
+                    }
+                }
+            }
+        }
+    }
+
+    fn refuse_too_fast(&mut self, packet: Incoming, limit: &'static str) {
+        let (topic, qos, packet_id) = match packet {
+            Incoming::Publish(publish) => (publish.topic, publish.qos, publish.packet_id),
+            Incoming::Overfull(Overfull::Publish { topic, qos, packet_id, .. }) => (topic, qos, packet_id),
+            _ => return,
+        };
+        self.refuse_publish(&topic, qos, packet_id, &format!("you publish too fast: limits.{limit} is reached"));
+    }
+
+    fn refuse_overfull(&mut self, overfull: Overfull) {
+        self.limited("user_properties");
+        let sentence = format!("a packet has at most {} user properties", self.shared.limits.user_properties);
+        match overfull {
+            Overfull::Connect => self.refuse_connect(&ConnectRefusal {
+                code: ConnectRefusalCode::QuotaExceeded,
+                reason: sentence,
+            }),
+            Overfull::Publish { topic, qos, packet_id, .. } => self.refuse_publish(&topic, qos, packet_id, &sentence),
+            Overfull::Subscribe { packet_id, filters } => {
+                self.shared.service.observe(Observation::Refused(RefusalCode::QuotaExceeded));
+                let refusal = self.refusal(RefusalCode::QuotaExceeded, &sentence);
+                self.engine.suback(packet_id, &vec![Granted::Refused(refusal.code); filters], Some(&refusal.reason));
+            }
+            Overfull::Other => self.engine.disconnect(DisconnectReasonCode::QuotaExceeded, &sentence),
+        }
+    }
+
+    /// Refuses a publish because there is too much of something.
+    fn refuse_publish(&mut self, topic: &str, qos: u8, packet_id: Option<u16>, sentence: &str) {
+        let Some(session) = &self.session else { return };
+        let (user, now) = (Arc::clone(&session.key.user), Instant::now());
+        let refusal = self.refusal(RefusalCode::QuotaExceeded, sentence);
+        if let Some(packet_id) = packet_id {
+            self.tell_refusal(&user, topic, Some(packet_id), &refusal);
+            self.push_pending(packet_id, qos, now, Some(PublishOutcome::Refused(refusal)));
+        } else if self.told_at.is_none_or(|at| now >= at + TOLD_INTERVAL) {
+            self.told_at = Some(now);
+            self.tell_refusal(&user, topic, None, &refusal);
+        } else {
+            self.shared.service.observe(Observation::Refused(refusal.code));
+        }
+    }
+
+    fn limited(&self, limit: &'static str) {
+        self.shared.service.observe(Observation::Limited(limit));
     }
 
     async fn authenticate_again(&mut self, authentication: &Authentication) {
@@ -563,12 +693,14 @@ where
     async fn connect(&mut self, connect: Connect, departure: &mut Departure<S>) {
         match self.open_session(connect, departure).await {
             Ok(()) => {}
-            Err(refusal) => {
-                tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused a connect");
-                self.shared.service.observe(Observation::ConnectRefused);
-                self.engine.refuse(refusal.code, &refusal.reason);
-            }
+            Err(refusal) => self.refuse_connect(&refusal),
         }
+    }
+
+    fn refuse_connect(&mut self, refusal: &ConnectRefusal) {
+        tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused a connect");
+        self.shared.service.observe(Observation::ConnectRefused);
+        self.engine.refuse(refusal.code, &refusal.reason);
     }
 
     async fn open_session(&mut self, connect: Connect, departure: &mut Departure<S>) -> Result<(), ConnectRefusal> {
@@ -603,8 +735,15 @@ where
         let previous = self
             .shared
             .registry
-            .attach(&key, self.number, &self.mailbox)
-            .map_err(|_| refuse(ConnectRefusalCode::ServerUnavailable, "the server is shutting down"))?;
+            .attach(&key, self.number, &self.mailbox, self.shared.limits.connections_per_user)
+            .map_err(|reason| match reason {
+                NotAttached::Stopping => refuse(ConnectRefusalCode::ServerUnavailable, "the server is shutting down"),
+                NotAttached::TooMany => {
+                    self.limited("connections_per_user");
+                    let max = self.shared.limits.connections_per_user;
+                    refuse(ConnectRefusalCode::QuotaExceeded, &format!("you have {max} connections, which is the most"))
+                }
+            })?;
         departure.key = Some(key.clone());
         if let Some(previous) = previous
             && tokio::time::timeout(SETTLE_TIMEOUT, previous.settled()).await.is_err()
@@ -640,7 +779,9 @@ where
             session.resend.retain(|one| self.engine.reserve(one.packet_id));
         }
         session.will = connect.will;
-        let keep_alive = Duration::from_secs(u64::from(connect.keep_alive_s)) * 3 / 2;
+        let keep_alive_told = self.keep_alive_told(connect.keep_alive_s);
+        let keep_alive_s = keep_alive_told.unwrap_or(connect.keep_alive_s);
+        let keep_alive = Duration::from_secs(u64::from(keep_alive_s)) * 3 / 2;
         let silence_max = if keep_alive.is_zero() { self.shared.limits.idle_timeout } else { keep_alive };
         session.silence_max = (!silence_max.is_zero()).then_some(silence_max);
 
@@ -649,6 +790,7 @@ where
                 let to = match self.shared.service.route_subscribe(&session.identity, &subscription.filter) {
                     SubscribeRoute::Bound(topics) => Subscribed::Bound(topics),
                     SubscribeRoute::Ordinary => {
+                        self.shared.filters.restore(&session.key.user, &subscription.filter);
                         self.insert_ordinary(&subscription, departure);
                         Subscribed::Ordinary
                     }
@@ -666,16 +808,61 @@ where
             && session.is_persistent()
             && (!session_present || stored_expiry_s != Some(expiry_s))
         {
-            self.shared.service.save_session(&session.key, session.record()).await.map_err(unavailable)?;
+            if session_present {
+                self.shared.service.save_session(&session.key, session.record()).await.map_err(unavailable)?;
+            } else {
+                let created = self.shared.service.create_session(&session.key, session.record()).await;
+                created.map_err(|reason| match reason {
+                    NotCreated::TooMany(sentence) => {
+                        self.limited("sessions_per_user");
+                        refuse(ConnectRefusalCode::QuotaExceeded, &sentence)
+                    }
+                    NotCreated::Unavailable(error) => unavailable(error),
+                })?;
+            }
+        }
+        if let Some(session) = &self.session {
+            self.pace = Some(self.shared.pacing.connection(&session.key.user, Instant::now()));
         }
         let assigned_client_id =
             self.session.as_ref().filter(|_| assigned).map(|session| Arc::clone(&session.key.client_id));
         let expiry_told = (expiry_s != connect.session_expiry_s).then_some(expiry_s);
+        if expiry_told.is_some() {
+            self.limited("session_expiry_max_s");
+        }
         let method = self.session.as_ref().and_then(|session| session.authentication_method.as_deref());
-        self.engine.accept(session_present, assigned_client_id.as_deref(), expiry_told, None, method);
+        self.engine.accept(session_present, assigned_client_id.as_deref(), expiry_told, keep_alive_told, method);
         self.deadline = None;
         self.timer_at = Instant::now();
         Ok(())
+    }
+
+    /// The keep alive that an MQTT 5 client has to use in place of its own. MQTT 3.1.1 cannot be told, and keeps its own.
+    fn keep_alive_told(&self, asked_s: u16) -> Option<u16> {
+        let max_s = self.shared.limits.keep_alive_max_s;
+        let told = self.engine.is_v5() && max_s > 0 && (asked_s == 0 || asked_s > max_s);
+        if told {
+            self.limited("keep_alive_max_s");
+        }
+        told.then_some(max_s)
+    }
+
+    /// Whether a topic name or filter is longer than it may be.
+    fn judge_topic_bytes(&self, topic: &str, code: RefusalCode) -> Result<(), Refusal> {
+        let max = self.shared.limits.topic_bytes;
+        if max == 0 || topic.len() <= max {
+            return Ok(());
+        }
+        self.limited("topic_bytes");
+        Err(self.refusal(code, &format!("a topic has at most {max} bytes here")))
+    }
+
+    /// A topic name or filter that cannot be one.
+    fn refuse_topic(&self, code: RefusalCode, error: TopicError) -> Refusal {
+        if matches!(error, TopicError::TooManyLevels { .. }) {
+            self.limited("topic_levels");
+        }
+        self.refusal(code, &error.to_string())
     }
 
     /// A refusal of our own, in the service's form.
@@ -685,8 +872,9 @@ where
 
     /// Where a publish goes; wildcards, `$` topics and unreasonable names go nowhere.
     fn route(&self, who: &Identity, topic: &str) -> Result<PublishRoute, Refusal> {
+        self.judge_topic_bytes(topic, RefusalCode::TopicNameInvalid)?;
         if let Err(error) = filter::validate_topic_name(topic, self.shared.limits.topic_levels) {
-            return Err(self.refusal(RefusalCode::TopicNameInvalid, &error.to_string()));
+            return Err(self.refuse_topic(RefusalCode::TopicNameInvalid, error));
         }
         if topic.starts_with('$') {
             return Err(self.refusal(RefusalCode::NotAuthorized, "topics that begin with $ belong to the server"));
@@ -743,6 +931,10 @@ where
                 let outcome = match self.shared.publish_ordinary(message) {
                     Ok(()) => PublishOutcome::Stored { subscribers: true, properties: Vec::new() },
                     Err(full) => {
+                        self.limited(match full {
+                            RetainedFull::Messages { .. } => "retained_messages",
+                            RetainedFull::Bytes { .. } => "retained_bytes",
+                        });
                         let refusal = self.refusal(RefusalCode::QuotaExceeded, &full.to_string());
                         self.tell_refusal(&user, &topic, publish.packet_id, &refusal);
                         PublishOutcome::Refused(refusal)
@@ -863,13 +1055,15 @@ where
             let code = RefusalCode::SharedSubscriptionsNotSupported;
             return Err(self.refusal(code, "shared subscriptions are not supported"));
         }
+        self.judge_topic_bytes(&wanted.filter, RefusalCode::TopicFilterInvalid)?;
         filter::validate_topic_filter(&wanted.filter, self.shared.limits.topic_levels)
-            .map_err(|error| self.refusal(RefusalCode::TopicFilterInvalid, &error.to_string()))?;
+            .map_err(|error| self.refuse_topic(RefusalCode::TopicFilterInvalid, error))?;
         let route = self.shared.service.route_subscribe(who, &wanted.filter);
         let Some(session) = &mut self.session else { return Ok(0) };
         let existing = session.subscriptions.iter().position(|one| one.record.filter == wanted.filter);
         if existing.is_none() && session.subscriptions.len() >= self.shared.limits.subscriptions_per_session {
             let max = self.shared.limits.subscriptions_per_session;
+            self.shared.service.observe(Observation::Limited("subscriptions_per_session"));
             return Err(self.refusal(RefusalCode::QuotaExceeded, &format!("a session may have {max} subscriptions")));
         }
         let mut record = SubscriptionRecord {
@@ -889,6 +1083,14 @@ where
             SubscribeRoute::Ordinary => Subscribed::Ordinary,
         };
         let ordinary = matches!(to, Subscribed::Ordinary);
+        let was_ordinary = existing.is_some_and(|at| matches!(session.subscriptions[at].to, Subscribed::Ordinary));
+        if ordinary
+            && !was_ordinary
+            && let Err(full) = self.shared.filters.add(&session.key.user, &record.filter)
+        {
+            self.shared.service.observe(Observation::Limited("filters_per_user"));
+            return Err(self.refusal(RefusalCode::QuotaExceeded, &full.to_string()));
+        }
         let qos = record.qos;
         let subscription = Subscription { record: record.clone(), to };
         match existing {
@@ -946,6 +1148,7 @@ where
             let removed = session.subscriptions.remove(at);
             if matches!(removed.to, Subscribed::Ordinary) {
                 self.shared.ordinary.write().remove(filter, &self.number.0);
+                self.shared.filters.remove(&session.key.user, filter);
                 departure.ordinary.retain(|other| other != filter);
             }
         }

@@ -21,7 +21,9 @@ use mqtt_protocol_core::mqtt::result_code::{
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
 use crate::framing::{Framing, Malformed};
+use crate::limits::Limits;
 use crate::live::LiveMessage;
+use crate::rate::Cost;
 use crate::service::{Authentication, ConnectRefusalCode, RefusalCode};
 use crate::topics::message::MessageProperties;
 
@@ -100,6 +102,55 @@ pub(crate) enum Incoming {
     },
     /// The client proves again who it is.
     Auth(Authentication),
+    /// It has more user properties than `limits.user_properties`; they were not copied.
+    Overfull(Overfull),
+}
+
+/// What has too many user properties, as far as it takes to refuse it.
+#[derive(Debug)]
+pub(crate) enum Overfull {
+    Connect,
+    Publish {
+        topic: String,
+        qos: u8,
+        packet_id: Option<u16>,
+        bytes: usize,
+    },
+    Subscribe {
+        packet_id: u16,
+        filters: usize,
+    },
+    /// A packet whose answer cannot refuse it.
+    Other,
+}
+
+impl Incoming {
+    /// What it takes of the rate at which a client may publish; `None` for what only answers the server.
+    pub(crate) fn cost(&self) -> Option<Cost> {
+        let cost = |publishes: usize, bytes: usize| Some(Cost { publishes: publishes as u64, bytes: bytes as u64 });
+        match self {
+            Self::Publish(publish) => {
+                cost(1, publish.topic.len() + publish.payload.len() + publish.properties.bytes())
+            }
+            Self::Overfull(Overfull::Publish { bytes, .. }) => cost(1, *bytes),
+            Self::Overfull(Overfull::Subscribe { filters, .. }) => cost(*filters, 0),
+            Self::Subscribe { filters, .. } => cost(filters.len(), 0),
+            Self::Unsubscribe { filters, .. } => cost(filters.len(), 0),
+            Self::Pingreq | Self::Auth(_) => cost(1, 0),
+            Self::Connect(_)
+            | Self::Puback(_)
+            | Self::Pubrec(..)
+            | Self::Pubrel(_)
+            | Self::Pubcomp(_)
+            | Self::Disconnect { .. }
+            | Self::Overfull(Overfull::Connect | Overfull::Other) => None,
+        }
+    }
+
+    /// Whether its refusal can be told: a publish of MQTT 5.
+    pub(crate) fn is_publish(&self) -> bool {
+        matches!(self, Self::Publish(_) | Self::Overfull(Overfull::Publish { .. }))
+    }
 }
 
 /// MQTT 5 user properties of a message of a bound topic.
@@ -153,6 +204,11 @@ pub(crate) struct Engine {
     pub(crate) fault: Option<MqttError>,
     /// The connection ends once `out` is written.
     pub(crate) closing: bool,
+    /// The limit that the client has just overstepped.
+    pub(crate) overstepped: Option<&'static str>,
+    /// What came of the CONNECT, until it is whole: the state machine reserves memory by the announced length.
+    connecting: Option<Vec<u8>>,
+    user_properties_max: usize,
     /// QoS 2 publishes that wait for their outcome.
     unanswered_qos2: Vec<u16>,
     receive_maximum: u16,
@@ -165,18 +221,24 @@ pub(crate) struct Engine {
 const UNACCEPTABLE_PROTOCOL_VERSION: u8 = 1;
 
 impl Engine {
-    pub(crate) fn new(packet_bytes_max: u32, receive_maximum: u16) -> Self {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let packet_bytes_max = limits.packet_bytes;
+        let mut framing = Framing::new();
+        framing.bound(limits.connect_bytes);
         // The receive maximum is not among the options, which hold for MQTT 3.1.1 too: a client that cannot be told of one must not be
         // closed for it. In MQTT 5 it holds from the CONNACK on that names it.
         let options = ConnectionOptions::new().maximum_packet_size_recv(packet_bytes_max);
         Self {
             inner: mqtt::Connection::with_options(Version::Undetermined, options),
-            framing: Framing::new(),
+            framing,
             out: Vec::new(),
             fault: None,
             closing: false,
+            overstepped: None,
+            connecting: Some(Vec::new()),
+            user_properties_max: if limits.user_properties == 0 { usize::MAX } else { limits.user_properties },
             unanswered_qos2: Vec::new(),
-            receive_maximum,
+            receive_maximum: limits.receive_maximum,
             packet_bytes_max,
             problem_information: true,
             connected: false,
@@ -200,23 +262,43 @@ impl Engine {
                     self.closing = true;
                     break;
                 }
+                Err(Malformed::TooLong) => {
+                    // Nobody is connected who could be told.
+                    self.overstepped = Some("connect_bytes");
+                    self.closing = true;
+                    break;
+                }
                 Err(_) => {
                     self.fault = Some(MqttError::MalformedPacket);
                     break;
                 }
             };
-            let mut cursor = Cursor::new(&bytes[taken..taken + len]);
+            let mut came = &bytes[taken..taken + len];
             taken += len;
+            let whole;
+            if let Some(connecting) = &mut self.connecting {
+                connecting.extend_from_slice(came);
+                if !self.framing.is_between_packets() {
+                    break;
+                }
+                whole = std::mem::take(connecting);
+                came = &whole;
+            }
+            let mut cursor = Cursor::new(came);
             let mut connect = false;
             for event in self.inner.recv(&mut cursor) {
                 match event {
                     Event::NotifyPacketReceived(packet) => {
-                        let packet = self.incoming(packet);
+                        let packet = if user_properties(&packet) > self.user_properties_max {
+                            Some(Incoming::Overfull(self.overfull(&packet)))
+                        } else {
+                            self.incoming(packet)
+                        };
                         if packet.as_ref().is_some_and(has_packet_id_0) {
                             // [MQTT-2.2.1-3]: identifiers are not 0.
                             self.fault.get_or_insert(MqttError::ProtocolError);
                         } else if let Some(packet) = packet {
-                            connect |= matches!(packet, Incoming::Connect(_));
+                            connect |= matches!(packet, Incoming::Connect(_) | Incoming::Overfull(Overfull::Connect));
                             packets.push_back(packet);
                         }
                     }
@@ -224,6 +306,8 @@ impl Engine {
                 }
             }
             if connect {
+                self.connecting = None;
+                self.framing.bound(u32::MAX);
                 break;
             }
         }
@@ -247,6 +331,11 @@ impl Engine {
                 }
             }
             Event::NotifyError(error) => {
+                self.overstepped = match error {
+                    MqttError::PacketTooLarge => Some("packet_bytes"),
+                    MqttError::ReceiveMaximumExceeded => Some("receive_maximum"),
+                    _ => self.overstepped,
+                };
                 self.fault.get_or_insert(error);
             }
             Event::RequestClose => self.closing = true,
@@ -446,6 +535,20 @@ impl Engine {
         })
     }
 
+    fn overfull(&mut self, packet: &Packet) -> Overfull {
+        match packet {
+            Packet::V5_0Connect(_) => Overfull::Connect,
+            Packet::V5_0Publish(p) => {
+                let qos = qos_number(p.qos());
+                self.note_qos2(qos, p.packet_id());
+                let topic = p.topic_name().to_owned();
+                Overfull::Publish { topic, qos, packet_id: p.packet_id(), bytes: p.size() }
+            }
+            Packet::V5_0Subscribe(p) => Overfull::Subscribe { packet_id: p.packet_id(), filters: p.entries().len() },
+            _ => Overfull::Other,
+        }
+    }
+
     fn note_qos2(&mut self, qos: u8, packet_id: Option<u16>) {
         if qos == 2
             && let Some(packet_id) = packet_id
@@ -521,6 +624,7 @@ impl Engine {
                 ConnectRefusalCode::ServerUnavailable => ConnectReasonCode::ServerUnavailable,
                 ConnectRefusalCode::BadAuthenticationMethod => ConnectReasonCode::BadAuthenticationMethod,
                 ConnectRefusalCode::ConnectionRateExceeded => ConnectReasonCode::ConnectionRateExceeded,
+                ConnectRefusalCode::QuotaExceeded => ConnectReasonCode::QuotaExceeded,
             };
             let mut properties = Vec::new();
             push(&mut properties, ReasonString::new(reason).map(Property::from));
@@ -537,9 +641,9 @@ impl Engine {
                 ConnectRefusalCode::NotAuthorized | ConnectRefusalCode::BadAuthenticationMethod => {
                     ConnectReturnCode::NotAuthorized
                 }
-                ConnectRefusalCode::ServerUnavailable | ConnectRefusalCode::ConnectionRateExceeded => {
-                    ConnectReturnCode::ServerUnavailable
-                }
+                ConnectRefusalCode::ServerUnavailable
+                | ConnectRefusalCode::ConnectionRateExceeded
+                | ConnectRefusalCode::QuotaExceeded => ConnectReturnCode::ServerUnavailable,
             };
             v3_1_1::Connack::builder()
                 .session_present(false)
@@ -844,9 +948,31 @@ impl Engine {
 fn has_packet_id_0(packet: &Incoming) -> bool {
     match packet {
         Incoming::Publish(publish) => publish.packet_id == Some(0),
-        Incoming::Subscribe { packet_id, .. } | Incoming::Unsubscribe { packet_id, .. } => *packet_id == 0,
+        Incoming::Overfull(Overfull::Publish { packet_id, .. }) => *packet_id == Some(0),
+        Incoming::Subscribe { packet_id, .. }
+        | Incoming::Unsubscribe { packet_id, .. }
+        | Incoming::Overfull(Overfull::Subscribe { packet_id, .. }) => *packet_id == 0,
         _ => false,
     }
+}
+
+/// How many a packet has; of MQTT 3.1.1 none.
+fn user_properties(packet: &Packet) -> usize {
+    let (properties, will): (&[Property], &[Property]) = match packet {
+        Packet::V5_0Connect(p) => (p.props(), p.will_props()),
+        Packet::V5_0Publish(p) => (p.props(), &[]),
+        Packet::V5_0Subscribe(p) => (p.props(), &[]),
+        Packet::V5_0Unsubscribe(p) => (p.props(), &[]),
+        Packet::V5_0Puback(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Pubrec(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Pubrel(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Pubcomp(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Disconnect(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Auth(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        _ => return 0,
+    };
+    let is_user_property = |property: &&Property| matches!(property, Property::UserProperty(_));
+    properties.iter().chain(will).filter(is_user_property).count()
 }
 
 fn push(properties: &mut Vec<Property>, property: Result<Property, MqttError>) {

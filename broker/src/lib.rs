@@ -5,16 +5,19 @@
 //! `listener` and `websocket` accept, `connection` speaks MQTT (`engine`) for its `session`, the service stores, `bus` carries what is
 //! announced, `registry` finds who wants it, `mailbox` and `stream` bring it to the receiver.
 
+pub mod admission;
 mod broker;
 pub mod bus;
 pub mod completion;
 mod connection;
 mod engine;
+mod filters;
 mod framing;
 mod limits;
 pub mod listener;
 pub mod live;
 mod mailbox;
+mod rate;
 mod registry;
 pub mod service;
 mod session;

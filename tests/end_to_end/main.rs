@@ -19,6 +19,8 @@ mod hostile;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
+mod limits;
+#[cfg(test)]
 mod messenger;
 #[cfg(test)]
 mod observer;
