@@ -19,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::absent::{Absent, AbsentSession, DelayedWill, Due};
+use crate::admission::{Admission, Place};
 use crate::bus::{Bus, BusCounters, BusError, BusMessage, BusOptions, BusSink};
 use crate::completion::Reply;
 use crate::connection;
@@ -28,13 +29,14 @@ use crate::limits::Limits;
 use crate::live::LiveMessage;
 use crate::mailbox::{Mailbox, QueueBudget};
 use crate::ordinary::{Matched, Receiver, Subscriptions};
+use crate::rate::Pacing;
 use crate::registry::{ConnectionNumber, Registry};
 use crate::service::{
     BoundPublish, Identity, Observation, Peer, PublishRoute, Refusal, RefusalCode, Service, ServiceError, SessionKey,
     SessionRecord, StoredSession, SubscribeRoute, SubscriptionRecord,
 };
 use crate::session::{Queued, UnderWay};
-use crate::topics::filter;
+use crate::topics::filter::{self, TopicError};
 use crate::topics::message::{Message, MessageProperties};
 use crate::topics::retained::{Retained, RetainedFull, RetainedMessage};
 
@@ -49,6 +51,8 @@ const UNDER_WAY_SESSIONS_MAX: usize = 20_000;
 pub(crate) struct Shared<S> {
     pub(crate) service: Arc<S>,
     pub(crate) limits: Limits,
+    pub(crate) pacing: Pacing,
+    admission: Admission,
     pub(crate) registry: Registry,
     pub(crate) subscriptions: Subscriptions,
     pub(crate) retained: Mutex<Retained>,
@@ -194,10 +198,13 @@ impl<S: Service> Broker<S> {
     /// Starts both buses. From then on `announcer` reaches this broker's connections.
     pub fn start(service: Arc<S>, announcer: &Announcer, limits: Limits) -> Result<Self, BusError> {
         let permits = Arc::new(Semaphore::new(limits.connections));
+        let began = Instant::now();
         let shared = Arc::new(Shared {
             service,
+            pacing: Pacing::new(&limits, began),
+            admission: Admission::new(limits.connections_per_address, limits.uncounted_addresses.clone()),
             registry: Registry::new(),
-            subscriptions: Subscriptions::default(),
+            subscriptions: Subscriptions::new(limits.filters_per_user),
             retained: Mutex::new(Retained::new(limits.retained_messages, limits.retained_bytes)),
             absent: Absent::default(),
             queue_budget: Arc::new(QueueBudget::new(limits.queues_bytes)),
@@ -208,7 +215,7 @@ impl<S: Service> Broker<S> {
             tasks: TaskTracker::new(),
             permits,
             stopping: CancellationToken::new(),
-            began: Instant::now(),
+            began,
             limits,
         });
         let live = Bus::start(
@@ -245,12 +252,29 @@ impl<S: Service> Broker<S> {
         Ok(())
     }
 
+    /// A place for a connection from there, before anything is read from it; `None` if there are too many already.
+    pub fn admit(&self, address: SocketAddr) -> Option<Place> {
+        let admitted = self.shared.admission.admit(address.ip());
+        if let Err(reason) = admitted {
+            // Somebody who floods must not fill the log as well.
+            tracing::debug!(peer = %address, %reason, "refused a connection");
+            self.shared.service.observe(Observation::Limited("connections_per_address"));
+        }
+        admitted.ok()
+    }
+
+    /// Who may connect, for listeners of others whose connections count too.
+    pub fn admission(&self) -> Admission {
+        self.shared.admission.clone()
+    }
+
     /// Serves one byte stream until it ends. Returns at once; the connection has a task of its own.
     pub fn serve<T>(&self, io: T, peer: Peer)
     where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let Ok(permit) = Arc::clone(&self.shared.permits).try_acquire_owned() else {
+            self.shared.service.observe(Observation::Limited("connections"));
             tracing::warn!(%peer, "refused a connection: limits.connections is reached");
             return;
         };
@@ -283,7 +307,9 @@ impl<S: Service> Broker<S> {
     ) where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        let Some(place) = self.admit(address) else { return };
         let Ok(permit) = Arc::clone(&self.shared.permits).try_acquire_owned() else {
+            self.shared.service.observe(Observation::Limited("connections"));
             tracing::warn!(peer = %address, "refused a connection: limits.connections is reached");
             return;
         };
@@ -292,7 +318,7 @@ impl<S: Service> Broker<S> {
         self.shared.tasks.spawn(async move {
             match tokio::time::timeout(timeout, opening).await {
                 Ok(Ok((io, certificate_name))) => {
-                    broker.serve_with(permit, io, Peer { address: Some(address), certificate_name });
+                    broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate_name });
                 }
                 Ok(Err(error)) => tracing::debug!(peer = %address, %error, "a connection could not be opened"),
                 Err(_) => tracing::debug!(peer = %address, "a connection was not opened in time"),
@@ -484,14 +510,35 @@ impl<S: Service> Shared<S> {
         mailbox.settle();
     }
 
+    /// A refusal of our own, in the service's form.
+    pub(crate) fn refusal(&self, code: RefusalCode, sentence: &str) -> Refusal {
+        Refusal { code, reason: self.service.reason(code, sentence) }
+    }
+
+    pub(crate) fn judge_topic_bytes(&self, topic: &str, code: RefusalCode) -> Result<(), Refusal> {
+        let max = self.limits.topic_bytes;
+        if max == 0 || topic.len() <= max {
+            return Ok(());
+        }
+        self.service.observe(Observation::Limited("topic_bytes"));
+        Err(self.refusal(code, &format!("a topic has at most {max} bytes here")))
+    }
+
+    /// A topic name or filter that cannot be one.
+    pub(crate) fn refuse_topic(&self, code: RefusalCode, error: TopicError) -> Refusal {
+        if matches!(error, TopicError::TooManyLevels { .. }) {
+            self.service.observe(Observation::Limited("topic_levels"));
+        }
+        self.refusal(code, &error.to_string())
+    }
+
     /// Where a publish goes; wildcards, `$` topics and unreasonable names go nowhere.
     pub(crate) fn route(&self, who: &Identity, topic: &str) -> Result<PublishRoute, Refusal> {
-        let refusal = |code, sentence: &str| Refusal { code, reason: self.service.reason(code, sentence) };
-        if let Err(error) = filter::validate_topic_name(topic, self.limits.topic_levels) {
-            return Err(refusal(RefusalCode::TopicNameInvalid, &error.to_string()));
-        }
+        self.judge_topic_bytes(topic, RefusalCode::TopicNameInvalid)?;
+        filter::validate_topic_name(topic, self.limits.topic_levels)
+            .map_err(|error| self.refuse_topic(RefusalCode::TopicNameInvalid, error))?;
         if topic.starts_with('$') {
-            return Err(refusal(RefusalCode::NotAuthorized, "topics that begin with $ belong to the server"));
+            return Err(self.refusal(RefusalCode::NotAuthorized, "topics that begin with $ belong to the server"));
         }
         match self.service.route_publish(who, topic) {
             PublishRoute::Refused(refusal) => Err(refusal),

@@ -20,20 +20,25 @@ use tokio::time::Sleep;
 use crate::absent::{AbsentSession, DelayedWill};
 use crate::broker::Shared;
 use crate::completion::Reply;
-use crate::engine::{Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Publish, UserProperties};
+use crate::engine::{
+    Accepted, Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Overfull, Publish, UserProperties,
+};
 use crate::escaped::Escaped;
+use crate::filters::FiltersFull;
 use crate::mailbox::{Ending, LIVE_MESSAGES_MAX, Mail, Mailbox, Ordinary};
 use crate::ordinary::{OrdinarySubscription, Receiver};
-use crate::registry::ConnectionNumber;
+use crate::rate::{Pace, Verdict};
+use crate::registry::{ConnectionNumber, NotAttached};
 use crate::service::{
-    Authentication, BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, Keeping, Observation,
-    Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service, ServiceError,
-    SessionKey, SubscribeRoute, Subscriber, SubscriptionRecord,
+    Authentication, BoundPublish, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, Keeping, NotCreated,
+    Observation, Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service,
+    ServiceError, SessionKey, SubscribeRoute, Subscriber, SubscriptionRecord,
 };
 use crate::session::{LiveTopic, Queued, Session, Slot, Subscribed, Subscription, Target, UnderWay, Wanted};
 use crate::stream::{DurableStream, Ready};
 use crate::topics::filter;
 use crate::topics::message::{Expiry, Message};
+use crate::topics::retained::RetainedFull;
 
 /// Bytes read at once, into one buffer a thread.
 const READ_BYTES: usize = 64 * 1024;
@@ -61,6 +66,8 @@ const TAKEOVER_READ_TIMEOUT: Duration = Duration::from_millis(500);
 const OUTCOME_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long publishes wait when the bus of ordinary messages is full.
 const BUS_RETRY: Duration = Duration::from_millis(2);
+/// How often a client is told at most that its QoS 0 publishes go nowhere.
+const TOLD_INTERVAL: Duration = Duration::from_secs(1);
 /// How long a failed read of the log waits before the next.
 const READ_RETRY: Duration = Duration::from_millis(500);
 
@@ -136,6 +143,15 @@ struct Connection<S: Service, T> {
     taken_over: Option<Instant>,
     /// The socket had nothing more to read.
     dry: bool,
+    /// Read since others had their turn.
+    read_in_turn: usize,
+    /// How fast it may go; known when its user is.
+    pace: Option<Pace>,
+    /// Until then the first of `packets` waits, which was paid for.
+    paused_until: Option<Instant>,
+    told_at: Option<Instant>,
+    /// Bytes that may still be read before a CONNECT was accepted.
+    connect_bytes_left: usize,
     /// The server stops: what was published is still answered, nothing more is read.
     stopping: bool,
     end: Option<End>,
@@ -150,8 +166,9 @@ where
     let now = Instant::now();
     let deadline = now + shared.limits.connect_timeout;
     let mut connection = Connection {
-        engine: Engine::new(shared.limits.packet_bytes, shared.limits.receive_maximum),
+        engine: Engine::new(&shared.limits),
         mailbox: Arc::new(shared.mailbox()),
+        connect_bytes_left: usize::try_from(shared.limits.connect_bytes).unwrap_or(usize::MAX),
         shared,
         number,
         io,
@@ -178,6 +195,10 @@ where
         timer_at: deadline,
         taken_over: None,
         dry: false,
+        read_in_turn: 0,
+        pace: None,
+        paused_until: None,
+        told_at: None,
         stopping: false,
         end: None,
     };
@@ -275,6 +296,11 @@ where
                 self.write_last_bytes().await;
                 return end;
             }
+            if self.read_in_turn >= READ_BYTES {
+                // A client that sends faster than it is worked off must not keep a thread for itself.
+                self.read_in_turn = 0;
+                tokio::task::yield_now().await;
+            }
         }
     }
 
@@ -317,7 +343,10 @@ where
                     self.end = Some(End::Socket);
                     return Poll::Ready(());
                 }
-                Poll::Pending => self.dry = true,
+                Poll::Pending => {
+                    self.dry = true;
+                    self.read_in_turn = 0;
+                }
             }
         }
         if self.timer.as_mut().poll(cx).is_ready() {
@@ -344,9 +373,19 @@ where
             return Poll::Ready(Ok(()));
         }
         READ_BUFFER.with_borrow_mut(|buffer| {
-            let mut read = ReadBuf::new(buffer);
+            let connecting = self.session.is_none();
+            let most = if connecting { buffer.len().min(self.connect_bytes_left) } else { buffer.len() };
+            if most == 0 {
+                self.shared.service.observe(Observation::Limited("connect_bytes"));
+                return Poll::Ready(Err(()));
+            }
+            let mut read = ReadBuf::new(&mut buffer[..most]);
             if ready!(Pin::new(&mut self.io).poll_read(cx, &mut read)).is_err() || read.filled().is_empty() {
                 return Poll::Ready(Err(()));
+            }
+            self.read_in_turn += read.filled().len();
+            if connecting {
+                self.connect_bytes_left -= read.filled().len();
             }
             self.feed(read.filled());
             Poll::Ready(Ok(()))
@@ -355,6 +394,9 @@ where
 
     fn feed(&mut self, bytes: &[u8]) {
         let taken = self.engine.feed(bytes, &mut self.packets);
+        if let Some(limit) = self.engine.overstepped.take() {
+            self.limited(limit);
+        }
         if taken < bytes.len() && self.engine.fault.is_none() {
             self.early.extend_from_slice(&bytes[taken..]);
         }
@@ -419,11 +461,16 @@ where
         }
         if self.session.is_none() && self.deadline.is_some_and(|deadline| now >= deadline) {
             tracing::debug!(peer = %self.peer, "no CONNECT in time");
+            self.limited("connect_timeout_ms");
             self.end.get_or_insert(End::Closed);
             return;
         }
         let silent_until = self.silent_until();
         if silent_until.is_some_and(|until| now >= until) {
+            let silence_max = self.session.as_ref().and_then(|session| session.silence_max);
+            if silence_max == Some(self.shared.limits.idle_timeout) {
+                self.limited("idle_timeout_ms");
+            }
             self.engine
                 .disconnect(DisconnectReasonCode::KeepAliveTimeout, "nothing was heard for 1.5 times the keep alive");
             return;
@@ -434,7 +481,15 @@ where
             return;
         }
         let connect_by = if self.session.is_none() { self.deadline } else { None };
-        let waits = [connect_by, silent_until, expires_at, self.retry_at, self.bus_retry_at, self.taken_over];
+        let waits = [
+            connect_by,
+            silent_until,
+            expires_at,
+            self.retry_at,
+            self.bus_retry_at,
+            self.taken_over,
+            self.paused_until,
+        ];
         let next = waits.into_iter().flatten().min();
         match next {
             // Hearing from a client moves its deadline on: the timer is only set anew when it fires, or for something earlier.
@@ -458,6 +513,7 @@ where
         if takes_no_bytes
             || !self.unsent.is_empty()
             || !self.held.is_empty()
+            || self.paused_until.is_some()
             || self.pending.len() >= PENDING_READING_MAX
         {
             return Some(Instant::now() + silence_max);
@@ -520,11 +576,7 @@ where
     async fn handle_packets(&mut self, departure: &mut Departure<S>) {
         let mut advanced = false;
         let mut delivered = 0;
-        while let Some(packet) = self.packets.pop_front() {
-            if self.end.is_some() {
-                self.packets.clear();
-                break;
-            }
+        while let Some(packet) = self.take_packet() {
             match packet {
                 Incoming::Connect(connect) => self.connect(*connect, departure).await,
                 Incoming::Publish(publish) => self.publish(publish),
@@ -562,6 +614,7 @@ where
                     self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
                 }
                 Incoming::Auth(authentication) => self.authenticate_again(&authentication, departure).await,
+                Incoming::Overfull(overfull) => self.refuse_overfull(overfull),
             }
         }
         if advanced {
@@ -570,6 +623,86 @@ where
         if delivered > 0 {
             self.shared.service.observe(Observation::Delivered(delivered));
         }
+    }
+
+    /// The next packet, unless the client went too fast: then the packet waits, and with it what comes after and reading. What can be refused
+    /// is refused here.
+    fn take_packet(&mut self) -> Option<Incoming> {
+        loop {
+            if self.end.is_some() {
+                self.packets.clear();
+            }
+            let packet = self.packets.front()?;
+            if let Some(until) = self.paused_until {
+                if Instant::now() < until {
+                    return None;
+                }
+                self.paused_until = None;
+                return self.packets.pop_front();
+            }
+            let (Some(pace), Some(cost)) = (&mut self.pace, packet.cost()) else { return self.packets.pop_front() };
+            let may_refuse = packet.is_publish() && self.engine.is_v5();
+            match pace.judge(cost, may_refuse, Instant::now()) {
+                Verdict::Pass => return self.packets.pop_front(),
+                Verdict::Wait { until, limit } => {
+                    self.limited(limit);
+                    self.paused_until = Some(until);
+                    return None;
+                }
+                Verdict::Refuse { limit } => {
+                    self.limited(limit);
+                    if let Some(packet) = self.packets.pop_front() {
+                        self.refuse_too_fast(packet, limit);
+                    }
+                }
+            }
+        }
+    }
+
+    fn refuse_too_fast(&mut self, packet: Incoming, limit: &'static str) {
+        let (topic, qos, packet_id) = match packet {
+            Incoming::Publish(publish) => (publish.topic, publish.qos, publish.packet_id),
+            Incoming::Overfull(Overfull::Publish { topic, qos, packet_id, .. }) => (topic, qos, packet_id),
+            _ => return,
+        };
+        self.refuse_publish(&topic, qos, packet_id, &format!("you publish too fast: limits.{limit} is reached"));
+    }
+
+    fn refuse_overfull(&mut self, overfull: Overfull) {
+        self.limited("user_properties");
+        let sentence = format!("a packet has at most {} user properties", self.shared.limits.user_properties);
+        match overfull {
+            Overfull::Connect => {
+                self.refuse_connect(&ConnectRefusal { code: ConnectRefusalCode::QuotaExceeded, reason: sentence })
+            }
+            Overfull::Publish { topic, qos, packet_id, .. } => self.refuse_publish(&topic, qos, packet_id, &sentence),
+            Overfull::Subscribe { packet_id, filters } => {
+                self.shared.service.observe(Observation::Refused(RefusalCode::QuotaExceeded));
+                let refusal = self.refusal(RefusalCode::QuotaExceeded, &sentence);
+                self.engine.suback(packet_id, &vec![Granted::Refused(refusal.code); filters], Some(&refusal.reason));
+            }
+            Overfull::Other => self.engine.disconnect(DisconnectReasonCode::QuotaExceeded, &sentence),
+        }
+    }
+
+    /// Refuses a publish because there is too much of something.
+    fn refuse_publish(&mut self, topic: &str, qos: u8, packet_id: Option<u16>, sentence: &str) {
+        let Some(session) = &self.session else { return };
+        let (user, now) = (Arc::clone(&session.key.user), Instant::now());
+        let refusal = self.refusal(RefusalCode::QuotaExceeded, sentence);
+        if let Some(packet_id) = packet_id {
+            self.tell_refusal(&user, topic, Some(packet_id), &refusal);
+            self.push_pending(packet_id, qos, now, Some(PublishOutcome::Refused(refusal)));
+        } else if self.told_at.is_none_or(|at| now >= at + TOLD_INTERVAL) {
+            self.told_at = Some(now);
+            self.tell_refusal(&user, topic, None, &refusal);
+        } else {
+            self.shared.service.observe(Observation::Refused(refusal.code));
+        }
+    }
+
+    fn limited(&self, limit: &'static str) {
+        self.shared.service.observe(Observation::Limited(limit));
     }
 
     async fn authenticate_again(&mut self, authentication: &Authentication, departure: &mut Departure<S>) {
@@ -603,12 +736,14 @@ where
     async fn connect(&mut self, connect: Connect, departure: &mut Departure<S>) {
         match self.open_session(connect, departure).await {
             Ok(()) => {}
-            Err(refusal) => {
-                tracing::info!(peer = %self.peer, reason = %Escaped(&refusal.reason), "refused a connect");
-                self.shared.service.observe(Observation::ConnectRefused);
-                self.engine.refuse(refusal.code, &refusal.reason);
-            }
+            Err(refusal) => self.refuse_connect(&refusal),
         }
+    }
+
+    fn refuse_connect(&mut self, refusal: &ConnectRefusal) {
+        tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused a connect");
+        self.shared.service.observe(Observation::ConnectRefused);
+        self.engine.refuse(refusal.code, &refusal.reason);
     }
 
     async fn open_session(&mut self, connect: Connect, departure: &mut Departure<S>) -> Result<(), ConnectRefusal> {
@@ -643,8 +778,15 @@ where
         let previous = self
             .shared
             .registry
-            .attach(&key, self.number, &self.mailbox)
-            .map_err(|_| refuse(ConnectRefusalCode::ServerUnavailable, "the server is shutting down"))?;
+            .attach(&key, self.number, &self.mailbox, self.shared.limits.connections_per_user)
+            .map_err(|reason| match reason {
+                NotAttached::Stopping => refuse(ConnectRefusalCode::ServerUnavailable, "the server is shutting down"),
+                NotAttached::TooMany => {
+                    self.limited("connections_per_user");
+                    let max = self.shared.limits.connections_per_user;
+                    refuse(ConnectRefusalCode::QuotaExceeded, &format!("you have {max} connections, which is the most"))
+                }
+            })?;
         departure.key = Some(key.clone());
         if let Some(previous) = previous
             && tokio::time::timeout(SETTLE_TIMEOUT, previous.settled()).await.is_err()
@@ -680,7 +822,9 @@ where
             self.shared.end_absent(absent).await;
         }
         session.will = connect.will;
-        let keep_alive = Duration::from_secs(u64::from(connect.keep_alive_s)) * 3 / 2;
+        let keep_alive_told = self.keep_alive_told(connect.keep_alive_s);
+        let keep_alive_s = keep_alive_told.unwrap_or(connect.keep_alive_s);
+        let keep_alive = Duration::from_secs(u64::from(keep_alive_s)) * 3 / 2;
         let silence_max = if keep_alive.is_zero() { self.shared.limits.idle_timeout } else { keep_alive };
         session.silence_max = (!silence_max.is_zero()).then_some(silence_max);
 
@@ -700,24 +844,56 @@ where
             && session.is_persistent()
             && (!session_present || stored_expiry_s != Some(expiry_s))
         {
-            self.shared.service.save_session(&session.key, session.record()).await.map_err(unavailable)?;
+            if session_present {
+                self.shared.service.save_session(&session.key, session.record()).await.map_err(unavailable)?;
+            } else {
+                let created = self.shared.service.create_session(&session.key, session.record()).await;
+                created.map_err(|reason| match reason {
+                    NotCreated::TooMany(sentence) => {
+                        self.limited("sessions_per_user");
+                        refuse(ConnectRefusalCode::QuotaExceeded, &sentence)
+                    }
+                    NotCreated::Unavailable(error) => unavailable(error),
+                })?;
+            }
+        }
+        if let Some(session) = &self.session {
+            self.pace = Some(self.shared.pacing.connection(&session.key.user, Instant::now()));
         }
         let assigned_client_id =
             self.session.as_ref().filter(|_| assigned).map(|session| Arc::clone(&session.key.client_id));
         let expiry_told = (expiry_s != connect.session_expiry_s).then_some(expiry_s);
+        if expiry_told.is_some() {
+            self.limited("session_expiry_max_s");
+        }
         let method = self.session.as_ref().and_then(|session| session.authentication_method.as_deref());
         let identity = self.session.as_ref().filter(|_| connect.request_response_information);
         let response = identity.and_then(|session| self.shared.service.response_information(&session.identity));
-        let assigned_client_id = assigned_client_id.as_deref();
-        self.engine.accept(session_present, assigned_client_id, expiry_told, None, method, response.as_deref());
+        self.engine.accept(&Accepted {
+            session_present,
+            assigned_client_id: assigned_client_id.as_deref(),
+            session_expiry_s: expiry_told,
+            keep_alive_s: keep_alive_told,
+            authentication_method: method,
+            response_information: response.as_deref(),
+        });
         self.deadline = None;
         self.timer_at = Instant::now();
         Ok(())
     }
 
-    /// A refusal of our own, in the service's form.
+    /// The keep alive that an MQTT 5 client has to use in place of its own. MQTT 3.1.1 cannot be told, and keeps its own.
+    fn keep_alive_told(&self, asked_s: u16) -> Option<u16> {
+        let max_s = self.shared.limits.keep_alive_max_s;
+        let told = self.engine.is_v5() && max_s > 0 && (asked_s == 0 || asked_s > max_s);
+        if told {
+            self.limited("keep_alive_max_s");
+        }
+        told.then_some(max_s)
+    }
+
     fn refusal(&self, code: RefusalCode, sentence: &str) -> Refusal {
-        Refusal { code, reason: self.shared.service.reason(code, sentence) }
+        self.shared.refusal(code, sentence)
     }
 
     /// Where a publish goes. Whoever answers to a response topic does so with rights of their own: it has to be one that the publisher may
@@ -804,6 +980,10 @@ where
                 let outcome = match self.shared.publish_ordinary(message, source) {
                     Ok(()) => PublishOutcome::Stored { subscribers: true, properties: Vec::new() },
                     Err(full) => {
+                        self.limited(match full {
+                            RetainedFull::Messages { .. } => "retained_messages",
+                            RetainedFull::Bytes { .. } => "retained_bytes",
+                        });
                         let refusal = self.refusal(RefusalCode::QuotaExceeded, &full.to_string());
                         self.tell_refusal(&user, &topic, publish.packet_id, &refusal);
                         PublishOutcome::Refused(refusal)
@@ -927,14 +1107,16 @@ where
         changed: &mut bool,
         departure: &mut Departure<S>,
     ) -> Result<u8, Refusal> {
+        self.shared.judge_topic_bytes(&wanted.filter, RefusalCode::TopicFilterInvalid)?;
         let shared = filter::validate_topic_filter(&wanted.filter, self.shared.limits.topic_levels)
-            .map_err(|error| self.refusal(RefusalCode::TopicFilterInvalid, &error.to_string()))?
+            .map_err(|error| self.shared.refuse_topic(RefusalCode::TopicFilterInvalid, error))?
             .is_some();
         let to = self.route_filter(who, &wanted.filter)?;
-        let Some(session) = &mut self.session else { return Ok(0) };
+        let Some(session) = &self.session else { return Ok(0) };
         let existing = session.subscriptions.iter().position(|one| one.record.filter == wanted.filter);
         if existing.is_none() && session.subscriptions.len() >= self.shared.limits.subscriptions_per_session {
             let max = self.shared.limits.subscriptions_per_session;
+            self.shared.service.observe(Observation::Limited("subscriptions_per_session"));
             return Err(self.refusal(RefusalCode::QuotaExceeded, &format!("a session may have {max} subscriptions")));
         }
         let mut record = SubscriptionRecord {
@@ -949,6 +1131,11 @@ where
             // The log makes QoS 1 exact by position; a second handshake would add nothing.
             record.qos = record.qos.min(1);
         }
+        if ordinary && let Err(full) = self.insert_ordinary(&record, departure) {
+            self.limited("filters_per_user");
+            return Err(self.refusal(RefusalCode::QuotaExceeded, &full.to_string()));
+        }
+        let Some(session) = &mut self.session else { return Ok(0) };
         let qos = record.qos;
         let subscription = Subscription { record: record.clone(), to };
         match existing {
@@ -962,7 +1149,6 @@ where
             }
         }
         if ordinary {
-            self.insert_ordinary(&record, departure);
             let send_retained = match wanted.retain_handling {
                 0 => true,
                 1 => existing.is_none(),
@@ -998,13 +1184,14 @@ where
         }
     }
 
-    fn insert_ordinary(&self, record: &SubscriptionRecord, departure: &mut Departure<S>) {
-        let Some(session) = &self.session else { return };
+    fn insert_ordinary(&self, record: &SubscriptionRecord, departure: &mut Departure<S>) -> Result<(), FiltersFull> {
+        let Some(session) = &self.session else { return Ok(()) };
         let after = self.shared.last_ordinary();
         let subscription = OrdinarySubscription::new(record, after, &session.receiver);
-        if self.shared.subscriptions.subscribe(&record.filter, self.number.0, subscription) {
+        if self.shared.subscriptions.subscribe(&record.filter, self.number.0, subscription)? {
             departure.ordinary.push(record.filter.clone());
         }
+        Ok(())
     }
 
     /// Goes on where the session's last connection ended: its ordinary subscriptions are this connection's now, and what waited comes first.

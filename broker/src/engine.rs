@@ -22,7 +22,9 @@ use mqtt_protocol_core::mqtt::{self, Version, role};
 use crate::connect_packet;
 use crate::escaped::Escaped;
 use crate::framing::{Framing, Malformed};
+use crate::limits::Limits;
 use crate::live::LiveMessage;
+use crate::rate::Cost;
 use crate::service::{Authentication, ConnectRefusalCode, RefusalCode};
 use crate::topics::message::MessageProperties;
 
@@ -108,6 +110,53 @@ pub(crate) enum Incoming {
     },
     /// The client proves again who it is.
     Auth(Authentication),
+    /// It has more user properties than `limits.user_properties`; they were not copied.
+    Overfull(Overfull),
+}
+
+/// What has too many user properties, as far as it takes to refuse it.
+#[derive(Debug)]
+pub(crate) enum Overfull {
+    Connect,
+    Publish {
+        topic: String,
+        qos: u8,
+        packet_id: Option<u16>,
+        bytes: usize,
+    },
+    Subscribe {
+        packet_id: u16,
+        filters: usize,
+    },
+    /// A packet whose answer cannot refuse it.
+    Other,
+}
+
+impl Incoming {
+    /// What it takes of the rate at which a client may publish; `None` for what only answers the server.
+    pub(crate) fn cost(&self) -> Option<Cost> {
+        let cost = |publishes: usize, bytes: usize| Some(Cost { publishes: publishes as u64, bytes: bytes as u64 });
+        match self {
+            Self::Publish(publish) => cost(1, publish.topic.len() + publish.payload.len() + publish.properties.bytes()),
+            Self::Overfull(Overfull::Publish { bytes, .. }) => cost(1, *bytes),
+            Self::Overfull(Overfull::Subscribe { filters, .. }) => cost(*filters, 0),
+            Self::Subscribe { filters, .. } => cost(filters.len(), 0),
+            Self::Unsubscribe { filters, .. } => cost(filters.len(), 0),
+            Self::Pingreq | Self::Auth(_) => cost(1, 0),
+            Self::Connect(_)
+            | Self::Puback(_)
+            | Self::Pubrec(..)
+            | Self::Pubrel(_)
+            | Self::Pubcomp(_)
+            | Self::Disconnect { .. }
+            | Self::Overfull(Overfull::Connect | Overfull::Other) => None,
+        }
+    }
+
+    /// Whether its refusal can be told: a publish of MQTT 5.
+    pub(crate) fn is_publish(&self) -> bool {
+        matches!(self, Self::Publish(_) | Self::Overfull(Overfull::Publish { .. }))
+    }
 }
 
 /// MQTT 5 user properties of a message of a bound topic.
@@ -149,6 +198,17 @@ pub(crate) enum Ack<'a> {
     Refused { code: RefusalCode, reason: &'a str },
 }
 
+/// What CONNACK tells.
+pub(crate) struct Accepted<'a> {
+    pub(crate) session_present: bool,
+    pub(crate) assigned_client_id: Option<&'a str>,
+    /// Where it is another than the client asked for.
+    pub(crate) session_expiry_s: Option<u32>,
+    pub(crate) keep_alive_s: Option<u16>,
+    pub(crate) authentication_method: Option<&'a str>,
+    pub(crate) response_information: Option<&'a str>,
+}
+
 /// The answer to one filter.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Granted {
@@ -167,14 +227,18 @@ pub(crate) struct Engine {
     pub(crate) closing: bool,
     /// PUBLISH packets sent that nobody has counted yet.
     pub(crate) messages_sent: u64,
+    /// The limit that the client has just overstepped.
+    pub(crate) overstepped: Option<&'static str>,
+    user_properties_max: usize,
     /// QoS 2 publishes that wait for their outcome.
     unanswered_qos2: Vec<u16>,
     receive_maximum: u16,
     packet_bytes_max: u32,
     problem_information: bool,
     connected: bool,
-    /// What there is of the packet before which nothing is known of the client.
-    first: Vec<u8>,
+    /// What came of the CONNECT, until it is whole: the engine reserves memory by the announced length, and there is something that it cannot
+    /// take.
+    connecting: Option<Vec<u8>>,
     takes_no_aliases: bool,
     /// Topics that have an alias towards the client: 1, 2, 3, …
     aliases: Vec<Box<str>>,
@@ -185,23 +249,28 @@ pub(crate) struct Engine {
 const UNACCEPTABLE_PROTOCOL_VERSION: u8 = 1;
 
 impl Engine {
-    pub(crate) fn new(packet_bytes_max: u32, receive_maximum: u16) -> Self {
+    pub(crate) fn new(limits: &Limits) -> Self {
+        let packet_bytes_max = limits.packet_bytes;
+        let mut framing = Framing::new();
+        framing.bound(limits.connect_bytes);
         // The receive maximum is not among the options, which hold for MQTT 3.1.1 too: a client that cannot be told of one must not be
         // closed for it. In MQTT 5 it holds from the CONNACK on that names it.
         let options = ConnectionOptions::new().maximum_packet_size_recv(packet_bytes_max);
         Self {
             inner: mqtt::Connection::with_options(Version::Undetermined, options),
-            framing: Framing::new(),
+            framing,
             out: Vec::new(),
             fault: None,
             closing: false,
             messages_sent: 0,
+            overstepped: None,
+            user_properties_max: if limits.user_properties == 0 { usize::MAX } else { limits.user_properties },
             unanswered_qos2: Vec::new(),
-            receive_maximum,
+            receive_maximum: limits.receive_maximum,
             packet_bytes_max,
             problem_information: true,
             connected: false,
-            first: Vec::new(),
+            connecting: Some(Vec::new()),
             takes_no_aliases: false,
             aliases: Vec::new(),
             aliases_max: 0,
@@ -225,6 +294,12 @@ impl Engine {
                     self.closing = true;
                     break;
                 }
+                Err(Malformed::TooLong) => {
+                    // Nobody is connected who could be told.
+                    self.overstepped = Some("connect_bytes");
+                    self.closing = true;
+                    break;
+                }
                 Err(_) => {
                     self.fault = Some(MqttError::MalformedPacket);
                     break;
@@ -232,27 +307,26 @@ impl Engine {
             };
             let received = &bytes[taken..taken + len];
             taken += len;
-            let events = if self.connected {
-                self.inner.recv(&mut Cursor::new(received))
-            } else {
-                // The first packet whole: there is something in it that the engine cannot take.
-                if self.framing.announced() > self.packet_bytes_max {
-                    self.fault = Some(MqttError::PacketTooLarge);
+            let events = if let Some(connecting) = &mut self.connecting {
+                connecting.extend_from_slice(received);
+                if !self.framing.is_between_packets() {
                     break;
                 }
-                self.first.extend_from_slice(received);
-                if !self.framing.is_between_packets() {
-                    continue;
-                }
-                let mut first = std::mem::take(&mut self.first);
-                self.takes_no_aliases |= connect_packet::raise_topic_alias_maximum(&mut first);
-                self.inner.recv(&mut Cursor::new(&first[..]))
+                let mut whole = std::mem::take(connecting);
+                self.takes_no_aliases |= connect_packet::raise_topic_alias_maximum(&mut whole);
+                self.inner.recv(&mut Cursor::new(&whole[..]))
+            } else {
+                self.inner.recv(&mut Cursor::new(received))
             };
             let mut connect = false;
             for event in events {
                 match event {
                     Event::NotifyPacketReceived(packet) => {
-                        let packet = self.incoming(packet);
+                        let packet = if user_properties(&packet) > self.user_properties_max {
+                            Some(Incoming::Overfull(self.overfull(&packet)))
+                        } else {
+                            self.incoming(packet)
+                        };
                         if packet.as_ref().is_some_and(has_malformed_topic) {
                             // [MQTT-1.5.4-2], [MQTT-4.7.3-1], [MQTT-4.7.3-2]: no NUL, and never empty.
                             self.fault.get_or_insert(MqttError::MalformedPacket);
@@ -260,7 +334,7 @@ impl Engine {
                             // [MQTT-2.2.1-3]: identifiers are not 0.
                             self.fault.get_or_insert(MqttError::ProtocolError);
                         } else if let Some(packet) = packet {
-                            connect |= matches!(packet, Incoming::Connect(_));
+                            connect |= matches!(packet, Incoming::Connect(_) | Incoming::Overfull(Overfull::Connect));
                             packets.push_back(packet);
                         }
                     }
@@ -270,6 +344,8 @@ impl Engine {
                 }
             }
             if connect {
+                self.connecting = None;
+                self.framing.bound(u32::MAX);
                 break;
             }
         }
@@ -293,6 +369,11 @@ impl Engine {
                 }
             }
             Event::NotifyError(error) => {
+                self.overstepped = match error {
+                    MqttError::PacketTooLarge => Some("packet_bytes"),
+                    MqttError::ReceiveMaximumExceeded => Some("receive_maximum"),
+                    _ => self.overstepped,
+                };
                 self.fault.get_or_insert(error);
             }
             Event::RequestClose => self.closing = true,
@@ -504,6 +585,20 @@ impl Engine {
         })
     }
 
+    fn overfull(&mut self, packet: &Packet) -> Overfull {
+        match packet {
+            Packet::V5_0Connect(_) => Overfull::Connect,
+            Packet::V5_0Publish(p) => {
+                let qos = qos_number(p.qos());
+                self.note_qos2(qos, p.packet_id());
+                let topic = p.topic_name().to_owned();
+                Overfull::Publish { topic, qos, packet_id: p.packet_id(), bytes: p.size() }
+            }
+            Packet::V5_0Subscribe(p) => Overfull::Subscribe { packet_id: p.packet_id(), filters: p.entries().len() },
+            _ => Overfull::Other,
+        }
+    }
+
     fn note_qos2(&mut self, qos: u8, packet_id: Option<u16>) {
         if qos == 2
             && let Some(packet_id) = packet_id
@@ -513,45 +608,37 @@ impl Engine {
     }
 
     /// Accepts the CONNECT.
-    pub(crate) fn accept(
-        &mut self,
-        session_present: bool,
-        assigned_client_id: Option<&str>,
-        session_expiry_s: Option<u32>,
-        keep_alive_s: Option<u16>,
-        authentication_method: Option<&str>,
-        response_information: Option<&str>,
-    ) {
+    pub(crate) fn accept(&mut self, accepted: &Accepted<'_>) {
         self.connected = true;
         let sent = if self.is_v5() {
             let mut properties = Vec::new();
             push(&mut properties, ReceiveMaximum::new(self.receive_maximum).map(Property::from));
             push(&mut properties, MaximumPacketSize::new(self.packet_bytes_max).map(Property::from));
             push(&mut properties, TopicAliasMaximum::new(TOPIC_ALIASES_MAX).map(Property::from));
-            if let Some(client_id) = assigned_client_id {
+            if let Some(client_id) = accepted.assigned_client_id {
                 push(&mut properties, mqtt::packet::AssignedClientIdentifier::new(client_id).map(Property::from));
             }
-            if let Some(expiry) = session_expiry_s {
+            if let Some(expiry) = accepted.session_expiry_s {
                 push(&mut properties, mqtt::packet::SessionExpiryInterval::new(expiry).map(Property::from));
             }
-            if let Some(keep_alive) = keep_alive_s {
+            if let Some(keep_alive) = accepted.keep_alive_s {
                 push(&mut properties, mqtt::packet::ServerKeepAlive::new(keep_alive).map(Property::from));
             }
-            if let Some(method) = authentication_method {
+            if let Some(method) = accepted.authentication_method {
                 push(&mut properties, mqtt::packet::AuthenticationMethod::new(method).map(Property::from));
             }
-            if let Some(information) = response_information {
+            if let Some(information) = accepted.response_information {
                 push(&mut properties, mqtt::packet::ResponseInformation::new(information).map(Property::from));
             }
             v5_0::Connack::builder()
-                .session_present(session_present)
+                .session_present(accepted.session_present)
                 .reason_code(ConnectReasonCode::Success)
                 .props(properties)
                 .build()
                 .and_then(|packet| self.send(packet.into()))
         } else {
             v3_1_1::Connack::builder()
-                .session_present(session_present)
+                .session_present(accepted.session_present)
                 .return_code(ConnectReturnCode::Accepted)
                 .build()
                 .and_then(|packet| self.send(packet.into()))
@@ -581,6 +668,7 @@ impl Engine {
                 ConnectRefusalCode::ServerUnavailable => ConnectReasonCode::ServerUnavailable,
                 ConnectRefusalCode::BadAuthenticationMethod => ConnectReasonCode::BadAuthenticationMethod,
                 ConnectRefusalCode::ConnectionRateExceeded => ConnectReasonCode::ConnectionRateExceeded,
+                ConnectRefusalCode::QuotaExceeded => ConnectReasonCode::QuotaExceeded,
             };
             let mut properties = Vec::new();
             push(&mut properties, ReasonString::new(reason).map(Property::from));
@@ -597,9 +685,9 @@ impl Engine {
                 ConnectRefusalCode::NotAuthorized | ConnectRefusalCode::BadAuthenticationMethod => {
                     ConnectReturnCode::NotAuthorized
                 }
-                ConnectRefusalCode::ServerUnavailable | ConnectRefusalCode::ConnectionRateExceeded => {
-                    ConnectReturnCode::ServerUnavailable
-                }
+                ConnectRefusalCode::ServerUnavailable
+                | ConnectRefusalCode::ConnectionRateExceeded
+                | ConnectRefusalCode::QuotaExceeded => ConnectReturnCode::ServerUnavailable,
             };
             v3_1_1::Connack::builder()
                 .session_present(false)
@@ -997,9 +1085,31 @@ fn has_malformed_topic(packet: &Incoming) -> bool {
 fn has_packet_id_0(packet: &Incoming) -> bool {
     match packet {
         Incoming::Publish(publish) => publish.packet_id == Some(0),
-        Incoming::Subscribe { packet_id, .. } | Incoming::Unsubscribe { packet_id, .. } => *packet_id == 0,
+        Incoming::Overfull(Overfull::Publish { packet_id, .. }) => *packet_id == Some(0),
+        Incoming::Subscribe { packet_id, .. }
+        | Incoming::Unsubscribe { packet_id, .. }
+        | Incoming::Overfull(Overfull::Subscribe { packet_id, .. }) => *packet_id == 0,
         _ => false,
     }
+}
+
+/// How many a packet has; of MQTT 3.1.1 none.
+fn user_properties(packet: &Packet) -> usize {
+    let (properties, will): (&[Property], &[Property]) = match packet {
+        Packet::V5_0Connect(p) => (p.props(), p.will_props()),
+        Packet::V5_0Publish(p) => (p.props(), &[]),
+        Packet::V5_0Subscribe(p) => (p.props(), &[]),
+        Packet::V5_0Unsubscribe(p) => (p.props(), &[]),
+        Packet::V5_0Puback(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Pubrec(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Pubrel(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Pubcomp(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Disconnect(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        Packet::V5_0Auth(p) => (p.props().as_deref().unwrap_or_default(), &[]),
+        _ => return 0,
+    };
+    let is_user_property = |property: &&Property| matches!(property, Property::UserProperty(_));
+    properties.iter().chain(will).filter(is_user_property).count()
 }
 
 fn push(properties: &mut Vec<Property>, property: Result<Property, MqttError>) {

@@ -10,6 +10,8 @@ pub(crate) enum Malformed {
     NotMqtt,
     /// It is MQTT, but neither 3.1.1 nor 5.
     ProtocolLevel,
+    /// It announces more than [`Framing::bound`] allows.
+    TooLong,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,6 +25,7 @@ enum State {
 #[derive(Debug)]
 pub(crate) struct Framing {
     state: State,
+    body_bytes_max: u32,
 }
 
 const CONNECT: u8 = 1;
@@ -35,20 +38,17 @@ const LEVELS: [u8; 2] = [4, 5];
 
 impl Framing {
     pub(crate) fn new() -> Self {
-        Self { state: State::Header }
+        Self { state: State::Header, body_bytes_max: u32::MAX }
     }
 
-    /// Whether no packet is under way.
+    /// From the next packet on none may be longer, its fixed header not counted.
+    pub(crate) fn bound(&mut self, body_bytes_max: u32) {
+        self.body_bytes_max = body_bytes_max;
+    }
+
+    /// Whether the last packet is complete, and nothing of the next one is here.
     pub(crate) fn is_between_packets(&self) -> bool {
         self.state == State::Header
-    }
-
-    /// The length that the packet under way has announced, as far as it has; without its fixed header.
-    pub(crate) fn announced(&self) -> u32 {
-        match self.state {
-            State::Header => 0,
-            State::Length { length, .. } | State::Body { length, .. } => length,
-        }
     }
 
     /// How many of these bytes belong to the packet that is under way, at least one of at least one.
@@ -72,6 +72,9 @@ impl Framing {
                         if length == 0 {
                             self.state = State::Header;
                             return Ok(taken);
+                        }
+                        if length > self.body_bytes_max {
+                            return Err(Malformed::TooLong);
                         }
                         self.state = State::Body { kind, at: 0, length };
                     } else if shift == 21 {
@@ -146,7 +149,7 @@ mod tests {
                 let taken = framing.advance(&bytes[at..chunk_end])?;
                 at += taken;
                 *lengths.last_mut().expect("never empty") += taken;
-                if framing.state == State::Header {
+                if framing.is_between_packets() {
                     lengths.push(0);
                 }
             }
@@ -173,6 +176,17 @@ mod tests {
     fn a_length_has_at_most_four_bytes() {
         assert_eq!(Framing::new().advance(&[0x30, 0x80, 0x80, 0x80, 0x80]), Err(Malformed::NotMqtt));
         assert_eq!(Framing::new().advance(&[0x30, 0xff, 0xff, 0xff, 0x7f, 0]), Ok(6));
+    }
+
+    #[test]
+    fn an_announced_length_is_judged_before_its_bytes_come() {
+        let mut framing = Framing::new();
+        framing.bound(300);
+        assert_eq!(framing.advance(&[0x10, 0xad, 0x02]), Err(Malformed::TooLong));
+        let mut framing = Framing::new();
+        framing.bound(300);
+        assert_eq!(framing.advance(&[0x10, 0xac, 0x02]), Ok(3));
+        assert!(!framing.is_between_packets());
     }
 
     proptest! {

@@ -6,6 +6,7 @@
 //! announced, `registry` finds who wants it, `mailbox` and `stream` bring it to the receiver.
 
 mod absent;
+pub mod admission;
 mod broker;
 pub mod bus;
 pub mod completion;
@@ -13,12 +14,14 @@ mod connect_packet;
 mod connection;
 mod engine;
 pub mod escaped;
+mod filters;
 mod framing;
 mod limits;
 pub mod listener;
 pub mod live;
 mod mailbox;
 mod ordinary;
+mod rate;
 mod registry;
 pub mod service;
 mod session;

@@ -19,7 +19,11 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 
 /// Accepts until `shutdown`. Connections go on: [`Broker::stop`] ends them.
 pub async fn run<S: Service>(listener: TcpListener, broker: Broker<S>, shutdown: impl Future<Output = ()> + Send) {
-    let serve = |socket, peer| broker.serve(socket, Peer { address: Some(peer), certificate_name: None });
+    let serve = |socket, peer| {
+        if let Some(place) = broker.admit(peer) {
+            broker.serve(place.hold(socket), Peer { address: Some(peer), certificate_name: None });
+        }
+    };
     accept(&listener, serve, shutdown).await;
 }
 

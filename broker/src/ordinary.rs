@@ -11,6 +11,7 @@ use std::time::Instant;
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 
+use crate::filters::{FiltersFull, UserFilters};
 use crate::mailbox::{Mailbox, Ordinary};
 use crate::service::{Identity, Observation, Service, SubscriptionRecord};
 use crate::topics::filter;
@@ -148,10 +149,11 @@ impl Group {
     }
 }
 
-/// All ordinary subscriptions.
-#[derive(Default)]
+/// All ordinary subscriptions, of sessions with a connection and without.
 pub(crate) struct Subscriptions {
     tries: RwLock<Tries>,
+    /// How many each user has.
+    filters: UserFilters,
 }
 
 #[derive(Default)]
@@ -197,19 +199,18 @@ impl Tries {
         }
     }
 
-    fn unsubscribe(&mut self, filter: &str, number: u64) {
-        let Some(shared) = filter::shared(filter) else {
-            self.plain.remove(filter, &number);
-            return;
-        };
-        let Some((group_number, group)) = self.groups.get(filter) else { return };
+    fn unsubscribe(&mut self, filter: &str, number: u64) -> Option<OrdinarySubscription> {
+        let Some(shared) = filter::shared(filter) else { return self.plain.remove(filter, &number) };
+        let (group_number, group) = self.groups.get(filter)?;
         let mut members = group.members.lock();
-        members.list.retain(|(other, _)| *other != number);
+        let at = members.list.iter().position(|(other, _)| *other == number)?;
+        let (_, removed) = members.list.remove(at);
         if members.list.is_empty() {
             drop(members);
             self.shared.remove(shared.filter, group_number);
             self.groups.remove(filter);
         }
+        Some(removed)
     }
 }
 
@@ -217,15 +218,38 @@ impl Tries {
 pub(crate) type Matched = Vec<(u64, OrdinarySubscription)>;
 
 impl Subscriptions {
+    /// `filters_per_user`: zero for no limit.
+    pub(crate) fn new(filters_per_user: usize) -> Self {
+        Self { tries: RwLock::default(), filters: UserFilters::new(filters_per_user) }
+    }
+
     /// `true` if the subscriber had none to this filter.
-    pub(crate) fn subscribe(&self, filter: &str, number: u64, subscription: OrdinarySubscription) -> bool {
-        self.tries.write().subscribe(filter, number, subscription)
+    pub(crate) fn subscribe(
+        &self,
+        filter: &str,
+        number: u64,
+        subscription: OrdinarySubscription,
+    ) -> Result<bool, FiltersFull> {
+        let user = Arc::clone(&subscription.receiver.identity.read().user);
+        let mut tries = self.tries.write();
+        let is_new = tries.subscribe(filter, number, subscription);
+        if is_new && let Err(full) = self.filters.add(&user, filter) {
+            tries.unsubscribe(filter, number);
+            return Err(full);
+        }
+        Ok(is_new)
     }
 
     pub(crate) fn unsubscribe<'a>(&self, filters: impl IntoIterator<Item = &'a str>, number: u64) {
         let mut tries = self.tries.write();
         for filter in filters {
-            tries.unsubscribe(filter, number);
+            self.end(&mut tries, filter, number);
+        }
+    }
+
+    fn end(&self, tries: &mut Tries, filter: &str, number: u64) {
+        if let Some(ended) = tries.unsubscribe(filter, number) {
+            self.filters.remove(&ended.receiver.identity.read().user, filter);
         }
     }
 
@@ -240,10 +264,13 @@ impl Subscriptions {
     ) {
         let mut tries = self.tries.write();
         for filter in old_filters {
-            tries.unsubscribe(filter, old);
+            self.end(&mut tries, filter, old);
         }
+        let user = &receiver.identity.read().user;
         for record in new_records {
-            tries.subscribe(&record.filter, new, OrdinarySubscription::new(record, 0, receiver));
+            if tries.subscribe(&record.filter, new, OrdinarySubscription::new(record, 0, receiver)) {
+                self.filters.restore(user, &record.filter);
+            }
         }
     }
 

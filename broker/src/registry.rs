@@ -21,9 +21,14 @@ const SHARDS: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub(crate) struct ConnectionNumber(pub(crate) u64);
 
-/// The server admits no new connections.
-#[derive(Debug)]
-pub(crate) struct Stopping;
+/// Why a connection does not get its session.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum NotAttached {
+    /// The server admits no new connections.
+    Stopping,
+    /// The user has as many as may be.
+    TooMany,
+}
 
 #[derive(Debug)]
 struct Holder {
@@ -34,6 +39,7 @@ struct Holder {
 #[derive(Debug, Default)]
 struct Sessions {
     holders: FxHashMap<SessionKey, Holder>,
+    /// Those that hold a session: one that was taken over and has not ended yet does not count.
     connections_by_user: FxHashMap<Arc<str>, usize>,
     closed: bool,
 }
@@ -59,18 +65,26 @@ impl Registry {
         }
     }
 
-    /// Makes this connection the holder of its session; gives the mailbox of the one that held it and is ended now.
+    /// Makes this connection the holder of its session; gives the mailbox of the one that held it and is ended now. Refused if its user has
+    /// `user_max` others (0: no limit).
     pub(crate) fn attach(
         &self,
         key: &SessionKey,
         number: ConnectionNumber,
         mailbox: &Arc<Mailbox>,
-    ) -> Result<Option<Arc<Mailbox>>, Stopping> {
+        user_max: usize,
+    ) -> Result<Option<Arc<Mailbox>>, NotAttached> {
         let mut sessions = self.sessions.lock();
         if sessions.closed {
-            return Err(Stopping);
+            return Err(NotAttached::Stopping);
         }
-        *sessions.connections_by_user.entry(Arc::clone(&key.user)).or_default() += 1;
+        if !sessions.holders.contains_key(key) {
+            let count = sessions.connections_by_user.get(&key.user).copied().unwrap_or_default();
+            if user_max > 0 && count >= user_max {
+                return Err(NotAttached::TooMany);
+            }
+            sessions.connections_by_user.insert(Arc::clone(&key.user), count + 1);
+        }
         let previous = sessions.holders.insert(key.clone(), Holder { number, mailbox: Arc::clone(mailbox) });
         drop(sessions);
         Ok(previous.map(|previous| {
@@ -82,15 +96,15 @@ impl Registry {
     /// The connection has ended. `true` if the session was still its own.
     pub(crate) fn detach(&self, key: &SessionKey, number: ConnectionNumber) -> bool {
         let mut sessions = self.sessions.lock();
-        if let Some(count) = sessions.connections_by_user.get_mut(&key.user) {
-            *count -= 1;
-            if *count == 0 {
-                sessions.connections_by_user.remove(&key.user);
-            }
-        }
         let own = sessions.holders.get(key).is_some_and(|holder| holder.number == number);
         if own {
             sessions.holders.remove(key);
+            if let Some(count) = sessions.connections_by_user.get_mut(&key.user) {
+                *count -= 1;
+                if *count == 0 {
+                    sessions.connections_by_user.remove(&key.user);
+                }
+            }
         }
         own
     }
@@ -218,9 +232,9 @@ mod tests {
     fn takeover_happens_within_one_user_only() {
         let registry = Registry::new();
         let (bob, other_bob, alice) = (mailbox(), mailbox(), mailbox());
-        registry.attach(&key("bob"), ConnectionNumber(1), &bob).expect("not stopping");
-        registry.attach(&key("alice"), ConnectionNumber(2), &alice).expect("not stopping");
-        registry.attach(&key("bob"), ConnectionNumber(3), &other_bob).expect("not stopping");
+        registry.attach(&key("bob"), ConnectionNumber(1), &bob, 0).expect("not stopping");
+        registry.attach(&key("alice"), ConnectionNumber(2), &alice, 0).expect("not stopping");
+        registry.attach(&key("bob"), ConnectionNumber(3), &other_bob, 0).expect("not stopping");
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
         assert!(
             matches!(bob.poll(&mut cx, true), std::task::Poll::Ready(mail) if mail.ending == Some(Ending::TakenOver))
@@ -230,6 +244,24 @@ mod tests {
         assert!(registry.is_connected("bob"));
         assert!(registry.detach(&key("bob"), ConnectionNumber(3)));
         assert!(!registry.is_connected("bob"));
+    }
+
+    #[test]
+    fn a_user_has_so_many_connections_and_may_take_over_their_own() {
+        let registry = Registry::new();
+        let attach = |user: &str, client_id: &str, number| {
+            let key = SessionKey { user: user.into(), client_id: client_id.into() };
+            registry.attach(&key, ConnectionNumber(number), &mailbox(), 2).map(|previous| previous.is_some())
+        };
+        assert_eq!(attach("bob", "phone", 1), Ok(false));
+        assert_eq!(attach("bob", "laptop", 2), Ok(false));
+        assert_eq!(attach("bob", "tablet", 3), Err(NotAttached::TooMany));
+        assert_eq!(attach("alice", "phone", 4), Ok(false));
+        assert_eq!(attach("bob", "phone", 5), Ok(true));
+        registry.detach(&key("bob"), ConnectionNumber(1));
+        assert_eq!(attach("bob", "tablet", 6), Err(NotAttached::TooMany), "what was taken over had left already");
+        registry.detach(&key("bob"), ConnectionNumber(5));
+        assert_eq!(attach("bob", "tablet", 7), Ok(false));
     }
 
     #[test]

@@ -122,6 +122,8 @@ pub enum ConnectRefusalCode {
     BadAuthenticationMethod,
     /// 0x9F, or return code 3.
     ConnectionRateExceeded,
+    /// 0x97, or return code 3.
+    QuotaExceeded,
 }
 
 /// A refusal with the code that MQTT 5 carries and a sentence that helps.
@@ -308,6 +310,17 @@ pub struct SubscriptionRecord {
 #[error("{0}")]
 pub struct ServiceError(pub String);
 
+/// Why a new session was not stored.
+#[derive(Debug, thiserror::Error)]
+pub enum NotCreated {
+    /// The user has too many; the sentence is for the client.
+    #[error("{0}")]
+    TooMany(String),
+    /// The service cannot answer now.
+    #[error(transparent)]
+    Unavailable(#[from] ServiceError),
+}
+
 /// What the edge counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Observation {
@@ -329,6 +342,8 @@ pub enum Observation {
     PublishToPuback(Duration),
     /// A publish or a subscription was refused by the edge itself.
     Refused(RefusalCode),
+    /// A limit did what it is there for: the setting's name below `[limits]`.
+    Limited(&'static str),
     /// An ordinary message was dropped because its receiver's queue was full.
     QueueFull,
     /// A connection's task panicked: a bug, contained.
@@ -439,6 +454,13 @@ pub trait Service: Send + Sync + 'static {
         session: &SessionKey,
         record: SessionRecord,
     ) -> impl Future<Output = Result<(), ServiceError>> + Send;
+
+    /// Stores a session that was not stored before, unless its user has too many; otherwise like [`Service::save_session`].
+    fn create_session(
+        &self,
+        session: &SessionKey,
+        record: SessionRecord,
+    ) -> impl Future<Output = Result<(), NotCreated>> + Send;
 
     /// Forgets a session.
     fn delete_session(&self, session: &SessionKey) -> impl Future<Output = Result<(), ServiceError>> + Send;

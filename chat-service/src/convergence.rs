@@ -30,6 +30,7 @@ use crate::receipts::Receipts;
 use crate::requests::{Asked, Blocks, Parts, Requests};
 use crate::sequencer::{self, Answer, Submission};
 use crate::service::ChatService;
+use crate::sessions::Sessions;
 use crate::typing::TypingRelay;
 
 const NAMES: [&str; 4] = ["alice", "bob", "carol", "dave"];
@@ -162,6 +163,7 @@ impl Server {
             announcer: announcer.clone(),
             metrics: Arc::clone(&metrics),
             quotas: Quotas::NONE,
+            new_conversations_per_hour: 0,
             blocks: Arc::clone(&blocks),
             head: watch::Sender::new(log.head()),
         };
@@ -187,6 +189,7 @@ impl Server {
             receipts,
             typing: Arc::new(TypingRelay::new(Arc::clone(log), announcer.clone())),
             presence: Arc::new(Presence::new(Arc::clone(log), announcer, Duration::from_secs(10), None)),
+            sessions: Sessions::new(Arc::clone(log), 0),
             auth: Auth::development(),
         };
         Self { service, sequencing }
@@ -525,7 +528,7 @@ impl World {
         let send = |text: &Text| {
             let (from, to, conversation) = self.pair(text.pair);
             let body = words(text.text).into();
-            Send { conversation, from, to, id: text.id.map(message_id), body, withheld: false }
+            Send { conversation, from, to, id: text.id.map(message_id), body, withheld: false, bridged: false }
         };
         texts.iter().map(send).collect()
     }
@@ -612,7 +615,7 @@ impl World {
             members["text"] = body.text().into();
         }
         let changed: Result<ChangedOk, _> = self.server.ask(&me, method, members).await;
-        let send = Send { conversation, from: me, to: with, id, body, withheld: false };
+        let send = Send { conversation, from: me, to: with, id, body, withheld: false, bridged: false };
         assert_eq!(changed.map(|changed| changed.seq.get()), self.model.change(send));
     }
 

@@ -6,6 +6,7 @@
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use rustc_hash::FxHashMap;
 
+use crate::beginnings::Beginnings;
 use crate::log::{Account, Body, ConversationHead, Entry, IdKey, NewEntry};
 
 /// A message that a user sends, checked.
@@ -18,6 +19,8 @@ pub struct Send {
     pub body: Body,
     /// The receiver has blocked the sender, or did when what this changes was sent.
     pub withheld: bool,
+    /// A bridge brings it from another network: it may begin any number of conversations.
+    pub bridged: bool,
 }
 
 impl Send {
@@ -42,6 +45,8 @@ pub enum Decision {
     SenderFull,
     /// The conversation's quota is full.
     ConversationFull,
+    /// It would begin a conversation, and the sender began too many lately.
+    TooManyBegun,
 }
 
 /// How many bytes may be stored, as [`Body::counted_bytes`] counts them; `None`: no limit.
@@ -78,20 +83,28 @@ pub struct Plan {
     pub entries: Vec<NewEntry>,
     /// One for every message, in order.
     pub decisions: Vec<Decision>,
+    /// Who begins a conversation in it that counts, once for each.
+    pub begun: Vec<UserId>,
 }
 
 /// Decides a batch. `heads` are the last entries of every conversation in it (absent: none yet); `stored` the entries that already have an
-/// id of the batch; `usage` what is stored for the accounts that have a limit (absent: nothing).
+/// id of the batch; `usage` what is stored for the accounts that have a limit (absent: nothing); `beginnings` who began how many conversations.
 pub fn plan(
     batch: &[Send],
     heads: &FxHashMap<ConversationId, ConversationHead>,
     stored: &FxHashMap<IdKey, Entry>,
     quotas: Quotas,
     usage: &FxHashMap<Account, u64>,
+    beginnings: &Beginnings,
     now: Timestamp,
 ) -> Plan {
     let mut used: FxHashMap<Account, u64> = FxHashMap::default();
-    let mut plan = Plan { entries: Vec::with_capacity(batch.len()), decisions: Vec::with_capacity(batch.len()) };
+    let mut plan = Plan {
+        entries: Vec::with_capacity(batch.len()),
+        decisions: Vec::with_capacity(batch.len()),
+        begun: Vec::new(),
+    };
+    let mut begun: FxHashMap<&UserId, u32> = FxHashMap::default();
     let mut moved: FxHashMap<&ConversationId, ConversationHead> = FxHashMap::default();
     let mut new_ids: FxHashMap<IdKey, usize> = FxHashMap::default();
     for send in batch {
@@ -110,11 +123,20 @@ pub fn plan(
                 continue;
             }
         }
+        let before = moved.get(&send.conversation).or_else(|| heads.get(&send.conversation)).copied();
+        let begins = before.is_none() && !send.bridged;
+        if begins && begun.get(&send.from).copied().unwrap_or_default() >= beginnings.room(&send.from, now) {
+            plan.decisions.push(Decision::TooManyBegun);
+            continue;
+        }
         if let Some(full) = take(send, quotas, usage, &mut used) {
             plan.decisions.push(full);
             continue;
         }
-        let before = moved.get(&send.conversation).or_else(|| heads.get(&send.conversation)).copied();
+        if begins {
+            *begun.entry(&send.from).or_default() += 1;
+            plan.begun.push(send.from.clone());
+        }
         let head = match before {
             Some(head) => ConversationHead { seq: head.seq.next(), at: head.at.max(now) },
             None => ConversationHead { seq: Seq::FIRST, at: now },
@@ -182,6 +204,7 @@ mod tests {
             id: id.map(|id| MessageId::parse(id).expect("a valid id")),
             body: text.into(),
             withheld: false,
+            bridged: false,
         }
     }
 
@@ -191,7 +214,7 @@ mod tests {
         stored: &FxHashMap<IdKey, Entry>,
         now: Timestamp,
     ) -> Plan {
-        plan(batch, heads, stored, Quotas::NONE, &FxHashMap::default(), now)
+        plan(batch, heads, stored, Quotas::NONE, &FxHashMap::default(), &Beginnings::default(), now)
     }
 
     #[test]
@@ -206,7 +229,8 @@ mod tests {
         ];
         let decide = |quotas, usage: &[(Account, u64)]| {
             let usage = usage.iter().cloned().collect();
-            plan(&batch, &FxHashMap::default(), &FxHashMap::default(), quotas, &usage, at(5)).decisions
+            let unlimited = Beginnings::default();
+            plan(&batch, &FxHashMap::default(), &FxHashMap::default(), quotas, &usage, &unlimited, at(5)).decisions
         };
         let (alice, both) = (Account::Sender(user("alice")), Account::Conversation(batch[0].conversation.clone()));
         let room_for_two = 2 * Body::from(texts[0].as_str()).counted_bytes();
@@ -221,6 +245,38 @@ mod tests {
         let stored =
             [Decision::ConversationFull, Decision::ConversationFull, Decision::Append(0), Decision::ConversationFull];
         assert_eq!(decide(conversation, &[(both, u64::MAX)]), stored);
+    }
+
+    #[test]
+    fn who_begins_too_many_conversations_is_refused_and_nobody_else() {
+        let none = FxHashMap::default();
+        let mut beginnings = Beginnings::new(2);
+        beginnings.note(&user("alice"), at(5));
+        let batch = [
+            send("alice", "bob", Some("a"), "the second of alice's"),
+            send("alice", "bob", Some("a"), "the second of alice's"),
+            send("alice", "bob", None, "it goes on"),
+            send("alice", "carol", None, "the third"),
+            send("carol", "alice", None, "carol's first, so it is begun after all"),
+            send("alice", "carol", None, "a reply never counts"),
+            send("bob", "alice", None, "nor does bob's"),
+            Send { bridged: true, ..send("alice", "dave", None, "from another network") },
+            send("alice", "eve", None, "still too many"),
+        ];
+        let plan = plan(&batch, &none, &FxHashMap::default(), Quotas::NONE, &FxHashMap::default(), &beginnings, at(5));
+        let decisions = [
+            Decision::Append(0),
+            Decision::SameAsNew(0),
+            Decision::Append(1),
+            Decision::TooManyBegun,
+            Decision::Append(2),
+            Decision::Append(3),
+            Decision::Append(4),
+            Decision::Append(5),
+            Decision::TooManyBegun,
+        ];
+        assert_eq!(plan.decisions, decisions);
+        assert_eq!(plan.begun, [user("alice"), user("carol")]);
     }
 
     fn at(ms: u64) -> Timestamp {

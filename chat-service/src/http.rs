@@ -18,6 +18,7 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
+use broker::admission::Admission;
 use broker::service::Peer;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -58,10 +59,14 @@ const FIRST_PAGE: &str = r#"<!doctype html>
 "#;
 
 /// How the listener treats its connections.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Options {
     /// Connections at a time, those that were upgraded not counted. Further ones are closed at once.
     pub connections: usize,
+    /// Who may connect. The sockets hold their places, also when they are upgraded.
+    pub admission: Admission,
+    /// Where it is counted that a limit bit.
+    pub metrics: Arc<Metrics>,
     /// Time to send a request's headers, and time between requests.
     pub header_timeout: Duration,
     /// Time to finish requests under way after the shutdown began; then they are cut off.
@@ -171,7 +176,13 @@ pub async fn run(
             accepted = accept(&listener) => accepted,
         };
         let (socket, address) = socket;
+        let Ok(place) = options.admission.admit(address.ip()) else {
+            options.metrics.limited("connections_per_address");
+            tracing::debug!(peer = %address, "http connection closed: limits.connections_per_address is reached");
+            continue;
+        };
         let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
+            options.metrics.limited("connections");
             tracing::warn!(limit = options.connections, "http connection closed: limits.connections is reached");
             continue;
         };
@@ -183,10 +194,11 @@ pub async fn run(
         let tls = tls.clone();
         let connection = async move {
             let peer = Peer { address: Some(address), certificate_name: None };
-            let Some(tls) = tls else { return serve(socket, peer, router, timeout, stopping).await };
+            let Some(tls) = tls else { return serve(place.hold(socket), peer, router, timeout, stopping).await };
             match tokio::time::timeout(timeout, tls.accept(socket)).await {
                 Ok(Ok((stream, certificate_name))) => {
-                    serve(stream, Peer { certificate_name, ..peer }, router, timeout, stopping).await;
+                    let peer = Peer { certificate_name, ..peer };
+                    serve(place.hold(stream), peer, router, timeout, stopping).await;
                 }
                 Ok(Err(error)) => tracing::debug!(%peer, %error, "no TLS"),
                 Err(_) => tracing::debug!(%peer, "no TLS in time"),
@@ -339,7 +351,13 @@ mod tests {
     }
 
     fn options() -> Options {
-        Options { connections: 10_000, header_timeout: DEADLINE, shutdown_timeout: DEADLINE }
+        Options {
+            connections: 10_000,
+            admission: Admission::new(0, Vec::new()),
+            metrics: Arc::new(Metrics::new()),
+            header_timeout: DEADLINE,
+            shutdown_timeout: DEADLINE,
+        }
     }
 
     #[tokio::test]

@@ -50,6 +50,7 @@ pub struct Metrics {
     /// `chatd_jwt_key_fetch_failures_total`: those that failed.
     pub jwt_key_fetch_failures: Counter,
     refused: Family<Reason, Counter>,
+    limited: Family<Limit, Counter>,
     bus_gaps: Family<Bus, Counter>,
     bus_restarts: Family<Bus, Counter>,
     webhook_posts: Family<Event, Counter>,
@@ -61,6 +62,11 @@ pub struct Metrics {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Reason {
     reason: Name,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Limit {
+    limit: Name,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -102,6 +108,7 @@ impl Metrics {
             jwt_key_fetches: Counter::default(),
             jwt_key_fetch_failures: Counter::default(),
             refused: Family::default(),
+            limited: Family::default(),
             bus_gaps: Family::default(),
             bus_restarts: Family::default(),
             webhook_posts: Family::default(),
@@ -129,6 +136,7 @@ impl Metrics {
         r.register("messages_duplicate", "Resends answered with the first seq", self.messages_duplicate.clone());
         r.register("messages_removed", "Chat messages removed because of their age", self.messages_removed.clone());
         r.register("refused", "Refused connects, publishes and subscriptions", self.refused.clone());
+        r.register("limited", "Times that a limit bit, by its name in the settings", self.limited.clone());
         r.register_with_unit("commit", "Writing a batch to the log", Unit::Seconds, self.commit_seconds.clone());
         r.register("commit_messages", "Messages in a batch", self.commit_messages.clone());
         r.register_with_unit(
@@ -178,6 +186,11 @@ impl Metrics {
         self.refused.get_or_create(&Reason { reason: Name(reason) }).inc();
     }
 
+    /// `chatd_limited_total{limit}`: this setting below `[limits]` did what it is there for.
+    pub fn limited(&self, limit: &'static str) {
+        self.limited.get_or_create(&Limit { limit: Name(limit) }).inc();
+    }
+
     /// `chatd_bus_gaps_total{bus}`: live messages were lost there and have to be read from the log.
     pub fn bus_gap(&self, bus: &'static str) {
         self.bus_gaps.get_or_create(&Bus { bus: Name(bus) }).inc();
@@ -223,6 +236,7 @@ mod tests {
         metrics.messages_duplicate.inc();
         metrics.messages_removed.inc();
         metrics.refused("bad_topic");
+        metrics.limited("topic_bytes");
         metrics.commit_seconds.observe(0.001);
         metrics.commit_messages.observe(100.0);
         metrics.publish_to_puback_seconds.observe(0.002);
@@ -245,6 +259,7 @@ mod tests {
             "chatd_messages_duplicate_total 1",
             "chatd_messages_removed_total 1",
             "chatd_refused_total{reason=\"bad_topic\"} 1",
+            "chatd_limited_total{limit=\"topic_bytes\"} 1",
             "chatd_commit_seconds_count 1",
             "chatd_commit_seconds_bucket{le=\"0.00005\"} 0",
             "chatd_commit_messages_bucket{le=\"128.0\"} 1",

@@ -318,7 +318,8 @@ impl<L: Log> Shared<L> {
         if matches!(target.body, Body::Erased { .. }) && !self.is_stored(&conversation, me, id.as_ref()).await? {
             return refused(ErrorCode::InvalidSeq, format!("`seq`: entry {seq} is unsent"));
         }
-        let send = ChatSend { conversation, from: me.clone(), to: with.clone(), id, body, withheld: target.withheld };
+        let (from, to, withheld) = (me.clone(), with.clone(), target.withheld);
+        let send = ChatSend { conversation, from, to, id, body, withheld, bridged: false };
         let (answer, answered) = oneshot::channel();
         let unavailable =
             || refused(ErrorCode::Unavailable, "it is not known whether it was stored: ask again, with an `id`");

@@ -18,6 +18,7 @@ use chat_protocol::{ConversationId, ErrorCode, Timestamp};
 use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::beginnings::Beginnings;
 use crate::core::{self, Decision, Plan, Quotas, Send};
 use crate::envelope;
 use crate::log::{
@@ -76,6 +77,8 @@ pub struct Parts<L> {
     pub announcer: Announcer,
     pub metrics: Arc<Metrics>,
     pub quotas: Quotas,
+    /// Conversations that one user may begin in an hour; 0: no limit.
+    pub new_conversations_per_hour: u32,
     pub blocks: Arc<Blocks>,
     /// Told how far the log goes.
     pub head: watch::Sender<Position>,
@@ -87,12 +90,13 @@ pub async fn run<L: Log>(
     mut queue: mpsc::Receiver<Vec<Submission>>,
     shutdown: impl Future<Output = ()> + std::marker::Send,
 ) {
-    let Parts { log, announcer, metrics, quotas, blocks, head } = parts;
+    let Parts { log, announcer, metrics, quotas, new_conversations_per_hour, blocks, head } = parts;
     let mut shutdown = std::pin::pin!(shutdown);
     let mut open = true;
     let (committed, to_announce) = mpsc::channel(COMMITTED_BATCHES_MAX);
     let announcing = tokio::spawn(announce(to_announce, announcer.clone(), Arc::clone(&metrics), head));
-    let mut known = Known { quotas, blocks, ..Known::default() };
+    let beginnings = Beginnings::new(new_conversations_per_hour);
+    let mut known = Known { quotas, blocks, beginnings, ..Known::default() };
     let mut gathered: Vec<Vec<Submission>> = Vec::new();
     loop {
         let received = tokio::select! {
@@ -135,6 +139,8 @@ struct Known {
     blocked: FxHashMap<ConversationId, [bool; 2]>,
     blocks: Arc<Blocks>,
     quotas: Quotas,
+    /// Who began how many conversations.
+    beginnings: Beginnings,
     /// What is stored for accounts with a limit, as long as nothing is removed.
     usage: FxHashMap<Account, u64>,
     /// The log's first position when the usage was asked.
@@ -174,6 +180,8 @@ async fn write<L: Log>(
                 metrics.commit_messages.observe(f64::from(u32::try_from(positions.len()).unwrap_or(u32::MAX)));
                 metrics.messages_accepted.inc_by(positions.len() as u64);
                 known.remember(&plan.entries);
+                let began_at = now();
+                plan.begun.iter().for_each(|user| known.beginnings.note(user, began_at));
                 return Some(Committed { batch, plan, positions });
             }
             Err(AppendError::Conflict { conversation, .. }) => {
@@ -234,7 +242,7 @@ async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &mut [Send]) -> Resu
         let found = log.find(keys.clone()).await?;
         keys.into_iter().zip(found).filter_map(|(key, entry)| Some((key, entry?))).collect()
     };
-    Ok(core::plan(sends, heads, &stored, known.quotas, &known.usage, now()))
+    Ok(core::plan(sends, heads, &stored, known.quotas, &known.usage, &known.beginnings, now()))
 }
 
 impl Known {
@@ -363,8 +371,11 @@ async fn announce(
                     metrics.messages_duplicate.inc();
                     *head
                 }
-                Decision::IdConflict | Decision::SenderFull | Decision::ConversationFull => {
-                    let (code, reason) = refused(*decision);
+                Decision::IdConflict | Decision::SenderFull | Decision::ConversationFull | Decision::TooManyBegun => {
+                    let (code, reason, limit) = refused(*decision);
+                    if let Some(limit) = limit {
+                        metrics.limited(limit);
+                    }
                     let (reply, can_answer, topic) = match submission.answer {
                         Answer::Publish { reply, can_answer, topic, .. } => (reply, can_answer, topic),
                         Answer::Request(answer) => {
@@ -413,11 +424,21 @@ async fn announce(
     }
 }
 
-fn refused(decision: Decision) -> (ErrorCode, &'static str) {
+/// Code and sentence, and the limit that is to blame.
+fn refused(decision: Decision) -> (ErrorCode, &'static str, Option<&'static str>) {
     match decision {
-        Decision::SenderFull => (ErrorCode::QuotaExceeded, "you have as much stored as one user may"),
-        Decision::ConversationFull => (ErrorCode::QuotaExceeded, "this conversation has as much stored as one may"),
-        _ => (ErrorCode::IdConflict, "this id was used for another text in this conversation"),
+        Decision::SenderFull => {
+            (ErrorCode::QuotaExceeded, "you have as much stored as one user may", Some("user_bytes"))
+        }
+        Decision::ConversationFull => {
+            let sentence = "this conversation has as much stored as one may";
+            (ErrorCode::QuotaExceeded, sentence, Some("conversation_bytes"))
+        }
+        Decision::TooManyBegun => {
+            let sentence = "you began too many conversations in the last hour: answer, or begin this one later";
+            (ErrorCode::QuotaExceeded, sentence, Some("new_conversations_per_hour"))
+        }
+        _ => (ErrorCode::IdConflict, "this id was used for another text in this conversation", None),
     }
 }
 

@@ -28,7 +28,8 @@ use crate::requests::{self, Blocks, Requests};
 use crate::retention;
 use crate::sequencer;
 use crate::service::ChatService;
-use crate::settings::Settings;
+use crate::sessions::Sessions;
+use crate::settings::{self, Settings};
 use crate::sys;
 use crate::tls::Tls;
 use crate::typing::TypingRelay;
@@ -118,6 +119,7 @@ impl Server {
             announcer: announcer.clone(),
             metrics: Arc::clone(&metrics),
             quotas,
+            new_conversations_per_hour: limits.new_conversations_per_hour,
             blocks: Arc::clone(&blocks),
             head,
         };
@@ -148,9 +150,10 @@ impl Server {
             receipts,
             typing,
             presence,
+            sessions: Sessions::new(Arc::clone(&log), limits.sessions_per_user),
             auth: Arc::clone(&auth),
         });
-        let edge_limits = broker_limits(settings);
+        let edge_limits = broker_limits(limits);
         let packet_bytes = edge_limits.packet_bytes;
         let starting = {
             let announcer = announcer.clone();
@@ -172,6 +175,8 @@ impl Server {
             .merge(broker::websocket::router(broker.clone(), packet_bytes));
         let http_options = http::Options {
             connections: limits.connections,
+            admission: broker.admission(),
+            metrics: Arc::clone(&metrics),
             header_timeout: limits.connect_timeout,
             shutdown_timeout: limits.shutdown_timeout,
         };
@@ -245,8 +250,8 @@ impl Server {
                 tokio::spawn(broker::listener::run_opened(listener, broker, open, told(stopping.clone())))
             });
             let http = self.http_tls.map(|listener| {
-                let (tls, routes) = (Some(Arc::clone(tls)), self.routes.clone());
-                tokio::spawn(http::run(listener, tls, routes, self.http_options, told(stopping.clone())))
+                let (tls, routes, options) = (Some(Arc::clone(tls)), self.routes.clone(), self.http_options.clone());
+                tokio::spawn(http::run(listener, tls, routes, options, told(stopping.clone())))
             });
             [mqtt, http]
         });
@@ -391,17 +396,29 @@ fn local(listener: &TcpListener) -> SocketAddr {
     listener.local_addr().expect("a bound socket has an address")
 }
 
-fn broker_limits(settings: &Settings) -> broker::Limits {
-    let limits = &settings.limits;
+/// The edge's share of the limits.
+pub(crate) fn broker_limits(limits: &settings::Limits) -> broker::Limits {
     broker::Limits {
         connections: limits.connections,
+        connections_per_address: limits.connections_per_address,
+        uncounted_addresses: limits.uncounted_addresses.clone(),
+        connections_per_user: limits.connections_per_user,
         connect_timeout: limits.connect_timeout,
+        connect_bytes: limits.connect_bytes,
         packet_bytes: limits.packet_bytes,
         receive_maximum: limits.receive_maximum,
         window: limits.window,
+        user_properties: limits.user_properties,
+        topic_bytes: limits.topic_bytes,
         topic_levels: limits.topic_levels,
         subscriptions_per_session: limits.subscriptions_per_session,
+        filters_per_user: limits.filters_per_user,
         session_expiry_max_s: limits.session_expiry_max_s,
+        keep_alive_max_s: limits.keep_alive_max_s,
+        publishes_per_s: limits.publishes_per_s,
+        publish_bytes_per_s: limits.publish_bytes_per_s,
+        user_publishes_per_s: limits.user_publishes_per_s,
+        user_publish_bytes_per_s: limits.user_publish_bytes_per_s,
         queue_messages: limits.queue_messages,
         queue_bytes: limits.queue_bytes,
         queues_bytes: limits.queues_bytes,

@@ -10,8 +10,9 @@ use broker::Announcer;
 use broker::completion::{Reply, complete};
 use broker::service::{
     Authentication, BoundPublish, BoundTopic, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Delivery, Identity,
-    Keeping, Observation, Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service,
-    ServiceError, SessionKey, SessionRecord, StoredSession, SubscribeRoute, Subscriber, SubscriptionRecord,
+    Keeping, NotCreated, Observation, Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal,
+    RefusalCode, Service, ServiceError, SessionKey, SessionRecord, StoredSession, SubscribeRoute, Subscriber,
+    SubscriptionRecord,
 };
 use chat_protocol::event::TypingState;
 use chat_protocol::request::RequestError;
@@ -29,6 +30,7 @@ use crate::receipts::Receipts;
 use crate::refusal;
 use crate::requests::{Asked, Requests};
 use crate::sequencer::{Answer, Submission};
+use crate::sessions::{Sessions, has_expired};
 use crate::typing::TypingRelay;
 
 /// Longest client identifier, in bytes.
@@ -46,6 +48,7 @@ pub struct ChatService<L> {
     pub receipts: Arc<Receipts<L>>,
     pub typing: Arc<TypingRelay<L>>,
     pub presence: Arc<Presence<L>>,
+    pub sessions: Sessions<L>,
     pub auth: Arc<Auth>,
 }
 
@@ -123,6 +126,7 @@ impl<L: Log> ChatService<L> {
             return Err((ErrorCode::EmptyText, "the payload is the text, and it is empty".to_owned(), told_id));
         }
         if publish.payload.len() > self.message_bytes_max {
+            self.metrics.limited("message_bytes");
             let sentence = format!(
                 "the text has {} bytes; limits.message_bytes is {}",
                 publish.payload.len(),
@@ -132,7 +136,8 @@ impl<L: Log> ChatService<L> {
         }
         let text = std::str::from_utf8(&publish.payload)
             .map_err(|error| (ErrorCode::NotUtf8, format!("the payload is not UTF-8 text: {error}"), told_id))?;
-        Ok(ChatSend { conversation, from, to, id, body: text.into(), withheld: false })
+        let bridged = Role::Bridge.is_in(publish.roles);
+        Ok(ChatSend { conversation, from, to, id, body: text.into(), withheld: false, bridged })
     }
 
     fn refuse(&self, publish: BoundPublish, (code, sentence, id): Refused) -> (Reply, PublishOutcome) {
@@ -421,7 +426,7 @@ impl<L: Log> Service for ChatService<L> {
         let device = Self::device(session)?;
         let Some(record) = self.log.session(&device).await.map_err(service_error)? else { return Ok(None) };
         if has_expired(&record, now_ms()) {
-            self.log.delete_session(&device).await.map_err(service_error)?;
+            self.sessions.delete(&device).await.map_err(service_error)?;
             return Ok(None);
         }
         if record.ended_at_ms.is_some() && record.expiry_s != u32::MAX {
@@ -459,7 +464,7 @@ impl<L: Log> Service for ChatService<L> {
         let device = Self::device(session)?;
         match self.log.session(&device).await.map_err(service_error)? {
             Some(record) if has_expired(&record, now_ms()) => {
-                self.log.delete_session(&device).await.map_err(service_error)
+                self.sessions.delete(&device).await.map_err(service_error)
             }
             _ => Ok(()),
         }
@@ -467,33 +472,16 @@ impl<L: Log> Service for ChatService<L> {
 
     async fn save_session(&self, session: &SessionKey, record: SessionRecord) -> Result<(), ServiceError> {
         let device = Self::device(session)?;
-        let mut cursors = Cursors::default();
-        for side in Side::ALL {
-            let topic = durable_topic(side, &device.user);
-            let found = record.cursors.iter().find(|(name, _)| **name == *topic);
-            *cursors.of_mut(side) = found.map(|(_, position)| log::Position(position.0));
-        }
-        let stored = log::SessionRecord {
-            cursors,
-            expiry_s: record.expiry_s,
-            ended_at_ms: None,
-            subscriptions: record
-                .subscriptions
-                .into_iter()
-                .map(|subscription| log::SubscriptionRecord {
-                    filter: subscription.filter,
-                    qos: subscription.qos,
-                    no_local: subscription.no_local,
-                    retain_as_published: subscription.retain_as_published,
-                    identifier: subscription.identifier,
-                })
-                .collect(),
-        };
-        self.log.put_session(&device, stored).await.map_err(service_error)
+        self.log.put_session(&device, stored_session(&device.user, record)).await.map_err(service_error)
+    }
+
+    async fn create_session(&self, session: &SessionKey, record: SessionRecord) -> Result<(), NotCreated> {
+        let device = Self::device(session)?;
+        self.sessions.create(&device, stored_session(&device.user, record), now_ms()).await
     }
 
     async fn delete_session(&self, session: &SessionKey) -> Result<(), ServiceError> {
-        self.log.delete_session(&Self::device(session)?).await.map_err(service_error)
+        self.sessions.delete(&Self::device(session)?).await.map_err(service_error)
     }
 
     fn session_ended(&self, session: &SessionKey, expiry_s: u32) {
@@ -550,7 +538,11 @@ impl<L: Log> Service for ChatService<L> {
                 self.metrics.refused("shared_subscription");
             }
             Observation::Refused(_) => self.metrics.refused("edge"),
-            Observation::QueueFull => self.metrics.refused("queue_full"),
+            Observation::QueueFull => {
+                self.metrics.refused("queue_full");
+                self.metrics.limited("queue_messages");
+            }
+            Observation::Limited(limit) => self.metrics.limited(limit),
             Observation::Panicked => self.metrics.refused("panic"),
         }
     }
@@ -573,6 +565,24 @@ fn session_record(user: &UserId, record: log::SessionRecord) -> SessionRecord {
     SessionRecord { subscriptions: subscriptions.collect(), expiry_s: record.expiry_s, cursors }
 }
 
+/// A session as the log keeps it.
+fn stored_session(user: &UserId, record: SessionRecord) -> log::SessionRecord {
+    let mut cursors = Cursors::default();
+    for side in Side::ALL {
+        let topic = durable_topic(side, user);
+        let found = record.cursors.iter().find(|(name, _)| **name == *topic);
+        *cursors.of_mut(side) = found.map(|(_, position)| log::Position(position.0));
+    }
+    let subscriptions = record.subscriptions.into_iter().map(|subscription| log::SubscriptionRecord {
+        filter: subscription.filter,
+        qos: subscription.qos,
+        no_local: subscription.no_local,
+        retain_as_published: subscription.retain_as_published,
+        identifier: subscription.identifier,
+    });
+    log::SessionRecord { cursors, expiry_s: record.expiry_s, ended_at_ms: None, subscriptions: subscriptions.collect() }
+}
+
 /// The bound topic behind which a stream of the user's stands.
 fn durable_topic(side: Side, user: &UserId) -> String {
     match side {
@@ -585,12 +595,6 @@ fn durable_topic(side: Side, user: &UserId) -> String {
 
 fn service_error(error: LogError) -> ServiceError {
     ServiceError(error.to_string())
-}
-
-/// Whether a session outlived its expiry: its last connection ended so many seconds ago.
-fn has_expired(record: &log::SessionRecord, now_ms: u64) -> bool {
-    let Some(ended_at_ms) = record.ended_at_ms else { return false };
-    record.expiry_s != u32::MAX && ended_at_ms.saturating_add(u64::from(record.expiry_s) * 1_000) <= now_ms
 }
 
 fn now_ms() -> u64 {

@@ -10,6 +10,7 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::Duration;
 
+use broker::admission::Network;
 use chat_protocol::UserId;
 use config::{Config, ConfigError, Environment, File, FileFormat, Map, Source, Value, ValueKind};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
@@ -175,6 +176,17 @@ pub struct Limits {
     pub packet_bytes: u32,
     #[serde(deserialize_with = "within::<_, _, 1, 10_000_000>")]
     pub connections: usize,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 10_000_000>")]
+    pub connections_per_address: usize,
+    #[serde(deserialize_with = "list", serialize_with = "as_list")]
+    pub uncounted_addresses: Vec<Network>,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 10_000_000>")]
+    pub connections_per_user: usize,
+    /// A CONNECT with the longest client identifier, user name and a token has room in the least.
+    #[serde(deserialize_with = "within::<_, _, 1_024, 268_435_455>")]
+    pub connect_bytes: u32,
     #[serde(rename = "connect_timeout_ms")]
     #[serde(deserialize_with = "milliseconds_within::<_, 1, 600_000>", serialize_with = "as_milliseconds")]
     pub connect_timeout: Duration,
@@ -192,14 +204,44 @@ pub struct Limits {
     pub receive_maximum: u16,
     #[serde(deserialize_with = "within::<_, _, 1, 65_535>")]
     pub window: u16,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 65_535>")]
+    pub user_properties: usize,
+    /// The longest of `chat/{me}/out/{peer}/{id}` has room in the least. Zero: as many as MQTT can say.
+    #[serde(deserialize_with = "zero_or_within::<_, _, 256, 65_535>")]
+    pub topic_bytes: usize,
     /// A topic has at most 65,535 bytes; `chat/{me}/out/{peer}/{id}` needs 5 levels.
     #[serde(deserialize_with = "within::<_, _, 5, 65_536>")]
     pub topic_levels: usize,
     #[serde(deserialize_with = "within::<_, _, 1, 1_000_000>")]
     pub subscriptions_per_session: usize,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
+    pub filters_per_user: usize,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 10_000_000>")]
+    pub sessions_per_user: usize,
     /// `u32::MAX`: for ever, as in MQTT 5.
     #[serde(deserialize_with = "within::<_, _, 0, 4_294_967_295>")]
     pub session_expiry_max_s: u32,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 65_535>")]
+    pub keep_alive_max_s: u16,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 1_000_000_000>")]
+    pub publishes_per_s: u32,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 4_294_967_295>")]
+    pub publish_bytes_per_s: u32,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 1_000_000_000>")]
+    pub user_publishes_per_s: u32,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 4_294_967_295>")]
+    pub user_publish_bytes_per_s: u32,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 1_000_000>")]
+    pub new_conversations_per_hour: u32,
     /// Zero: no limit.
     #[serde(deserialize_with = "within::<_, _, 0, 1_125_899_906_842_624>")]
     pub user_bytes: u64,
@@ -339,6 +381,15 @@ impl Settings {
                 reason: format!(
                     "{} is too small for messages of limits.message_bytes = {}; {least} is the least",
                     self.limits.packet_bytes, self.limits.message_bytes
+                ),
+            });
+        }
+        if self.limits.connect_bytes > self.limits.packet_bytes {
+            return Err(Wrong {
+                key: "limits.connect_bytes".into(),
+                reason: format!(
+                    "{} is more than a packet may have: limits.packet_bytes = {}",
+                    self.limits.connect_bytes, self.limits.packet_bytes
                 ),
             });
         }
@@ -581,6 +632,19 @@ where
         .ok()
         .filter(|_| (MIN..=MAX).contains(&value))
         .ok_or_else(|| de::Error::custom(format!("{value} is not between {MIN} and {MAX}")))
+}
+
+/// The same, or zero.
+fn zero_or_within<'de, D, T, const MIN: u64, const MAX: u64>(deserializer: D) -> Result<T, D::Error>
+where
+    D: Deserializer<'de>,
+    T: TryFrom<u64>,
+{
+    let value = deserializer.deserialize_any(Number)?;
+    T::try_from(value)
+        .ok()
+        .filter(|_| value == 0 || (MIN..=MAX).contains(&value))
+        .ok_or_else(|| de::Error::custom(format!("{value} is neither 0 nor between {MIN} and {MAX}")))
 }
 
 fn milliseconds_within<'de, D, const MIN: u64, const MAX: u64>(deserializer: D) -> Result<Duration, D::Error>
@@ -871,7 +935,7 @@ mod tests {
         assert_eq!(settings.storage.path, Path::new("chatd-data"));
         assert_eq!(settings.limits.message_bytes, 16 * 1024);
         assert_eq!(settings.limits.connect_timeout, Duration::from_secs(10));
-        assert_eq!(settings.limits.idle_timeout, Duration::ZERO);
+        assert_eq!(settings.limits.idle_timeout, Duration::from_secs(86_400));
         assert_eq!(settings.limits.session_expiry_max_s, u32::MAX);
     }
 
@@ -899,6 +963,35 @@ mod tests {
         assert_eq!(in_environment, in_file);
         assert_says(&refusal("[auth]\nobservers = ['eve', 'a/b']"), &["auth.observers", "a/b"]);
         assert_says(&refusal("[auth]\nobservers = [1]"), &["auth.observers", "text in quotes"]);
+    }
+
+    #[test]
+    fn the_edge_has_the_same_defaults() {
+        let (settings, edge) = (defaults().limits, broker::Limits::default());
+        assert_eq!(format!("{:?}", crate::server::broker_limits(&settings)), format!("{edge:?}"));
+    }
+
+    #[test]
+    fn networks_are_a_list() {
+        let toml = "[limits]\nuncounted_addresses = ['10.0.0.0/8', '2001:db8::7']";
+        let settings = load(toml, &[], Flags::default()).unwrap();
+        let written: Vec<String> = settings.limits.uncounted_addresses.iter().map(Network::to_string).collect();
+        assert_eq!(written, ["10.0.0.0/8", "2001:db8::7/128"]);
+        assert_eq!(load(&settings.to_toml(), &[], Flags::default()).unwrap(), settings);
+        let none = load("[limits]\nuncounted_addresses = []", &[], Flags::default()).unwrap();
+        assert!(none.limits.uncounted_addresses.is_empty());
+        for network in ["proxy", "10.0.0.0/33"] {
+            let error = refusal(&format!("[limits]\nuncounted_addresses = ['{network}']"));
+            assert_says(&error, &["limits.uncounted_addresses", network]);
+        }
+    }
+
+    #[test]
+    fn a_connect_is_a_packet() {
+        let error = refusal("[limits]\nconnect_bytes = 2000000");
+        assert_says(&error, &["bad value for `limits.connect_bytes`", "limits.packet_bytes = 1048576"]);
+        assert_says(&refusal("[limits]\ntopic_bytes = 255"), &["`limits.topic_bytes`", "neither 0 nor between 256"]);
+        assert_eq!(load("[limits]\ntopic_bytes = 0", &[], Flags::default()).unwrap().limits.topic_bytes, 0);
     }
 
     #[test]
@@ -1033,6 +1126,11 @@ mod tests {
             ("topic_levels", "4"),
             ("subscriptions_per_session", "0"),
             ("session_expiry_max_s", "4294967296"),
+            ("connect_bytes", "1023"),
+            ("keep_alive_max_s", "65536"),
+            ("publishes_per_s", "1000000001"),
+            ("user_publish_bytes_per_s", "4294967296"),
+            ("new_conversations_per_hour", "1000001"),
             ("queue_messages", "0"),
             ("queue_bytes", "0"),
             ("queues_bytes", "0"),

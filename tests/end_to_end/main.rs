@@ -21,6 +21,8 @@ mod hostile;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
+mod limits;
+#[cfg(test)]
 mod messenger;
 #[cfg(test)]
 mod observer;

@@ -37,6 +37,21 @@ impl Options {
     }
 }
 
+impl Options {
+    /// Without the limits on how fast clients may be: for tests that are faster than any decent client.
+    #[must_use]
+    pub fn as_fast_as_it_can(self) -> Self {
+        let rates = [
+            "publishes_per_s",
+            "publish_bytes_per_s",
+            "user_publishes_per_s",
+            "user_publish_bytes_per_s",
+            "new_conversations_per_hour",
+        ];
+        rates.into_iter().fold(self, |options, rate| options.set(&format!("limits.{rate}"), 0))
+    }
+}
+
 /// A running chatd. Killed when dropped.
 pub struct Chatd {
     options: Options,
@@ -205,6 +220,12 @@ impl Chatd {
         let is_it =
             |series: &str| series.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('{'));
         Ok(metrics.iter().filter(|(series, _)| is_it(series)).map(|(_, value)| value).sum())
+    }
+
+    /// How often this limit bit.
+    pub async fn limited(&self, limit: &str) -> Result<f64> {
+        let series = format!("chatd_limited_total{{limit=\"{limit}\"}}");
+        Ok(self.metrics().await?.get(&series).copied().unwrap_or_default())
     }
 
     /// Status and body of `/healthz`.

@@ -4,13 +4,13 @@
 //! are kept in order until it asks for them.
 
 use std::collections::VecDeque;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::{SinkExt, StreamExt};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 use tokio::time::timeout;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
@@ -37,6 +37,8 @@ pub struct Connect {
     pub will: Option<Will>,
     pub properties: Properties,
     pub web_socket: bool,
+    /// The address to come from; `None`: as the system chooses.
+    pub from: Option<IpAddr>,
 }
 
 impl Connect {
@@ -52,6 +54,7 @@ impl Connect {
             will: None,
             properties: Properties::none(),
             web_socket: false,
+            from: None,
         }
     }
 
@@ -106,6 +109,13 @@ impl Connect {
         self
     }
 
+    /// From this address of the machine's own, such as 127.0.0.2.
+    #[must_use]
+    pub fn coming_from(mut self, address: &str) -> Self {
+        self.from = Some(address.parse().expect("an IP address"));
+        self
+    }
+
     /// With a password.
     #[must_use]
     pub fn password(mut self, password: impl Into<Vec<u8>>) -> Self {
@@ -137,9 +147,9 @@ impl Connect {
     /// Opens the socket and sends CONNECT. The answer is still to be received.
     pub async fn open(&self, chatd: &Chatd) -> Result<Client> {
         let mut client = if self.web_socket {
-            Client::web_socket(chatd.http_addr(), self.version).await?
+            Client::web_socket_over(tcp(chatd.http_addr(), self.from).await?, self.version).await?
         } else {
-            Client::tcp(chatd.mqtt_addr(), self.version).await?
+            Client::over(Link::Tcp(tcp(chatd.mqtt_addr(), self.from).await?), self.version)
         };
         client.send_bytes(&self.bytes()).await?;
         Ok(client)
@@ -186,15 +196,16 @@ pub struct Client {
 impl Client {
     /// A TCP connection on which nothing was sent yet.
     pub async fn tcp(address: SocketAddr, version: Version) -> Result<Self> {
-        let stream = timeout(PATIENCE, TcpStream::connect(address)).await.context("connecting")??;
-        stream.set_nodelay(true)?;
-        Ok(Self::over(Link::Tcp(stream), version))
+        Ok(Self::over(Link::Tcp(tcp(address, None).await?), version))
     }
 
     /// A WebSocket connection to `/mqtt` with subprotocol `mqtt`, on which no packet was sent yet.
     pub async fn web_socket(address: SocketAddr, version: Version) -> Result<Self> {
-        let stream = timeout(PATIENCE, TcpStream::connect(address)).await.context("connecting")??;
-        stream.set_nodelay(true)?;
+        Self::web_socket_over(tcp(address, None).await?, version).await
+    }
+
+    async fn web_socket_over(stream: TcpStream, version: Version) -> Result<Self> {
+        let address = stream.peer_addr()?;
         let mut request = format!("ws://{address}/mqtt").into_client_request()?;
         request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("mqtt"));
         let (socket, response) =
@@ -551,6 +562,16 @@ impl Client {
         self.until_closed().await?;
         Ok(())
     }
+}
+
+async fn tcp(to: SocketAddr, from: Option<IpAddr>) -> Result<TcpStream> {
+    let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
+    if let Some(from) = from {
+        socket.bind(SocketAddr::new(from, 0))?;
+    }
+    let stream = timeout(PATIENCE, socket.connect(to)).await.context("connecting")??;
+    stream.set_nodelay(true)?;
+    Ok(stream)
 }
 
 fn is_closed(kind: std::io::ErrorKind) -> bool {
