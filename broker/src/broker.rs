@@ -315,6 +315,23 @@ impl<S: Service> Broker<S> {
         }
     }
 
+    /// How many entries each map of the edge has, by its name: what is there only while clients are must go with them.
+    pub fn sizes(&self) -> Vec<(&'static str, usize)> {
+        let shared = &self.shared;
+        let mut sizes = shared.registry.sizes().to_vec();
+        {
+            let trie = shared.ordinary.read();
+            sizes.extend([("filters", trie.len()), ("filter_levels", trie.levels())]);
+        }
+        {
+            let retained = shared.retained.lock();
+            sizes.extend([("retained", retained.len()), ("retained_bytes", retained.bytes())]);
+        }
+        sizes.push(("under_way", shared.under_way.lock().len()));
+        sizes.push(("tasks", shared.tasks.len()));
+        sizes
+    }
+
     /// How both buses fare.
     pub fn buses(&self) -> Vec<BusStatus> {
         [("chat", &self.shared.live_bus), ("ordinary", &self.shared.ordinary_bus)]

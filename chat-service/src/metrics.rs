@@ -42,6 +42,7 @@ pub struct Metrics {
     /// `chatd_publish_to_delivery_seconds`: from reading a PUBLISH to sending the message to a device that was there.
     pub publish_to_delivery_seconds: Histogram,
     refused: Family<Reason, Counter>,
+    edge_entries: Family<Map, Gauge>,
     bus_gaps: Family<Bus, Counter>,
     bus_restarts: Family<Bus, Counter>,
     webhook_posts: Family<Event, Counter>,
@@ -58,6 +59,11 @@ struct Reason {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Event {
     event: Name,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Map {
+    map: Name,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -90,6 +96,7 @@ impl Metrics {
             publish_to_puback_seconds: Histogram::new(latency_buckets()),
             publish_to_delivery_seconds: Histogram::new(latency_buckets()),
             refused: Family::default(),
+            edge_entries: Family::default(),
             bus_gaps: Family::default(),
             bus_restarts: Family::default(),
             webhook_posts: Family::default(),
@@ -129,6 +136,7 @@ impl Metrics {
             Unit::Seconds,
             self.publish_to_delivery_seconds.clone(),
         );
+        r.register("edge_entries", "Entries of the edge's maps, now", self.edge_entries.clone());
         r.register("bus_gaps", "Times that live messages were lost on a bus and read again", self.bus_gaps.clone());
         r.register("bus_restarts", "Times that a bus had ended and was replaced", self.bus_restarts.clone());
         r.register("webhook_posts", "Webhook events that the receiver took", self.webhook_posts.clone());
@@ -156,6 +164,11 @@ impl Metrics {
     /// `chatd_refused_total{reason}`: a connect, publish or subscription was refused.
     pub fn refused(&self, reason: &'static str) {
         self.refused.get_or_create(&Reason { reason: Name(reason) }).inc();
+    }
+
+    /// `chatd_edge_entries{map}`: so many entries are in one of the edge's maps.
+    pub fn edge_entries(&self, map: &'static str, entries: usize) {
+        self.edge_entries.get_or_create(&Map { map: Name(map) }).set(i64::try_from(entries).unwrap_or(i64::MAX));
     }
 
     /// `chatd_bus_gaps_total{bus}`: live messages were lost there and have to be read from the log.
@@ -205,6 +218,7 @@ mod tests {
         metrics.commit_messages.observe(100.0);
         metrics.publish_to_puback_seconds.observe(0.002);
         metrics.publish_to_delivery_seconds.observe(0.002);
+        metrics.edge_entries("sessions", 5);
         metrics.bus_gap("chat");
         metrics.bus_restart("ordinary");
         metrics.webhook_posted("message.stored");
@@ -224,6 +238,7 @@ mod tests {
             "chatd_commit_messages_bucket{le=\"128.0\"} 1",
             "chatd_publish_to_puback_seconds_sum 0.002",
             "chatd_publish_to_delivery_seconds_count 1",
+            "chatd_edge_entries{map=\"sessions\"} 5",
             "chatd_bus_gaps_total{bus=\"chat\"} 1",
             "chatd_bus_restarts_total{bus=\"ordinary\"} 1",
             concat!("chatd_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),

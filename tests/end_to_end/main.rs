@@ -7,6 +7,10 @@ mod auth;
 #[cfg(test)]
 mod chat;
 #[cfg(test)]
+mod churn;
+#[cfg(test)]
+mod classes;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod crash;
@@ -20,6 +24,8 @@ mod hostile;
 mod lifecycle;
 #[cfg(test)]
 mod messenger;
+#[cfg(test)]
+mod mutants;
 #[cfg(test)]
 mod observer;
 #[cfg(test)]
