@@ -349,6 +349,20 @@ impl<S: Service> Broker<S> {
         }
     }
 
+    /// How many entries each map of the edge has, by its name: what is there only while clients are must go with them.
+    pub fn sizes(&self) -> Vec<(&'static str, usize)> {
+        let shared = &self.shared;
+        let mut sizes = shared.registry.sizes().to_vec();
+        sizes.extend(shared.subscriptions.sizes());
+        {
+            let retained = shared.retained.lock();
+            sizes.extend([("retained", retained.len()), ("retained_bytes", retained.bytes())]);
+        }
+        sizes.extend([("absent", shared.absent.len()), ("queue_bytes", shared.queue_budget.bytes())]);
+        sizes.push(("tasks", shared.tasks.len()));
+        sizes
+    }
+
     /// How both buses fare.
     pub fn buses(&self) -> Vec<BusStatus> {
         [("chat", &self.shared.live_bus), ("ordinary", &self.shared.ordinary_bus)]

@@ -63,8 +63,7 @@ impl UserFilters {
     }
 
     /// Of all users.
-    #[cfg(test)]
-    fn len(&self) -> usize {
+    pub(crate) fn len(&self) -> usize {
         self.users.lock().values().map(HashMap::len).sum()
     }
 }

@@ -310,9 +310,14 @@ impl Subscriptions {
         });
     }
 
-    /// Subscriptions, and groups of shared ones.
-    pub(crate) fn len(&self) -> (usize, usize) {
+    /// How many entries each map has.
+    pub(crate) fn sizes(&self) -> [(&'static str, usize); 4] {
         let tries = self.tries.read();
-        (tries.plain.len(), tries.groups.len())
+        [
+            ("filters", tries.plain.len()),
+            ("filter_levels", tries.plain.levels() + tries.shared.levels()),
+            ("shared_filters", tries.groups.len()),
+            ("user_filters", self.filters.len()),
+        ]
     }
 }

@@ -184,6 +184,17 @@ impl Registry {
         }
     }
 
+    /// Entries of each map, by its name.
+    pub(crate) fn sizes(&self) -> [(&'static str, usize); 4] {
+        let (sessions, users) = {
+            let sessions = self.sessions.lock();
+            (sessions.holders.len(), sessions.connections_by_user.len())
+        };
+        let bound_topics = self.topics.iter().map(|shard| shard.read().len()).sum();
+        let gathering = self.gathering.read().len();
+        [("sessions", sessions), ("users", users), ("bound_topics", bound_topics), ("gathering_topics", gathering)]
+    }
+
     pub(crate) fn has_subscribers(&self, topic: &str) -> bool {
         self.shard(topic).read().contains_key(topic)
     }

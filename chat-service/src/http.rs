@@ -76,6 +76,9 @@ pub struct Options {
 /// The parts of the process by name, each alive or not for a reason. Asked on every probe, so it must answer from memory.
 pub type Health = Arc<dyn Fn() -> Vec<(&'static str, Result<(), String>)> + Send + Sync>;
 
+/// The edge's maps by name, and how many entries each has now. Asked for every `/metrics`.
+pub type Sizes = Arc<dyn Fn() -> Vec<(&'static str, usize)> + Send + Sync>;
+
 /// Whether clients should be sent here.
 #[derive(Clone, Debug)]
 pub struct Readiness(Arc<AtomicU8>);
@@ -115,17 +118,18 @@ struct Probes {
     health: Health,
     readiness: Readiness,
     metrics: Arc<Metrics>,
+    sizes: Sizes,
 }
 
 /// `/`, `/healthz`, `/readyz`, `/metrics`, and 404 for all else.
-pub fn router(health: Health, readiness: Readiness, metrics: Arc<Metrics>) -> Router {
+pub fn router(health: Health, readiness: Readiness, metrics: Arc<Metrics>, sizes: Sizes) -> Router {
     Router::new()
         .route("/", get(async || Html(FIRST_PAGE)))
         .route("/healthz", get(async |State(probes): State<Probes>| verdict(&(probes.health)())))
         .route("/readyz", get(ready))
         .route("/metrics", get(exposition))
         .fallback(async || (StatusCode::NOT_FOUND, "there is nothing here; try /\n"))
-        .with_state(Probes { health, readiness, metrics })
+        .with_state(Probes { health, readiness, metrics, sizes })
 }
 
 async fn ready(State(probes): State<Probes>) -> Response {
@@ -135,6 +139,7 @@ async fn ready(State(probes): State<Probes>) -> Response {
 }
 
 async fn exposition(State(probes): State<Probes>) -> impl IntoResponse {
+    (probes.sizes)().into_iter().for_each(|(map, entries)| probes.metrics.edge_entries(map, entries));
     ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], probes.metrics.encode())
 }
 
@@ -318,7 +323,8 @@ mod tests {
                 let log = if fails.load(Ordering::Relaxed) { Err("disk is full".to_owned()) } else { Ok(()) };
                 vec![("bus", Ok(())), ("log", log)]
             });
-            let router = router(health, readiness.clone(), Arc::new(Metrics::new())).merge(more);
+            let sizes: Sizes = Arc::new(|| vec![("sessions", 3)]);
+            let router = router(health, readiness.clone(), Arc::new(Metrics::new()), sizes).merge(more);
             let (stop, stopped) = oneshot::channel();
             let shutdown = async { stopped.await.unwrap_or(()) };
             let running = tokio::spawn(run(listener, None, router, options, shutdown));
@@ -367,6 +373,7 @@ mod tests {
         assert!(page.starts_with("HTTP/1.1 200") && page.contains("mosquitto_sub"), "{page}");
         let metrics = server.get("/metrics").await;
         assert!(metrics.contains(metrics::CONTENT_TYPE) && metrics.contains("chatd_connections 0"), "{metrics}");
+        assert!(metrics.contains("chatd_edge_entries{map=\"sessions\"} 3"), "{metrics}");
         assert!(server.get("/nothing").await.starts_with("HTTP/1.1 404"));
         server.stop().await;
     }

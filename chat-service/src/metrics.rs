@@ -51,6 +51,7 @@ pub struct Metrics {
     pub jwt_key_fetch_failures: Counter,
     refused: Family<Reason, Counter>,
     limited: Family<Limit, Counter>,
+    edge_entries: Family<Map, Gauge>,
     bus_gaps: Family<Bus, Counter>,
     bus_restarts: Family<Bus, Counter>,
     webhook_posts: Family<Event, Counter>,
@@ -72,6 +73,11 @@ struct Limit {
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
 struct Event {
     event: Name,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Map {
+    map: Name,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
@@ -109,6 +115,7 @@ impl Metrics {
             jwt_key_fetch_failures: Counter::default(),
             refused: Family::default(),
             limited: Family::default(),
+            edge_entries: Family::default(),
             bus_gaps: Family::default(),
             bus_restarts: Family::default(),
             webhook_posts: Family::default(),
@@ -157,6 +164,7 @@ impl Metrics {
             "Attempts to fetch keys that sign tokens that failed",
             self.jwt_key_fetch_failures.clone(),
         );
+        r.register("edge_entries", "Entries of the edge's maps, now", self.edge_entries.clone());
         r.register("bus_gaps", "Times that live messages were lost on a bus and read again", self.bus_gaps.clone());
         r.register("bus_restarts", "Times that a bus had ended and was replaced", self.bus_restarts.clone());
         r.register("webhook_posts", "Webhook events that the receiver took", self.webhook_posts.clone());
@@ -189,6 +197,11 @@ impl Metrics {
     /// `chatd_limited_total{limit}`: this setting below `[limits]` did what it is there for.
     pub fn limited(&self, limit: &'static str) {
         self.limited.get_or_create(&Limit { limit: Name(limit) }).inc();
+    }
+
+    /// `chatd_edge_entries{map}`: so many entries are in one of the edge's maps.
+    pub fn edge_entries(&self, map: &'static str, entries: usize) {
+        self.edge_entries.get_or_create(&Map { map: Name(map) }).set(i64::try_from(entries).unwrap_or(i64::MAX));
     }
 
     /// `chatd_bus_gaps_total{bus}`: live messages were lost there and have to be read from the log.
@@ -243,6 +256,7 @@ mod tests {
         metrics.publish_to_delivery_seconds.observe(0.002);
         metrics.jwt_key_fetches.inc_by(2);
         metrics.jwt_key_fetch_failures.inc();
+        metrics.edge_entries("sessions", 5);
         metrics.bus_gap("chat");
         metrics.bus_restart("ordinary");
         metrics.webhook_posted("message.stored");
@@ -267,6 +281,7 @@ mod tests {
             "chatd_publish_to_delivery_seconds_count 1",
             "chatd_jwt_key_fetches_total 2",
             "chatd_jwt_key_fetch_failures_total 1",
+            "chatd_edge_entries{map=\"sessions\"} 5",
             "chatd_bus_gaps_total{bus=\"chat\"} 1",
             "chatd_bus_restarts_total{bus=\"ordinary\"} 1",
             concat!("chatd_build_info{version=\"", env!("CARGO_PKG_VERSION"), "\"} 1"),

@@ -170,7 +170,11 @@ impl Server {
         let tls = Tls::new(&settings.tls)?;
         let readiness = Readiness::starting();
         let health = health(&log, &broker);
-        let routes = http::router(health, readiness.clone(), Arc::clone(&metrics))
+        let sizes: http::Sizes = {
+            let broker = broker.clone();
+            Arc::new(move || broker.sizes())
+        };
+        let routes = http::router(health, readiness.clone(), Arc::clone(&metrics), sizes)
             .merge(docs::router())
             .merge(broker::websocket::router(broker.clone(), packet_bytes));
         let http_options = http::Options {

@@ -9,6 +9,10 @@ mod auth;
 #[cfg(test)]
 mod chat;
 #[cfg(test)]
+mod churn;
+#[cfg(test)]
+mod classes;
+#[cfg(test)]
 mod contract;
 #[cfg(test)]
 mod crash;
@@ -24,6 +28,8 @@ mod lifecycle;
 mod limits;
 #[cfg(test)]
 mod messenger;
+#[cfg(test)]
+mod mutants;
 #[cfg(test)]
 mod observer;
 #[cfg(test)]

@@ -195,12 +195,32 @@ impl Chatd {
 
     /// Memory of its own that is in RAM: what it allocated, without the files it maps.
     pub fn memory_kb(&self) -> Result<u64> {
+        let rss = self.status_kb("RssAnon").or_else(|_| self.status_kb("VmRSS"));
+        rss.context("no RssAnon and no VmRSS in /proc/…/status")
+    }
+
+    /// Memory that it has asked for, whether it was touched or not.
+    pub fn reserved_kb(&self) -> Result<u64> {
+        self.status_kb("VmData")
+    }
+
+    fn status_kb(&self, name: &str) -> Result<u64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()?.as_raw_nonzero()))?;
-        let field = |name: &str| {
-            let line = status.lines().find_map(|line| line.strip_prefix(name))?;
-            line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse().ok()
-        };
-        field("RssAnon").or_else(|| field("VmRSS")).context("no RssAnon and no VmRSS in /proc/…/status")
+        let line = status.lines().find_map(|line| line.strip_prefix(name)).context("no such line")?;
+        Ok(line.trim_start_matches(':').trim().trim_end_matches("kB").trim().parse()?)
+    }
+
+    /// Open file descriptors.
+    pub fn descriptors(&self) -> Result<usize> {
+        Ok(std::fs::read_dir(format!("/proc/{}/fd", self.pid()?.as_raw_nonzero()))?.count())
+    }
+
+    /// What is only there while clients are: connections, and the entries of the edge's maps, by name.
+    pub async fn traces(&self) -> Result<BTreeMap<String, f64>> {
+        let mut traces = self.metrics().await?;
+        traces.retain(|name, _| name == "chatd_connections" || name.starts_with("chatd_edge_entries{"));
+        ensure!(traces.len() > 1, "no chatd_edge_entries in /metrics");
+        Ok(traces)
     }
 
     /// Every series of `/metrics` under its full name, labels included.

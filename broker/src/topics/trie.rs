@@ -64,6 +64,11 @@ impl<K: Copy + Eq + Hash, O: Clone> SubscriptionTrie<K, O> {
         self.subscriptions
     }
 
+    /// Levels that are kept for them, the root included.
+    pub fn levels(&self) -> usize {
+        self.nodes.len() - self.free.len()
+    }
+
     /// Whether nobody subscribes.
     pub fn is_empty(&self) -> bool {
         self.subscriptions == 0
