@@ -19,6 +19,8 @@ mod hostile;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
+mod matrix;
+#[cfg(test)]
 mod messenger;
 #[cfg(test)]
 mod observer;
@@ -27,9 +29,13 @@ mod offline;
 #[cfg(test)]
 mod ordinary;
 #[cfg(test)]
+mod ordinary5;
+#[cfg(test)]
 mod refusals;
 #[cfg(test)]
 mod seams;
+#[cfg(test)]
+mod sharing;
 #[cfg(test)]
 mod slow;
 #[cfg(test)]
