@@ -456,6 +456,12 @@ async fn a_subscriber_that_never_reads_holds_nobody_up() {
     assert_well(&chatd).await;
 }
 
+/// A connection with a session that outlives it and has nothing of an earlier one. In MQTT 3.1.1 a clean session is not kept: it takes two.
+async fn begun(connect: &Connect, chatd: &Chatd) -> Client {
+    connect.clone().clean().to(chatd).await.unwrap().leave().await.unwrap();
+    connect.to(chatd).await.unwrap()
+}
+
 /// A PUBLISH at QoS 2 with this packet identifier, and DUP or not.
 fn exactly_once(topic: &str, text: &str, packet_id: u16, dup: bool) -> Publish {
     Publish { packet_id, dup, ..Publish::new(topic, text, 2) }
@@ -474,7 +480,7 @@ async fn qos_2_of_a_publisher_is_exactly_once_across_reconnects() {
         let topic = "exactly/once";
 
         // The PUBREC is lost.
-        let mut publisher = connect.clone().clean().to(&chatd).await.unwrap();
+        let mut publisher = begun(&connect, &chatd).await;
         publisher.start_publish(exactly_once(topic, "one", 7, false)).await.unwrap();
         drop(publisher);
         let mut publisher = connect.to(&chatd).await.unwrap();
@@ -516,15 +522,19 @@ async fn a_clean_start_forgets_what_was_not_released() {
         let mut subscriber = connected(&chatd, Version::V4, "subscriber").await;
         subscriber.subscribe("forgotten", 2).await.unwrap();
         let connect = Connect::new(version, "publisher", "publisher").persistent();
-        let mut publisher = connect.clone().clean().to(&chatd).await.unwrap();
+        let mut publisher = begun(&connect, &chatd).await;
         publisher.start_publish(exactly_once("forgotten", "one", 7, false)).await.unwrap();
         publisher.pubrec(7).await.unwrap();
         drop(publisher);
         let mut publisher = connect.clean().to(&chatd).await.unwrap();
         assert!(!publisher.session_present());
         publisher.publish(exactly_once("forgotten", "two", 7, false)).await.unwrap();
-        assert_next(&mut subscriber, "forgotten", "one", 2, false).await;
-        assert_next(&mut subscriber, "forgotten", "two", 2, false).await;
+        // Whether the first one is delivered before it is released is the server's choice (4.3.3, figure 4.3).
+        let mut got = subscriber.acked_message().await.unwrap();
+        if got.text() == "one" {
+            got = subscriber.acked_message().await.unwrap();
+        }
+        assert_eq!(got.text(), "two");
         nothing_more(&mut subscriber).await;
     }
 }
@@ -537,7 +547,7 @@ async fn qos_2_to_a_subscriber_is_exactly_once_across_reconnects() {
     let mut publisher = connected(&chatd, Version::V5, "publisher").await;
     for version in VERSIONS {
         let connect = Connect::new(version, "subscriber", "subscriber").persistent();
-        let mut subscriber = connect.clone().clean().to(&chatd).await.unwrap();
+        let mut subscriber = begun(&connect, &chatd).await;
         subscriber.subscribe("exactly/once", 2).await.unwrap();
         publisher.publish(Publish::new("exactly/once", "one", 2)).await.unwrap();
         let first = subscriber.message().await.unwrap();
@@ -577,7 +587,7 @@ async fn qos_1_to_a_subscriber_comes_again_until_it_is_acknowledged() {
     let mut publisher = connected(&chatd, Version::V5, "publisher").await;
     for version in VERSIONS {
         let connect = Connect::new(version, "subscriber", "subscriber").persistent();
-        let mut subscriber = connect.clone().clean().to(&chatd).await.unwrap();
+        let mut subscriber = begun(&connect, &chatd).await;
         subscriber.subscribe("at/least/once", 1).await.unwrap();
         for text in ["a", "b", "c"] {
             publisher.publish(Publish::new("at/least/once", text, 1)).await.unwrap();
@@ -622,25 +632,26 @@ async fn dup_is_not_passed_on() {
 #[tokio::test]
 async fn an_absent_session_gets_what_came_meanwhile() {
     let chatd = Chatd::start().await.unwrap();
-    for version in VERSIONS {
+    for (version, prefix) in [(Version::V4, "four"), (Version::V5, "five")] {
+        let [two, one, zero, end] = ["two", "one/x", "zero", "end"].map(|topic| format!("{prefix}/{topic}"));
         let connect = Connect::new(version, "absent", "absent").persistent();
-        let mut absent = connect.clone().clean().to(&chatd).await.unwrap();
-        for (filter, qos) in [("queue/two", 2), ("queue/one/+", 1), ("queue/zero", 0)] {
+        let mut absent = begun(&connect, &chatd).await;
+        for (filter, qos) in [(&two, 2), (&format!("{prefix}/one/+"), 1), (&zero, 0)] {
             absent.subscribe(filter, qos).await.unwrap();
         }
         absent.leave().await.unwrap();
         let mut publisher = connected(&chatd, version, "publisher").await;
         let mut expected = Vec::new();
         for round in 0..3 {
-            for (topic, granted) in [("queue/two", 2), ("queue/one/x", 1), ("queue/zero", 0)] {
+            for (topic, granted) in [(&two, 2), (&one, 1), (&zero, 0)] {
                 for qos in 0..=2 {
                     let text = format!("{round} {topic} {qos}");
                     publisher
-                        .publish(Publish { retain: round == 1, ..Publish::new(topic, text.as_str(), qos) })
+                        .publish(Publish { retain: round == 1, ..Publish::new(topic.as_str(), text.as_str(), qos) })
                         .await
                         .unwrap();
                     if qos.min(granted) > 0 {
-                        expected.push((topic.to_owned(), text, qos.min(granted), false, false));
+                        expected.push((topic.clone(), text, qos.min(granted), false, false));
                     }
                 }
             }
@@ -655,18 +666,18 @@ async fn an_absent_session_gets_what_came_meanwhile() {
         assert_eq!(got, expected);
         nothing_more(&mut absent).await;
         // And it is there now.
-        publisher.publish(Publish::new("queue/two", "live", 2)).await.unwrap();
-        assert_next(&mut absent, "queue/two", "live", 2, false).await;
+        publisher.publish(Publish::new(two.as_str(), "live", 2)).await.unwrap();
+        assert_next(&mut absent, &two, "live", 2, false).await;
         absent.leave().await.unwrap();
 
         // [MQTT-3.1.2-6] (5: [MQTT-3.1.2-4]): a clean start discards what waited, and the subscriptions.
-        publisher.publish(Publish::new("queue/two", "nobody's", 2)).await.unwrap();
+        publisher.publish(Publish::new(two.as_str(), "nobody's", 2)).await.unwrap();
         let mut fresh = connect.clone().clean().to(&chatd).await.unwrap();
         assert!(!fresh.session_present());
-        publisher.publish(Publish::new("queue/two", "nor this", 2)).await.unwrap();
-        fresh.subscribe("queue/end", 1).await.unwrap();
-        publisher.publish(Publish::new("queue/end", "end", 1)).await.unwrap();
-        assert_next(&mut fresh, "queue/end", "end", 1, false).await;
+        publisher.publish(Publish::new(two.as_str(), "nor this", 2)).await.unwrap();
+        fresh.subscribe(&end, 1).await.unwrap();
+        publisher.publish(Publish::new(end.as_str(), "end", 1)).await.unwrap();
+        assert_next(&mut fresh, &end, "end", 1, false).await;
         nothing_more(&mut fresh).await;
         fresh.leave().await.unwrap();
     }
@@ -704,7 +715,7 @@ async fn the_queue_of_an_absent_session_is_bounded() {
     for version in VERSIONS {
         let before = dropped().await;
         let connect = Connect::new(version, "absent", "absent").persistent();
-        let mut absent = connect.clone().clean().to(&chatd).await.unwrap();
+        let mut absent = begun(&connect, &chatd).await;
         absent.subscribe("full/#", 1).await.unwrap();
         absent.leave().await.unwrap();
         publisher.publish_all((0..KEPT + 5).map(|n| Publish::new("full/x", n.to_string(), 1))).await.unwrap();
@@ -819,7 +830,7 @@ async fn unsubscribing_completes_what_was_begun() {
     let mut publisher = connected(&chatd, Version::V5, "publisher").await;
     for version in VERSIONS {
         let connect = Connect::new(version, "subscriber", "subscriber").persistent();
-        let mut subscriber = connect.clone().clean().to(&chatd).await.unwrap();
+        let mut subscriber = begun(&connect, &chatd).await;
         subscriber.subscribe("begun", 2).await.unwrap();
         publisher.publish(Publish::new("begun", "one", 1)).await.unwrap();
         publisher.publish(Publish::new("begun", "two", 2)).await.unwrap();

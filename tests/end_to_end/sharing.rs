@@ -244,7 +244,8 @@ async fn what_a_member_refuses_is_offered_to_no_other() {
     assert_eq!(gathered(&mut other, "other").await, Vec::<String>::new());
 }
 
-/// A group whose members are away keeps what comes for one of them; while one is there, nobody has to wait for who is away.
+/// 4.8.2 leaves to the server who of a group gets a message. Here it is somebody who is there, if anybody is; if not it waits for one of
+/// those who are away.
 #[tokio::test]
 async fn absent_members() {
     let chatd = Chatd::start().await.unwrap();
