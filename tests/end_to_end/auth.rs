@@ -14,7 +14,7 @@ use tokio::io::AsyncWriteExt;
 const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
 /// `chatd passwd …` with something on its standard input; its exit code and what it said.
-async fn passwd(arguments: &[&str], file: &Path, input: &str) -> (Option<i32>, String) {
+pub(crate) async fn passwd(arguments: &[&str], file: &Path, input: &str) -> (Option<i32>, String) {
     let mut command = chatd::command().await.unwrap();
     let command = command.arg("passwd").args(arguments).arg("--file").arg(file);
     let command = command.stdin(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
