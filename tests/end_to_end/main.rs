@@ -26,6 +26,7 @@ mod hostile;
 mod lifecycle;
 #[cfg(test)]
 mod limits;
+mod matrix;
 #[cfg(test)]
 mod messenger;
 #[cfg(test)]
@@ -37,9 +38,13 @@ mod offline;
 #[cfg(test)]
 mod ordinary;
 #[cfg(test)]
+mod ordinary5;
+#[cfg(test)]
 mod refusals;
 #[cfg(test)]
 mod seams;
+#[cfg(test)]
+mod sharing;
 #[cfg(test)]
 mod slow;
 #[cfg(test)]

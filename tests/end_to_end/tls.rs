@@ -12,14 +12,14 @@ use tokio::net::TcpStream;
 
 type Authority = CertifiedIssuer<'static, KeyPair>;
 
-struct Files {
+pub(crate) struct Files {
     folder: TempDir,
     authority: Authority,
 }
 
 impl Files {
     /// An authority and a certificate for this machine.
-    fn new() -> Self {
+    pub(crate) fn new() -> Self {
         let mut params = CertificateParams::new(Vec::new()).unwrap();
         params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         params.distinguished_name.push(DnType::CommonName, "an authority of the tests");
@@ -30,7 +30,7 @@ impl Files {
         files
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
@@ -48,7 +48,7 @@ impl Files {
         std::fs::write(self.path(&format!("{file}.pem")), certificate.pem()).unwrap();
     }
 
-    fn options(&self) -> Options {
+    pub(crate) fn options(&self) -> Options {
         Options::default()
             .set("tls.certificate", self.text("server.pem"))
             .set("tls.key", self.text("server.key"))
@@ -58,7 +58,7 @@ impl Files {
 }
 
 /// The port that it says it listens on for this, over TLS.
-async fn port(chatd: &Chatd, protocol: &str) -> String {
+pub(crate) async fn port(chatd: &Chatd, protocol: &str) -> String {
     let find = || {
         let begin = format!("{protocol} over TLS listening on 127.0.0.1:");
         chatd.greeting().lines().find_map(|line| line.strip_prefix(&begin).map(str::to_owned))

@@ -178,6 +178,12 @@ impl Chatd {
         self.restart_on(any, any).await
     }
 
+    /// Starts it again on the same data and other ports with other settings.
+    pub async fn restart_with(&mut self, options: Options) -> Result<()> {
+        self.options = options;
+        self.restart().await
+    }
+
     /// Starts it again on the same data and the same ports, for programs that connect again by themselves.
     pub async fn restart_on_same_ports(&mut self) -> Result<()> {
         self.restart_on(self.mqtt, self.http).await

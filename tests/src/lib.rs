@@ -14,5 +14,5 @@ pub mod wait;
 
 pub use chatd::{Chatd, Options};
 pub use dice::Dice;
-pub use raw::{Client, Connect};
+pub use raw::{Client, Connect, Trust};
 pub use wait::{PATIENCE, eventually};

@@ -24,6 +24,17 @@ pub enum Value {
     Pair(String, String),
 }
 
+impl Value {
+    fn number(&self) -> Option<u32> {
+        match self {
+            Value::Byte(value) => Some(u32::from(*value)),
+            Value::U16(value) => Some(u32::from(*value)),
+            Value::U32(value) | Value::Variable(value) => Some(*value),
+            Value::Text(_) | Value::Binary(_) | Value::Pair(..) => None,
+        }
+    }
+}
+
 /// Property identifiers that the tests name.
 pub mod id {
     pub const PAYLOAD_FORMAT: u8 = 0x01;
@@ -37,7 +48,10 @@ pub mod id {
     pub const SERVER_KEEP_ALIVE: u8 = 0x13;
     pub const AUTHENTICATION_METHOD: u8 = 0x15;
     pub const AUTHENTICATION_DATA: u8 = 0x16;
+    pub const REQUEST_PROBLEM_INFORMATION: u8 = 0x17;
     pub const WILL_DELAY: u8 = 0x18;
+    pub const REQUEST_RESPONSE_INFORMATION: u8 = 0x19;
+    pub const RESPONSE_INFORMATION: u8 = 0x1a;
     pub const REASON_STRING: u8 = 0x1f;
     pub const RECEIVE_MAXIMUM: u8 = 0x21;
     pub const TOPIC_ALIAS_MAXIMUM: u8 = 0x22;
@@ -46,6 +60,8 @@ pub mod id {
     pub const RETAIN_AVAILABLE: u8 = 0x25;
     pub const USER_PROPERTY: u8 = 0x26;
     pub const MAXIMUM_PACKET_SIZE: u8 = 0x27;
+    pub const WILDCARD_SUBSCRIPTION_AVAILABLE: u8 = 0x28;
+    pub const SUBSCRIPTION_IDENTIFIERS_AVAILABLE: u8 = 0x29;
     pub const SHARED_SUBSCRIPTION_AVAILABLE: u8 = 0x2a;
 }
 
@@ -93,14 +109,25 @@ impl Properties {
         }
     }
 
+    /// A property that is text.
+    pub fn text(&self, identifier: u8) -> Option<&str> {
+        match self.get(identifier)? {
+            Value::Text(text) => Some(text),
+            _ => None,
+        }
+    }
+
     /// A property that is a number of any width.
     pub fn number(&self, identifier: u8) -> Option<u32> {
-        match self.get(identifier)? {
-            Value::Byte(value) => Some(u32::from(*value)),
-            Value::U16(value) => Some(u32::from(*value)),
-            Value::U32(value) | Value::Variable(value) => Some(*value),
-            Value::Text(_) | Value::Binary(_) | Value::Pair(..) => None,
-        }
+        self.get(identifier)?.number()
+    }
+
+    /// The subscription identifiers, in ascending order: theirs says nothing.
+    pub fn subscription_identifiers(&self) -> Vec<u32> {
+        let found = self.0.iter().filter(|(found, _)| *found == id::SUBSCRIPTION_IDENTIFIER);
+        let mut identifiers: Vec<u32> = found.filter_map(|(_, value)| value.number()).collect();
+        identifiers.sort_unstable();
+        identifiers
     }
 
     fn encode(&self, out: &mut Vec<u8>) {
@@ -285,6 +312,18 @@ pub fn pubrel(packet_id: u16) -> Vec<u8> {
 
 pub fn pubcomp(packet_id: u16) -> Vec<u8> {
     frame(0x70, &packet_id.to_be_bytes())
+}
+
+/// PUBREC of MQTT 5 with a reason code.
+pub fn pubrec_with(packet_id: u16, code: u8) -> Vec<u8> {
+    let [high, low] = packet_id.to_be_bytes();
+    frame(0x50, &[high, low, code])
+}
+
+/// PUBACK of MQTT 5 with a reason code.
+pub fn puback_with(packet_id: u16, code: u8) -> Vec<u8> {
+    let [high, low] = packet_id.to_be_bytes();
+    frame(0x40, &[high, low, code])
 }
 
 /// `filters`: with their options byte, which for MQTT 3.1.1 is the QoS.

@@ -5,13 +5,18 @@
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use futures_util::{SinkExt, StreamExt};
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpSocket, TcpStream};
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, ServerName};
+use rustls::{ClientConfig, RootCertStore};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpSocket;
 use tokio::time::timeout;
+use tokio_rustls::TlsConnector;
 use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
 use tokio_tungstenite::tungstenite::client::IntoClientRequest;
@@ -91,6 +96,20 @@ impl Connect {
         self
     }
 
+    /// MQTT 5 only.
+    #[must_use]
+    pub fn with(mut self, identifier: u8, value: Value) -> Self {
+        self.properties = self.properties.with(identifier, value);
+        self
+    }
+
+    /// With a session that is begun anew, whether one is there or not.
+    #[must_use]
+    pub fn clean(mut self) -> Self {
+        self.clean_start = true;
+        self
+    }
+
     #[must_use]
     pub fn keep_alive(mut self, seconds: u16) -> Self {
         self.keep_alive_s = seconds;
@@ -147,19 +166,48 @@ impl Connect {
     /// Opens the socket and sends CONNECT. The answer is still to be received.
     pub async fn open(&self, chatd: &Chatd) -> Result<Client> {
         let mut client = if self.web_socket {
-            Client::web_socket_over(tcp(chatd.http_addr(), self.from).await?, self.version).await?
+            Client::web_socket_on(stream(chatd.http_addr(), self.from, None).await?, chatd.http_addr(), self.version)
+                .await?
         } else {
-            Client::over(Link::Tcp(tcp(chatd.mqtt_addr(), self.from).await?), self.version)
+            Client::over(Link::Bare(stream(chatd.mqtt_addr(), self.from, None).await?), self.version)
         };
         client.send_bytes(&self.bytes()).await?;
         Ok(client)
     }
 }
 
+/// A socket, in clear text or not.
+trait Stream: AsyncRead + AsyncWrite + Unpin + Send {}
+
+impl<T: AsyncRead + AsyncWrite + Unpin + Send> Stream for T {}
+
 #[expect(clippy::large_enum_variant, reason = "one a client")]
 enum Link {
-    Tcp(TcpStream),
-    WebSocket(WebSocketStream<TcpStream>),
+    Bare(Box<dyn Stream>),
+    WebSocket(WebSocketStream<Box<dyn Stream>>),
+}
+
+/// Whom to believe that they are the server, over TLS.
+#[derive(Clone)]
+pub struct Trust(TlsConnector);
+
+impl Trust {
+    /// Certificates that this authority (PEM) has signed.
+    pub fn in_authority(pem: &str) -> Result<Self> {
+        let mut roots = RootCertStore::empty();
+        for certificate in CertificateDer::pem_slice_iter(pem.as_bytes()) {
+            roots.add(certificate?)?;
+        }
+        let provider = Arc::new(rustls::crypto::ring::default_provider());
+        let config = ClientConfig::builder_with_provider(provider).with_safe_default_protocol_versions()?;
+        let config = config.with_root_certificates(roots).with_no_client_auth();
+        Ok(Self(TlsConnector::from(Arc::new(config))))
+    }
+
+    async fn secure(&self, stream: TcpStream) -> Result<Box<dyn Stream>> {
+        let name = ServerName::try_from("localhost")?;
+        Ok(Box::new(timeout(PATIENCE, self.0.connect(name, stream)).await.context("the TLS handshake")??))
+    }
 }
 
 /// What the server said to a publish.
@@ -196,16 +244,25 @@ pub struct Client {
 impl Client {
     /// A TCP connection on which nothing was sent yet.
     pub async fn tcp(address: SocketAddr, version: Version) -> Result<Self> {
-        Ok(Self::over(Link::Tcp(tcp(address, None).await?), version))
+        Self::tcp_over(address, version, None).await
+    }
+
+    /// The same, over TLS if there is somebody to trust.
+    pub async fn tcp_over(address: SocketAddr, version: Version, tls: Option<&Trust>) -> Result<Self> {
+        Ok(Self::over(Link::Bare(stream(address, None, tls).await?), version))
     }
 
     /// A WebSocket connection to `/mqtt` with subprotocol `mqtt`, on which no packet was sent yet.
     pub async fn web_socket(address: SocketAddr, version: Version) -> Result<Self> {
-        Self::web_socket_over(tcp(address, None).await?, version).await
+        Self::web_socket_over(address, version, None).await
     }
 
-    async fn web_socket_over(stream: TcpStream, version: Version) -> Result<Self> {
-        let address = stream.peer_addr()?;
+    /// The same, over TLS if there is somebody to trust.
+    pub async fn web_socket_over(address: SocketAddr, version: Version, tls: Option<&Trust>) -> Result<Self> {
+        Self::web_socket_on(stream(address, None, tls).await?, address, version).await
+    }
+
+    async fn web_socket_on(stream: Box<dyn Stream>, address: SocketAddr, version: Version) -> Result<Self> {
         let mut request = format!("ws://{address}/mqtt").into_client_request()?;
         request.headers_mut().insert("sec-websocket-protocol", HeaderValue::from_static("mqtt"));
         let (socket, response) =
@@ -257,7 +314,7 @@ impl Client {
     pub async fn send_bytes(&mut self, bytes: &[u8]) -> Result<()> {
         let sending = async {
             match &mut self.link {
-                Link::Tcp(stream) => stream.write_all(bytes).await?,
+                Link::Bare(stream) => stream.write_all(bytes).await?,
                 Link::WebSocket(socket) => socket.send(Message::binary(bytes.to_vec())).await?,
             }
             anyhow::Ok(())
@@ -300,7 +357,7 @@ impl Client {
                 self.decoded = 0;
             }
             match &mut self.link {
-                Link::Tcp(stream) => match stream.read_buf(&mut self.buffer).await {
+                Link::Bare(stream) => match stream.read_buf(&mut self.buffer).await {
                     Ok(0) => return Ok(None),
                     Ok(_) => {}
                     Err(error) if is_closed(error.kind()) => return Ok(None),
@@ -360,8 +417,25 @@ impl Client {
 
     /// Subscribes; the reason codes are still to be judged.
     pub async fn subscribe_codes(&mut self, filters: &[(&str, u8)]) -> Result<(Vec<u8>, Properties)> {
+        self.subscribe_with(&Properties::none(), filters).await
+    }
+
+    /// Subscribes with a subscription identifier; fails unless it is granted. MQTT 5 only.
+    pub async fn subscribe_identified(&mut self, filter: &str, options: u8, identifier: u32) -> Result<()> {
+        let properties = Properties::none().with(id::SUBSCRIPTION_IDENTIFIER, Value::Variable(identifier));
+        let (codes, properties) = self.subscribe_with(&properties, &[(filter, options)]).await?;
+        ensure!(codes.len() == 1 && codes[0] <= 2, "{filter}: {codes:02x?} {properties:?}");
+        Ok(())
+    }
+
+    /// Subscribes with properties; the reason codes are still to be judged.
+    pub async fn subscribe_with(
+        &mut self,
+        properties: &Properties,
+        filters: &[(&str, u8)],
+    ) -> Result<(Vec<u8>, Properties)> {
         let packet_id = self.packet_id();
-        let bytes = packet::subscribe(self.version, packet_id, &Properties::none(), filters);
+        let bytes = packet::subscribe(self.version, packet_id, properties, filters);
         self.send_bytes(&bytes).await?;
         self.take("SUBACK", |packet| match packet {
             Packet::Suback { packet_id: found, codes, properties } if *found == packet_id => {
@@ -437,6 +511,15 @@ impl Client {
             Packet::Pubrec { packet_id: found, code, properties } if *found == packet_id => {
                 Some(Ack::new(*code, properties))
             }
+            _ => None,
+        })
+        .await
+    }
+
+    /// The PUBREL for a message that was received.
+    pub async fn pubrel(&mut self, packet_id: u16) -> Result<u8> {
+        self.take("PUBREL", |packet| match packet {
+            Packet::Pubrel { packet_id: found, code } if *found == packet_id => Some(*code),
             _ => None,
         })
         .await
@@ -537,11 +620,7 @@ impl Client {
             1 => self.send_bytes(&packet::puback(packet_id)).await,
             _ => {
                 self.send_bytes(&packet::pubrec(packet_id)).await?;
-                self.take("PUBREL", |packet| match packet {
-                    Packet::Pubrel { packet_id: found, .. } if *found == packet_id => Some(()),
-                    _ => None,
-                })
-                .await?;
+                self.pubrel(packet_id).await?;
                 self.send_bytes(&packet::pubcomp(packet_id)).await
             }
         }
@@ -558,23 +637,38 @@ impl Client {
 
     /// Says DISCONNECT, and waits until the server has closed: its session is free for the next connection.
     pub async fn leave(mut self) -> Result<()> {
-        self.send_bytes(&packet::disconnect(self.version, 0, &Properties::none())).await?;
+        self.disconnect(0, &Properties::none()).await
+    }
+
+    /// The same with a reason code and properties, which are MQTT 5's.
+    pub async fn disconnect(&mut self, code: u8, properties: &Properties) -> Result<()> {
+        self.send_bytes(&packet::disconnect(self.version, code, properties)).await?;
         self.until_closed().await?;
         Ok(())
     }
 }
 
-async fn tcp(to: SocketAddr, from: Option<IpAddr>) -> Result<TcpStream> {
+async fn stream(to: SocketAddr, from: Option<IpAddr>, tls: Option<&Trust>) -> Result<Box<dyn Stream>> {
     let socket = if to.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
     if let Some(from) = from {
         socket.bind(SocketAddr::new(from, 0))?;
     }
     let stream = timeout(PATIENCE, socket.connect(to)).await.context("connecting")??;
     stream.set_nodelay(true)?;
-    Ok(stream)
+    match tls {
+        Some(trust) => trust.secure(stream).await,
+        None => Ok(Box::new(stream)),
+    }
 }
 
 fn is_closed(kind: std::io::ErrorKind) -> bool {
     use std::io::ErrorKind;
-    matches!(kind, ErrorKind::ConnectionReset | ErrorKind::ConnectionAborted | ErrorKind::BrokenPipe)
+    matches!(
+        kind,
+        ErrorKind::ConnectionReset
+            | ErrorKind::ConnectionAborted
+            | ErrorKind::BrokenPipe
+            // TLS that ends without having said so.
+            | ErrorKind::UnexpectedEof
+    )
 }
