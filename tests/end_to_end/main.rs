@@ -3,6 +3,8 @@
 //! `CHATD_BIN` names another chatd, `CHATD_TEST_SEED` repeats a random test, `CHATD_TEST_LONG=1` takes the long way where there is one.
 
 #[cfg(test)]
+mod acme;
+#[cfg(test)]
 mod auth;
 #[cfg(test)]
 mod chat;
@@ -16,6 +18,8 @@ mod crowd;
 mod first_message;
 #[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod idle;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
@@ -38,3 +42,5 @@ mod storage;
 mod tls;
 #[cfg(test)]
 mod webhooks;
+#[cfg(test)]
+mod websocket;
