@@ -298,8 +298,8 @@ impl<S: Service> Broker<S> {
         });
     }
 
-    /// Serves a byte stream that has to be opened first, as after a TLS handshake. That counts as a connection from now on, and has as long as
-    /// there is for CONNECT.
+    /// Serves a byte stream that has to be opened first, as after a TLS handshake. That counts as a connection from now on; it bounds itself how long
+    /// it takes. The time for CONNECT begins when it is done.
     pub fn serve_opened<T>(
         &self,
         address: SocketAddr,
@@ -314,14 +314,12 @@ impl<S: Service> Broker<S> {
             return;
         };
         let broker = self.clone();
-        let timeout = self.shared.limits.connect_timeout;
         self.shared.tasks.spawn(async move {
-            match tokio::time::timeout(timeout, opening).await {
-                Ok(Ok((io, certificate_name))) => {
+            match opening.await {
+                Ok((io, certificate_name)) => {
                     broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate_name });
                 }
-                Ok(Err(error)) => tracing::debug!(peer = %address, %error, "a connection could not be opened"),
-                Err(_) => tracing::debug!(peer = %address, "a connection was not opened in time"),
+                Err(error) => tracing::debug!(peer = %address, %error, "a connection could not be opened"),
             }
         });
     }

@@ -159,7 +159,7 @@ pub fn check_config(flags: &Flags) -> ExitCode {
 /// The files that the settings name: users, keys, rights, certificates.
 fn check_files(settings: &Settings) -> Result<(), String> {
     server::auth(settings).map_err(|error| error.to_string())?;
-    Tls::new(&settings.tls).map_err(|error| error.to_string())?;
+    Tls::new(&settings.tls, settings.acme.is_on(), settings.limits.tls_timeout).map_err(|error| error.to_string())?;
     Ok(())
 }
 

@@ -20,6 +20,7 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use broker::admission::Admission;
 use broker::service::Peer;
+use broker::websocket::Scheme;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
@@ -31,7 +32,7 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use crate::metrics::{self, Metrics};
-use crate::tls::Tls;
+use crate::tls::{Spoken, Tls};
 
 /// Pause after a failed accept (no file descriptors left): connections that end meanwhile free some.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -199,14 +200,15 @@ pub async fn run(
         let tls = tls.clone();
         let connection = async move {
             let peer = Peer { address: Some(address), certificate_name: None };
-            let Some(tls) = tls else { return serve(place.hold(socket), peer, router, timeout, stopping).await };
-            match tokio::time::timeout(timeout, tls.accept(socket)).await {
-                Ok(Ok((stream, certificate_name))) => {
+            let Some(tls) = tls else {
+                return serve(place.hold(socket), (peer, Scheme::Http), router, timeout, stopping).await;
+            };
+            match tls.accept(socket, Spoken::Http).await {
+                Ok((stream, certificate_name)) => {
                     let peer = Peer { certificate_name, ..peer };
-                    serve(place.hold(stream), peer, router, timeout, stopping).await;
+                    serve(place.hold(stream), (peer, Scheme::Https), router, timeout, stopping).await;
                 }
-                Ok(Err(error)) => tracing::debug!(%peer, %error, "no TLS"),
-                Err(_) => tracing::debug!(%peer, "no TLS in time"),
+                Err(error) => tracing::debug!(%peer, %error, "no TLS"),
             }
         };
         connections.spawn(async move {
@@ -247,14 +249,20 @@ fn is_of_one_connection(error: &io::Error) -> bool {
 }
 
 /// One connection, until it ends, is upgraded, or `stopping` closes and the request under way is answered.
-async fn serve<T>(io: T, peer: Peer, router: Router, header_timeout: Duration, mut stopping: watch::Receiver<()>)
-where
+async fn serve<T>(
+    io: T,
+    (peer, scheme): (Peer, Scheme),
+    router: Router,
+    header_timeout: Duration,
+    mut stopping: watch::Receiver<()>,
+) where
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let router = TowerToHyperService::new(router);
-    // Whoever is upgraded has to be known by the address.
+    // Whoever is upgraded has to be known by the address, and pages by how they came.
     let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(peer.clone());
+        request.extensions_mut().insert(scheme);
         router.call(request)
     });
     let mut connection = pin!(

@@ -5,6 +5,7 @@
 //! what `views` see in the log; `receipts`, `typing` and `presence` tell what happens, `sys` how the server is. Around it: `settings`, `cli`,
 //! `logging`, `metrics`, `http`, `outgoing`, and `server`, which puts the parts together; `admin` and `tools`, for operators.
 
+pub mod acme;
 pub mod admin;
 pub mod auth;
 pub mod beginnings;

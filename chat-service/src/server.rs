@@ -7,12 +7,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context;
+use broker::websocket::{Besides, Origins};
 use broker::{Announcer, Broker};
 use chat_protocol::UserId;
 use tokio::net::TcpListener;
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
+use crate::acme::Acme;
 use crate::admin;
 use crate::auth::keys::KeyFetch;
 use crate::auth::{Auth, AuthError};
@@ -29,9 +31,9 @@ use crate::retention;
 use crate::sequencer;
 use crate::service::ChatService;
 use crate::sessions::Sessions;
-use crate::settings::{self, Settings};
+use crate::settings::{self, AuthMode, Settings};
 use crate::sys;
-use crate::tls::Tls;
+use crate::tls::{Spoken, Tls};
 use crate::typing::TypingRelay;
 use crate::webhooks::Webhooks;
 
@@ -72,6 +74,7 @@ pub struct Server {
     mqtt_tls: Option<TcpListener>,
     http_tls: Option<TcpListener>,
     tls: Option<Arc<Tls>>,
+    acme: Option<Acme>,
     routes: axum::Router,
     readiness: Readiness,
     metrics: Arc<Metrics>,
@@ -154,7 +157,8 @@ impl Server {
             auth: Arc::clone(&auth),
         });
         let edge_limits = broker_limits(limits);
-        let packet_bytes = edge_limits.packet_bytes;
+        let websocket =
+            broker::websocket::Options { packet_bytes_max: edge_limits.packet_bytes, origins: origins(settings) };
         let starting = {
             let announcer = announcer.clone();
             tokio::task::spawn_blocking(move || Broker::start(service, &announcer, edge_limits))
@@ -167,7 +171,11 @@ impl Server {
         let http = bind("http.listen", settings.http.listen).await?;
         let mqtt_tls = bind_some("mqtt.tls_listen", settings.mqtt.tls_listen).await?;
         let http_tls = bind_some("http.tls_listen", settings.http.tls_listen).await?;
-        let tls = Tls::new(&settings.tls)?;
+        let tls = Tls::new(&settings.tls, settings.acme.is_on(), limits.tls_timeout)?;
+        let acme = match &tls {
+            Some(tls) if settings.acme.is_on() => Some(Acme::new(&settings.acme, &settings.storage.path, tls)?),
+            _ => None,
+        };
         let readiness = Readiness::starting();
         let health = health(&log, &broker);
         let sizes: http::Sizes = {
@@ -176,12 +184,12 @@ impl Server {
         };
         let routes = http::router(health, readiness.clone(), Arc::clone(&metrics), sizes)
             .merge(docs::router())
-            .merge(broker::websocket::router(broker.clone(), packet_bytes));
+            .merge(broker::websocket::router(broker.clone(), websocket));
         let http_options = http::Options {
             connections: limits.connections,
             admission: broker.admission(),
             metrics: Arc::clone(&metrics),
-            header_timeout: limits.connect_timeout,
+            header_timeout: limits.websocket_timeout,
             shutdown_timeout: limits.shutdown_timeout,
         };
         Ok(Self {
@@ -197,6 +205,7 @@ impl Server {
             mqtt_tls,
             http_tls,
             tls,
+            acme,
             routes,
             readiness,
             metrics,
@@ -249,7 +258,7 @@ impl Server {
                 let (tls, broker) = (Arc::clone(tls), self.broker.clone());
                 let open = move |socket| {
                     let tls = Arc::clone(&tls);
-                    async move { tls.accept(socket).await }
+                    async move { tls.accept(socket, Spoken::Mqtt).await }
                 };
                 tokio::spawn(broker::listener::run_opened(listener, broker, open, told(stopping.clone())))
             });
@@ -260,6 +269,9 @@ impl Server {
             [mqtt, http]
         });
         let http = tokio::spawn(http::run(self.http, None, self.routes, self.http_options, told(stopping)));
+        if let Some(acme) = self.acme {
+            drop(tokio::spawn(acme.run(stop.subscribe())));
+        }
         let admin = match admin::bind(&self.storage) {
             Ok(listener) => Some(tokio::spawn(admin::run(listener, Arc::clone(&self.log), stop.subscribe()))),
             Err(error) => {
@@ -430,6 +442,15 @@ pub(crate) fn broker_limits(limits: &settings::Limits) -> broker::Limits {
         retained_bytes: limits.retained_bytes,
         idle_timeout: limits.idle_timeout,
     }
+}
+
+/// Whose pages may connect: where nobody needs a password, only this machine's.
+fn origins(settings: &Settings) -> Origins {
+    let besides = match settings.auth.mode {
+        AuthMode::Development => Besides::Loopback,
+        AuthMode::Required => Besides::SameOrigin,
+    };
+    Origins { listed: settings.http.origins.clone(), besides }
 }
 
 fn health(log: &Arc<RedbLog>, broker: &Broker<Chat>) -> http::Health {

@@ -11,11 +11,13 @@ use std::str::FromStr;
 use std::time::Duration;
 
 use broker::admission::Network;
+use broker::websocket::AllowedOrigin;
 use chat_protocol::UserId;
 use config::{Config, ConfigError, Environment, File, FileFormat, Map, Source, Value, ValueKind};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use tracing_subscriber::EnvFilter;
 
+use crate::acme::{DirectoryUrl, DomainName};
 use crate::auth::keys::KeyUrl;
 use crate::cli::Flags;
 use crate::webhooks::{SECRET_BYTES_MIN, Secret, WebhookUrl};
@@ -38,6 +40,7 @@ pub struct Settings {
     pub mqtt: MqttSettings,
     pub http: HttpSettings,
     pub tls: TlsSettings,
+    pub acme: AcmeSettings,
     pub storage: StorageSettings,
     pub auth: AuthSettings,
     pub webhooks: WebhookSettings,
@@ -63,6 +66,8 @@ pub struct HttpSettings {
     pub listen: SocketAddr,
     #[serde(deserialize_with = "optional_address", serialize_with = "as_optional")]
     pub tls_listen: Option<SocketAddr>,
+    #[serde(deserialize_with = "list", serialize_with = "as_list")]
+    pub origins: Vec<AllowedOrigin>,
 }
 
 /// How the server proves who it is, and clients may.
@@ -75,6 +80,29 @@ pub struct TlsSettings {
     pub key: Option<PathBuf>,
     #[serde(deserialize_with = "optional_path", serialize_with = "as_optional_path")]
     pub client_ca: Option<PathBuf>,
+}
+
+/// Where the server gets its certificate from by itself.
+#[derive(Clone, Debug, PartialEq, Eq, Deserialize, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct AcmeSettings {
+    #[serde(deserialize_with = "list", serialize_with = "as_list")]
+    pub domains: Vec<DomainName>,
+    #[serde(deserialize_with = "any_text")]
+    pub contact: String,
+    #[serde(deserialize_with = "text")]
+    pub directory: DirectoryUrl,
+    #[serde(deserialize_with = "optional_path", serialize_with = "as_optional_path")]
+    pub directory_ca: Option<PathBuf>,
+    #[serde(deserialize_with = "yes_or_no")]
+    pub accept_terms: bool,
+}
+
+impl AcmeSettings {
+    /// Whether there is anything to get a certificate for.
+    pub fn is_on(&self) -> bool {
+        !self.domains.is_empty()
+    }
 }
 
 /// Where messages and sessions lie.
@@ -190,6 +218,12 @@ pub struct Limits {
     #[serde(rename = "connect_timeout_ms")]
     #[serde(deserialize_with = "milliseconds_within::<_, 1, 600_000>", serialize_with = "as_milliseconds")]
     pub connect_timeout: Duration,
+    #[serde(rename = "tls_timeout_ms")]
+    #[serde(deserialize_with = "milliseconds_within::<_, 1, 600_000>", serialize_with = "as_milliseconds")]
+    pub tls_timeout: Duration,
+    #[serde(rename = "websocket_timeout_ms")]
+    #[serde(deserialize_with = "milliseconds_within::<_, 1, 600_000>", serialize_with = "as_milliseconds")]
+    pub websocket_timeout: Duration,
     /// Zero: never.
     #[serde(rename = "idle_timeout_ms")]
     #[serde(deserialize_with = "milliseconds_within::<_, 0, 604_800_000>", serialize_with = "as_milliseconds")]
@@ -412,10 +446,12 @@ impl Settings {
             }
         }
         for (key, address) in [("mqtt.tls_listen", self.mqtt.tls_listen), ("http.tls_listen", self.http.tls_listen)] {
-            if address.is_some() && tls.certificate.is_none() {
-                return Err(Wrong { key: key.into(), reason: "it needs tls.certificate and tls.key".to_owned() });
+            if address.is_some() && tls.certificate.is_none() && !self.acme.is_on() {
+                let reason = "it needs tls.certificate and tls.key, or acme.domains".to_owned();
+                return Err(Wrong { key: key.into(), reason });
             }
         }
+        self.check_acme()?;
         if self.auth.mode == AuthMode::Required {
             let auth = &self.auth;
             let takes_tokens = auth.jwt_key_file.is_some() || auth.jwt_key_url.is_some();
@@ -445,6 +481,28 @@ impl Settings {
                     ),
                 });
             }
+        }
+        Ok(())
+    }
+
+    /// Where a certificate is asked for it can be checked, and somebody has agreed.
+    fn check_acme(&self) -> Result<(), Wrong> {
+        if !self.acme.is_on() {
+            return Ok(());
+        }
+        let wrong = |key: &str, reason: &str| Err(Wrong { key: key.into(), reason: reason.to_owned() });
+        if self.tls.certificate.is_some() {
+            return wrong("acme.domains", "the certificate comes from tls.certificate or is asked for, not both");
+        }
+        if self.mqtt.tls_listen.is_none() && self.http.tls_listen.is_none() {
+            let reason = "whoever issues the certificate checks the domains over TLS: set http.tls_listen or mqtt.tls_listen, \
+                          and let port 443 of the domains lead there";
+            return wrong("acme.domains", reason);
+        }
+        if !self.acme.accept_terms {
+            let reason =
+                "it has to be true: who asks for a certificate agrees to the terms of service of acme.directory";
+            return wrong("acme.accept_terms", reason);
         }
         Ok(())
     }
@@ -680,6 +738,29 @@ fn as_days<S: Serializer>(duration: &Duration, serializer: S) -> Result<S::Ok, S
     serializer.serialize_u64(duration.as_secs() / SECONDS_PER_DAY)
 }
 
+/// True or false, also as text, as in the environment.
+struct YesOrNo;
+
+impl de::Visitor<'_> for YesOrNo {
+    type Value = bool;
+
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("true or false")
+    }
+
+    fn visit_bool<E: de::Error>(self, value: bool) -> Result<bool, E> {
+        Ok(value)
+    }
+
+    fn visit_str<E: de::Error>(self, value: &str) -> Result<bool, E> {
+        value.parse().map_err(|_| E::custom(format!("{value:?} is neither true nor false")))
+    }
+}
+
+fn yes_or_no<'de, D: Deserializer<'de>>(deserializer: D) -> Result<bool, D::Error> {
+    deserializer.deserialize_any(YesOrNo)
+}
+
 /// Text and nothing else: a number in place of a name is a mistake.
 struct Text;
 
@@ -910,6 +991,8 @@ mod tests {
         // A list counts as nothing there when it is empty.
         let mut full = defaults();
         full.auth.observers.push("eve".parse().unwrap());
+        full.http.origins.push(AllowedOrigin::Any);
+        full.acme.domains.push("chat.example.org".parse().unwrap());
         let in_code: BTreeSet<String> =
             leaves(&Config::try_from(&full).unwrap().collect().unwrap()).into_iter().collect();
         assert_eq!(in_file, in_code);
@@ -1029,6 +1112,44 @@ mod tests {
     }
 
     #[test]
+    fn origins_are_origins() {
+        let settings =
+            load("[http]\norigins = ['https://App.example.org:443', 'http://x:81']", &[], Flags::default()).unwrap();
+        let written = settings.http.origins.iter().map(AllowedOrigin::to_string).collect::<Vec<_>>();
+        assert_eq!(written, ["https://app.example.org", "http://x:81"]);
+        assert_eq!(load(&settings.to_toml(), &[], Flags::default()).unwrap(), settings);
+        let every = load("", &[("CHATD__HTTP__ORIGINS", "*")], Flags::default()).unwrap();
+        assert_eq!(every.http.origins, [AllowedOrigin::Any]);
+        assert_says(
+            &refusal("[http]\norigins = ['https://app.example.org/']"),
+            &["http.origins", "https://app.example.org/"],
+        );
+        assert_says(&refusal("[http]\norigins = ['app.example.org']"), &["http.origins", "is no origin"]);
+    }
+
+    #[test]
+    fn a_certificate_is_asked_for_where_it_can_be_checked() {
+        let acme = |rest: &str| format!("[acme]\ndomains = ['Chat.example.org']\n{rest}");
+        let listening = "[http]\ntls_listen = '127.0.0.1:0'";
+        let settings = load(&acme(&format!("accept_terms = true\n{listening}")), &[], Flags::default()).unwrap();
+        assert_eq!(settings.acme.domains[0].to_string(), "chat.example.org");
+        assert_eq!(load(&settings.to_toml(), &[], Flags::default()).unwrap(), settings);
+        let variables = [("CHATD__ACME__ACCEPT_TERMS", "true"), ("CHATD__HTTP__TLS_LISTEN", "127.0.0.1:0")];
+        assert!(load(&acme(""), &variables, Flags::default()).is_ok());
+        assert_says(&refusal(&acme("accept_terms = true")), &["`acme.domains`", "http.tls_listen", "443"]);
+        let pair = "[tls]\ncertificate = 'a'\nkey = 'b'";
+        assert_says(&refusal(&acme(&format!("{listening}\n{pair}"))), &["`acme.domains`", "tls.certificate"]);
+        let disagrees = load(&acme(listening), &[], Flags::default()).unwrap_err().to_string();
+        assert_says(&disagrees, &["`acme.accept_terms`", "terms of service"]);
+        assert_says(&refusal(&acme("accept_terms = 1")), &["`acme.accept_terms`", "true or false"]);
+        for (key, wrong) in
+            [("domains", "['*.example.org']"), ("domains", "['a b']"), ("directory", "'http://ca.example.org'")]
+        {
+            assert_says(&refusal(&format!("[acme]\n{key} = {wrong}")), &[&format!("acme.{key}")]);
+        }
+    }
+
+    #[test]
     fn webhooks_need_a_secret_that_is_not_shown() {
         let secret = "correct horse battery staple";
         let hooks = |rest: &str| format!("[webhooks]\nurl = 'http://127.0.0.1:9/hook'\n{rest}");
@@ -1120,6 +1241,8 @@ mod tests {
         for (key, value) in [
             ("connections", "0"),
             ("connect_timeout_ms", "0"),
+            ("tls_timeout_ms", "0"),
+            ("websocket_timeout_ms", "600001"),
             ("shutdown_timeout_ms", "600001"),
             ("receive_maximum", "65536"),
             ("window", "0"),

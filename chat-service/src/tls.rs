@@ -1,6 +1,8 @@
-//! TLS: certificate, key and the authorities of clients, from files, and read again when they change.
+//! TLS: certificate, key and the authorities of clients, from files, and read again when they change; or a certificate that `acme` gives.
 //!
-//! A handshake begins with what was read last. If new files are wrong the old ones stay in use, and the operator is told.
+//! A handshake begins with what was read last. If new files are wrong the old ones stay in use, and the operator is told. Whoever accepts a
+//! connection counts it first: a handshake has a deadline of its own, and the costly part of it takes its turn, so that a crowd at the door is
+//! no burden for those inside.
 
 use std::io;
 use std::path::{Path, PathBuf};
@@ -8,13 +10,17 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use parking_lot::RwLock;
+use rustc_hash::FxHashMap;
+use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{Acceptor, ClientHello, ServerSessionMemoryCache, WebPkiClientVerifier};
+use rustls::version::{TLS12, TLS13};
 use rustls::{RootCertStore, ServerConfig};
-use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::sync::watch;
-use tokio_rustls::TlsAcceptor;
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
+use tokio::sync::{Semaphore, watch};
+use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
@@ -22,6 +28,10 @@ use crate::settings::TlsSettings;
 
 /// How often the files are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
+/// TLS sessions that can be resumed, for each listener: as many as rustls keeps by itself.
+const SESSIONS_KEPT: usize = 256;
+/// What a client asks for that checks a challenge of ACME's [RFC 8737].
+const ACME_ALPN: &[u8] = b"acme-tls/1";
 
 /// Why TLS cannot be served.
 #[derive(Debug, thiserror::Error)]
@@ -37,55 +47,132 @@ pub enum TlsError {
     ClientCa(String),
 }
 
+/// What is spoken over TLS. A client that asks for something else by ALPN is refused: no page can be talked into sending HTTP to MQTT's port.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Spoken {
+    Mqtt,
+    Http,
+}
+
+impl Spoken {
+    fn alpn(self) -> &'static [u8] {
+        match self {
+            Self::Mqtt => b"mqtt",
+            Self::Http => b"http/1.1",
+        }
+    }
+}
+
 /// What handshakes begin with.
 pub struct Tls {
-    settings: Files,
-    config: RwLock<Arc<ServerConfig>>,
+    client_ca: Option<PathBuf>,
+    /// `None`: certificates are given.
+    files: Option<PairFiles>,
+    /// `None`: there is no certificate yet.
+    configs: RwLock<Option<Configs>>,
+    /// What answers an ACME challenge, by domain.
+    challenges: RwLock<FxHashMap<String, Arc<ServerConfig>>>,
+    timeout: Duration,
+    /// For the costly part of a handshake. It is fair: first come, first served.
+    turns: Semaphore,
+}
+
+#[derive(Clone)]
+struct Configs {
+    mqtt: Arc<ServerConfig>,
+    http: Arc<ServerConfig>,
 }
 
 /// Paths.
 #[derive(Clone, Debug)]
-struct Files {
+struct PairFiles {
     certificate: PathBuf,
     key: PathBuf,
-    client_ca: Option<PathBuf>,
 }
 
-impl Files {
-    /// When they were changed last, as far as that can be told.
-    fn changed(&self) -> Vec<Option<SystemTime>> {
-        let paths = [Some(&self.certificate), Some(&self.key), self.client_ca.as_ref()];
-        let changed = |path: &PathBuf| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
-        paths.into_iter().flatten().map(changed).collect()
-    }
+/// A certificate with its chain, and its key.
+pub struct Pair {
+    pub chain: Vec<CertificateDer<'static>>,
+    pub key: PrivateKeyDer<'static>,
 }
 
 impl Tls {
-    /// `None` if there is no certificate in the settings.
+    /// `None` if there is no certificate in the settings, and none `is_given` later. A handshake may take as long as `timeout`.
     ///
     /// # Errors
     /// The first thing that is wrong with the files.
-    pub fn new(settings: &TlsSettings) -> Result<Option<Arc<Self>>, TlsError> {
-        let (Some(certificate), Some(key)) = (settings.certificate.clone(), settings.key.clone()) else {
-            return Ok(None);
+    pub fn new(settings: &TlsSettings, is_given: bool, timeout: Duration) -> Result<Option<Arc<Self>>, TlsError> {
+        let files = match (settings.certificate.clone(), settings.key.clone()) {
+            (Some(certificate), Some(key)) => Some(PairFiles { certificate, key }),
+            _ if is_given => None,
+            _ => return Ok(None),
         };
-        let settings = Files { certificate, key, client_ca: settings.client_ca.clone() };
-        let config = RwLock::new(Arc::new(config(&settings)?));
-        Ok(Some(Arc::new(Self { settings, config })))
+        // At least one core is left for everything else, if there is another.
+        let cores = std::thread::available_parallelism().map_or(1, usize::from);
+        let tls = Self {
+            client_ca: settings.client_ca.clone(),
+            files,
+            configs: RwLock::new(None),
+            challenges: RwLock::default(),
+            timeout,
+            turns: Semaphore::new((cores / 2).max(1)),
+        };
+        tls.reload()?;
+        if tls.files.is_none() {
+            // Whatever is wrong with the authorities of clients is told now, and not when the first certificate comes.
+            client_verifier(tls.client_ca.as_deref())?;
+        }
+        Ok(Some(Arc::new(tls)))
     }
 
-    /// Reads the files again. If one of them is wrong everything stays as it was.
+    /// Reads the files again. If one of them is wrong everything stays as it was. Certificates that were given stay too.
     ///
     /// # Errors
     /// The first thing that is wrong with the files.
     pub fn reload(&self) -> Result<(), TlsError> {
-        *self.config.write() = Arc::new(config(&self.settings)?);
+        let Some(files) = &self.files else { return Ok(()) };
+        let chain = certificates("tls.certificate", &files.certificate)?;
+        let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| TlsError::File {
+            key: "tls.key",
+            path: files.key.clone(),
+            reason: format!("there is no private key in it, in PEM: {error}"),
+        })?;
+        self.give(Pair { chain, key })
+    }
+
+    /// Shows this certificate from now on.
+    ///
+    /// # Errors
+    /// Certificate and key do not fit together, or `tls.client_ca` cannot be used.
+    pub fn give(&self, pair: Pair) -> Result<(), TlsError> {
+        let configs = configs(self.client_ca.as_deref(), pair)?;
+        *self.configs.write() = Some(configs);
         Ok(())
+    }
+
+    /// Answers those who check an ACME challenge for this domain with this certificate, until it is withdrawn.
+    ///
+    /// # Errors
+    /// Certificate and key do not fit together.
+    pub fn give_challenge(&self, domain: &str, pair: Pair) -> Result<(), TlsError> {
+        let builder = ServerConfig::builder_with_provider(provider())
+            .with_protocol_versions(&[&TLS13, &TLS12])
+            .map_err(TlsError::Pair)?;
+        let mut config =
+            builder.with_no_client_auth().with_single_cert(pair.chain, pair.key).map_err(TlsError::Pair)?;
+        config.alpn_protocols = vec![ACME_ALPN.to_vec()];
+        self.challenges.write().insert(domain.to_owned(), Arc::new(config));
+        Ok(())
+    }
+
+    /// No challenge for this domain is answered any longer.
+    pub fn withdraw_challenge(&self, domain: &str) {
+        self.challenges.write().remove(domain);
     }
 
     /// Reads the files again when they have changed, until `stop`.
     pub async fn watch(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
-        let mut seen = self.settings.changed();
+        let mut seen = self.changed();
         loop {
             tokio::select! {
                 _ = stop.wait_for(|set| *set) => return,
@@ -94,7 +181,7 @@ impl Tls {
             let tls = Arc::clone(&self);
             let before = seen.clone();
             let looked = tokio::task::spawn_blocking(move || {
-                let now = tls.settings.changed();
+                let now = tls.changed();
                 let outcome = (now != before).then(|| tls.reload());
                 (now, outcome)
             });
@@ -108,51 +195,104 @@ impl Tls {
         }
     }
 
+    /// When the files were changed last, as far as that can be told.
+    fn changed(&self) -> Vec<Option<SystemTime>> {
+        let (certificate, key) = self.files.as_ref().map(|files| (&files.certificate, &files.key)).unzip();
+        let changed = |path: &PathBuf| std::fs::metadata(path).and_then(|metadata| metadata.modified()).ok();
+        [certificate, key, self.client_ca.as_ref()].into_iter().flatten().map(changed).collect()
+    }
+
     /// The server's side of a handshake. With the common name of the certificate that the client showed, if it showed one.
     ///
     /// # Errors
-    /// The client does not speak TLS, or shows a certificate that is not taken.
-    pub async fn accept<T>(&self, io: T) -> io::Result<(TlsStream<T>, Option<Arc<str>>)>
+    /// The client does not speak TLS, is too slow, or shows a certificate that is not taken; or there is no certificate to show it yet; or all it
+    /// wanted was to check an ACME challenge.
+    pub async fn accept<T>(&self, io: T, spoken: Spoken) -> io::Result<(TlsStream<T>, Option<Arc<str>>)>
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
-        let config = Arc::clone(&self.config.read());
-        let stream = TlsAcceptor::from(config).accept(io).await?;
+        match tokio::time::timeout(self.timeout, self.handshake(io, spoken)).await {
+            Ok(outcome) => outcome,
+            Err(_) => Err(io::Error::new(io::ErrorKind::TimedOut, "the TLS handshake took too long")),
+        }
+    }
+
+    async fn handshake<T>(&self, io: T, spoken: Spoken) -> io::Result<(TlsStream<T>, Option<Arc<str>>)>
+    where
+        T: AsyncRead + AsyncWrite + Unpin,
+    {
+        // Waiting for a client costs nobody a turn.
+        let hello = LazyConfigAcceptor::new(Acceptor::default(), io).await?;
+        if let Some(challenge) = self.challenge(&hello.client_hello()) {
+            let mut stream = hello.into_stream(challenge).await?;
+            stream.shutdown().await?;
+            return Err(io::Error::other("it was an ACME challenge, and is answered"));
+        }
+        let configs = self.configs.read().clone();
+        let Some(configs) = configs else {
+            return Err(io::Error::other("there is no certificate yet"));
+        };
+        let config = match spoken {
+            Spoken::Mqtt => configs.mqtt,
+            Spoken::Http => configs.http,
+        };
+        let accepting = {
+            let _turn = self.turns.acquire().await.map_err(io::Error::other)?;
+            // Keys are agreed on and the signature is made in here.
+            hello.into_stream(config)
+        };
+        let stream = accepting.await?;
         let name = stream.get_ref().1.peer_certificates().and_then(|chain| common_name(chain.first()?));
         Ok((stream, name))
     }
+
+    /// `None` if it is a client like any other.
+    fn challenge(&self, hello: &ClientHello<'_>) -> Option<Arc<ServerConfig>> {
+        let asks = hello.alpn()?.eq([ACME_ALPN]);
+        let domain = hello.server_name().filter(|_| asks)?;
+        self.challenges.read().get(&domain.to_ascii_lowercase()).cloned()
+    }
 }
 
-fn config(files: &Files) -> Result<ServerConfig, TlsError> {
-    let provider = Arc::new(rustls::crypto::ring::default_provider());
-    let builder = ServerConfig::builder_with_provider(Arc::clone(&provider))
-        .with_safe_default_protocol_versions()
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(rustls::crypto::ring::default_provider())
+}
+
+fn client_verifier(client_ca: Option<&Path>) -> Result<Option<Arc<dyn ClientCertVerifier>>, TlsError> {
+    let Some(path) = client_ca else { return Ok(None) };
+    let mut roots = RootCertStore::empty();
+    for authority in certificates("tls.client_ca", path)? {
+        roots.add(authority).map_err(|error| TlsError::ClientCa(error.to_string()))?;
+    }
+    // Whoever shows none logs in some other way.
+    let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
+        .allow_unauthenticated()
+        .build()
+        .map_err(|error| TlsError::ClientCa(error.to_string()))?;
+    Ok(Some(verifier))
+}
+
+fn configs(client_ca: Option<&Path>, pair: Pair) -> Result<Configs, TlsError> {
+    let builder = ServerConfig::builder_with_provider(provider())
+        .with_protocol_versions(&[&TLS13, &TLS12])
         .map_err(TlsError::Pair)?;
-    let builder = match &files.client_ca {
+    let builder = match client_verifier(client_ca)? {
         None => builder.with_no_client_auth(),
-        Some(path) => {
-            let mut roots = RootCertStore::empty();
-            for authority in certificates("tls.client_ca", path)? {
-                roots.add(authority).map_err(|error| TlsError::ClientCa(error.to_string()))?;
-            }
-            // Whoever shows none logs in some other way.
-            let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider)
-                .allow_unauthenticated()
-                .build()
-                .map_err(|error| TlsError::ClientCa(error.to_string()))?;
-            builder.with_client_cert_verifier(verifier)
-        }
+        Some(verifier) => builder.with_client_cert_verifier(verifier),
     };
-    let chain = certificates("tls.certificate", &files.certificate)?;
-    let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| TlsError::File {
-        key: "tls.key",
-        path: files.key.clone(),
-        reason: format!("there is no private key in it, in PEM: {error}"),
-    })?;
-    builder.with_single_cert(chain, key).map_err(TlsError::Pair)
+    let config = builder.with_single_cert(pair.chain, pair.key).map_err(TlsError::Pair)?;
+    let of = |spoken: Spoken| {
+        let mut config = config.clone();
+        config.alpn_protocols = vec![spoken.alpn().to_vec()];
+        // Each has sessions of its own to resume.
+        config.session_storage = ServerSessionMemoryCache::new(SESSIONS_KEPT);
+        Arc::new(config)
+    };
+    Ok(Configs { mqtt: of(Spoken::Mqtt), http: of(Spoken::Http) })
 }
 
-fn certificates(key: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+/// Every certificate of a PEM file; at least one.
+pub fn certificates(key: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, TlsError> {
     let error = |reason: String| TlsError::File { key, path: path.to_owned(), reason };
     let found: Result<Vec<_>, _> =
         CertificateDer::pem_file_iter(path).map_err(|cause| error(cause.to_string()))?.collect();

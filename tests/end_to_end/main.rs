@@ -4,6 +4,7 @@
 
 #[cfg(test)]
 mod acl;
+mod acme;
 #[cfg(test)]
 mod auth;
 #[cfg(test)]
@@ -22,6 +23,8 @@ mod crowd;
 mod first_message;
 #[cfg(test)]
 mod hostile;
+#[cfg(test)]
+mod idle;
 #[cfg(test)]
 mod lifecycle;
 #[cfg(test)]
@@ -53,3 +56,5 @@ mod storage;
 mod tls;
 #[cfg(test)]
 mod webhooks;
+#[cfg(test)]
+mod websocket;

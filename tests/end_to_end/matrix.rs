@@ -11,7 +11,7 @@ use tempfile::TempDir;
 use crate::auth::passwd;
 use crate::chat::assert_well;
 use crate::ordinary::{nothing_more, retained};
-use crate::tls::{Files, port};
+use end_to_end::tls::{Files, port};
 
 const USERS: [&str; 3] = ["alice", "bob", "carol"];
 /// What only bob may read.
@@ -79,7 +79,7 @@ impl House {
             assert_eq!(code, Some(0), "{said}");
         }
         std::fs::write(folder.path().join("access"), ACCESS).unwrap();
-        (Files::new(), folder)
+        (Files::new().unwrap(), folder)
     }
 
     /// Who comes in has to prove it, and the access file counts.

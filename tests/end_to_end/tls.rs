@@ -1,75 +1,18 @@
 //! TLS: the same over an encrypted socket, with certificates that are read again, and clients that show their own.
 
-use std::path::PathBuf;
 use std::process::Stdio;
+use std::time::{Duration, Instant};
 
 use end_to_end::programs::{self, Subscriber};
+use end_to_end::tls::{Files, connect, port};
 use end_to_end::{Chatd, Connect, Options, PATIENCE, eventually};
-use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
-use tempfile::TempDir;
-use tokio::io::AsyncReadExt;
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
-
-type Authority = CertifiedIssuer<'static, KeyPair>;
-
-pub(crate) struct Files {
-    folder: TempDir,
-    authority: Authority,
-}
-
-impl Files {
-    /// An authority and a certificate for this machine.
-    pub(crate) fn new() -> Self {
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        params.distinguished_name.push(DnType::CommonName, "an authority of the tests");
-        let authority = CertifiedIssuer::self_signed(params, KeyPair::generate().unwrap()).unwrap();
-        let files = Self { folder: tempfile::tempdir().unwrap(), authority };
-        std::fs::write(files.path("ca.pem"), files.authority.pem()).unwrap();
-        files.issue("server", "chatd");
-        files
-    }
-
-    pub(crate) fn path(&self, name: &str) -> PathBuf {
-        self.folder.path().join(name)
-    }
-
-    fn text(&self, name: &str) -> String {
-        self.path(name).display().to_string()
-    }
-
-    /// `{file}.pem` and `{file}.key`, of this common name.
-    fn issue(&self, file: &str, common_name: &str) {
-        let mut params = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()]).unwrap();
-        params.distinguished_name.push(DnType::CommonName, common_name);
-        let key = KeyPair::generate().unwrap();
-        let certificate = params.signed_by(&key, &self.authority).unwrap();
-        std::fs::write(self.path(&format!("{file}.key")), key.serialize_pem()).unwrap();
-        std::fs::write(self.path(&format!("{file}.pem")), certificate.pem()).unwrap();
-    }
-
-    pub(crate) fn options(&self) -> Options {
-        Options::default()
-            .set("tls.certificate", self.text("server.pem"))
-            .set("tls.key", self.text("server.key"))
-            .set("mqtt.tls_listen", "127.0.0.1:0")
-            .set("http.tls_listen", "127.0.0.1:0")
-    }
-}
-
-/// The port that it says it listens on for this, over TLS.
-pub(crate) async fn port(chatd: &Chatd, protocol: &str) -> String {
-    let find = || {
-        let begin = format!("{protocol} over TLS listening on 127.0.0.1:");
-        chatd.greeting().lines().find_map(|line| line.strip_prefix(&begin).map(str::to_owned))
-    };
-    eventually("it says where it listens", PATIENCE, async || find().is_some()).await;
-    find().unwrap()
-}
+use tokio::task::JoinSet;
 
 #[tokio::test]
 async fn mosquitto_chats_over_tls() {
-    let files = Files::new();
+    let files = Files::new().unwrap();
     let chatd = Chatd::start_with(files.options()).await.unwrap();
     let port = port(&chatd, "mqtt").await;
     let ca = files.text("ca.pem");
@@ -90,14 +33,14 @@ async fn mosquitto_chats_over_tls() {
 
 #[tokio::test]
 async fn the_certificate_is_read_again() {
-    let files = Files::new();
+    let files = Files::new().unwrap();
     let chatd = Chatd::start_with(files.options()).await.unwrap();
     let url = format!("https://localhost:{}/healthz", port(&chatd, "http").await);
     let curl = format!("curl -sf --cacert {} {url}", files.text("ca.pem"));
     assert!(programs::shell(&curl).await.unwrap().status.success());
 
     // New files of another authority: clients that trust the first one trust it no more.
-    let others = Files::new();
+    let others = Files::new().unwrap();
     std::fs::copy(others.path("server.pem"), files.path("server.pem")).unwrap();
     chatd.signal_hangup().unwrap();
     eventually("a pair that does not fit is refused", PATIENCE, async || {
@@ -115,11 +58,11 @@ async fn the_certificate_is_read_again() {
 
 #[tokio::test]
 async fn a_certificate_is_who_one_is() {
-    let files = Files::new();
-    files.issue("bob", "bob");
-    files.issue("nobody", "No Body");
-    let strangers = Files::new();
-    strangers.issue("bob", "bob");
+    let files = Files::new().unwrap();
+    files.issue("bob", "bob").unwrap();
+    files.issue("nobody", "No Body").unwrap();
+    let strangers = Files::new().unwrap();
+    strangers.issue("bob", "bob").unwrap();
     let options = files.options().set("tls.client_ca", files.text("ca.pem")).set("auth.mode", "required");
     let chatd = Chatd::start_with(options).await.unwrap();
     let port = port(&chatd, "mqtt").await;
@@ -147,34 +90,248 @@ async fn a_certificate_is_who_one_is() {
     assert!(Connect::v5("bob", "phone").to(&chatd).await.is_err());
 }
 
-/// A client that says nothing costs its place for as long as there is for CONNECT, and delays nobody.
+/// Reads what comes until the server closes.
+async fn rest(mut io: impl AsyncRead + Unpin) -> Vec<u8> {
+    let mut rest = Vec::new();
+    let end = tokio::time::timeout(PATIENCE, io.read_to_end(&mut rest)).await.expect("it is closed");
+    // Closed, or reset: what was said was not read.
+    end.unwrap_or_default();
+    rest
+}
+
+/// Sends a byte now and then until the server closes; how long that took.
+async fn drip(io: impl AsyncRead + AsyncWrite, bytes: &[u8]) -> Duration {
+    let began = Instant::now();
+    let (reading, mut writing) = tokio::io::split(io);
+    let dripping = async {
+        for byte in bytes.iter().cycle() {
+            if writing.write_all(&[*byte]).await.is_err() || writing.flush().await.is_err() {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(100)).await;
+        }
+        std::future::pending().await
+    };
+    tokio::select! {
+        _ = rest(reading) => began.elapsed(),
+        () = dripping => unreachable!("it never ends"),
+    }
+}
+
+const SHORT: Duration = Duration::from_millis(700);
+const UPGRADE: &str = "GET /mqtt HTTP/1.1\r\nhost: localhost\r\nconnection: upgrade\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\n\
+                       sec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nsec-websocket-protocol: mqtt\r\n\r\n";
+
+#[track_caller]
+fn assert_closed_in_time(what: &str, took: Duration) {
+    // No earlier than it should, and not when another deadline ends.
+    assert!(took >= SHORT / 2 && took < Duration::from_secs(20), "{what}: closed after {took:?}");
+}
+
+/// Only this limit is short: whatever closes a client that takes its time, it is this.
+fn short(files: &Files, limit: &str) -> Options {
+    let mut options = files.options();
+    for each in ["tls", "websocket", "connect"] {
+        options = options.set(&format!("limits.{each}_timeout_ms"), 600_000);
+    }
+    options.set(&format!("limits.{limit}_timeout_ms"), SHORT.as_millis())
+}
+
+/// A client that says nothing, or a byte now and then, costs its place for as long as there is for the handshake, and delays nobody.
 #[tokio::test]
-async fn silence_in_the_handshake_ends_at_its_deadline() {
-    let files = Files::new();
-    let chatd = Chatd::start_with(files.options().set("limits.connect_timeout_ms", 500)).await.unwrap();
+async fn slowness_in_the_tls_handshake_ends_at_its_deadline() {
+    let files = Files::new().unwrap();
+    let chatd = Chatd::start_with(short(&files, "tls")).await.unwrap();
+    // The beginning of a ClientHello that would be 4 KiB long.
+    let hello = [&[22, 3, 1, 0x10, 4, 1, 0, 0x10, 0, 3, 3][..], &[7; 4_000]].concat();
     for protocol in ["mqtt", "http"] {
         let port = port(&chatd, protocol).await;
         let mut silent = Vec::new();
-        for nth in 0..50 {
-            let mut socket = TcpStream::connect(format!("127.0.0.1:{port}")).await.unwrap();
-            if nth % 2 == 0 {
-                // The first bytes of a ClientHello, and no more.
-                tokio::io::AsyncWriteExt::write_all(&mut socket, &[22, 3, 1, 2, 0, 1]).await.unwrap();
-            }
-            silent.push(socket);
+        for _ in 0..50 {
+            silent.push(TcpStream::connect(("127.0.0.1", port)).await.unwrap());
         }
-        for mut socket in silent {
-            let mut rest = Vec::new();
-            let end = tokio::time::timeout(PATIENCE, socket.read_to_end(&mut rest)).await.expect("it is closed");
-            // Closed, or reset: what was said was not read.
-            end.unwrap_or_default();
+        let socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+        assert_closed_in_time(protocol, drip(socket, &hello).await);
+        for socket in silent {
+            assert_eq!(rest(socket).await, b"");
         }
     }
 }
 
 #[tokio::test]
+async fn slowness_in_a_request_ends_at_its_deadline() {
+    let files = Files::new().unwrap();
+    let chatd = Chatd::start_with(short(&files, "websocket")).await.unwrap();
+    let connector = files.connector(&["http/1.1"]).unwrap();
+    let port = port(&chatd, "http").await;
+    let request = UPGRADE.trim_end().as_bytes();
+    let clear = TcpStream::connect(chatd.http_addr()).await.unwrap();
+    assert_closed_in_time("in clear", drip(clear, request).await);
+    assert_closed_in_time("over TLS", drip(connect(&connector, port, "localhost").await.unwrap(), request).await);
+    // Between requests it has as long.
+    let mut kept_alive = connect(&connector, port, "localhost").await.unwrap();
+    let began = Instant::now();
+    kept_alive.write_all(b"GET /healthz HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+    let answer = rest(kept_alive).await;
+    assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+    assert_closed_in_time("between requests", began.elapsed());
+}
+
+#[tokio::test]
+async fn slowness_in_connect_ends_at_its_deadline() {
+    let files = Files::new().unwrap();
+    let chatd = Chatd::start_with(short(&files, "connect")).await.unwrap();
+    let connect_packet = Connect::v5("alice", &"x".repeat(1_000)).bytes();
+    let clear = TcpStream::connect(chatd.mqtt_addr()).await.unwrap();
+    assert_closed_in_time("in clear", drip(clear, &connect_packet).await);
+    let mqtt = files.connector(&["mqtt"]).unwrap();
+    let over_tls = connect(&mqtt, port(&chatd, "mqtt").await, "localhost").await.unwrap();
+    assert_closed_in_time("over TLS", drip(over_tls, &connect_packet).await);
+    let http = files.connector(&["http/1.1"]).unwrap();
+    let mut upgraded = connect(&http, port(&chatd, "http").await, "localhost").await.unwrap();
+    upgraded.write_all(UPGRADE.as_bytes()).await.unwrap();
+    let mut status = [0; 12];
+    upgraded.read_exact(&mut status).await.unwrap();
+    assert_eq!(&status, b"HTTP/1.1 101");
+    // A mask of zeros, and two bytes of the packet a frame.
+    let frames: Vec<u8> =
+        connect_packet.chunks(2).flat_map(|bytes| [&[0x82, 0x82, 0, 0, 0, 0], bytes].concat()).collect();
+    assert_closed_in_time("over WebSocket over TLS", drip(upgraded, &frames).await);
+}
+
+/// Each has its time from when the one before is done.
+#[tokio::test]
+async fn deadlines_are_counted_anew() {
+    let files = Files::new().unwrap();
+    let mut options = files.options();
+    for each in ["tls", "websocket", "connect"] {
+        options = options.set(&format!("limits.{each}_timeout_ms"), 4_000);
+    }
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let connector = files.connector(&["http/1.1"]).unwrap();
+    let taking_time = || tokio::time::sleep(Duration::from_millis(1_600));
+    let port = port(&chatd, "http").await;
+    let socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+    taking_time().await;
+    let name = "localhost".to_owned().try_into().unwrap();
+    let mut client = connector.connect(name, socket).await.unwrap();
+    taking_time().await;
+    client.write_all(UPGRADE.as_bytes()).await.unwrap();
+    let mut status = [0; 12];
+    client.read_exact(&mut status).await.unwrap();
+    taking_time().await;
+    let packet = Connect::v4("alice", "phone").bytes();
+    let frame = [&[0x82, 0x80 | u8::try_from(packet.len()).unwrap(), 0, 0, 0, 0], packet.as_slice()].concat();
+    client.write_all(&frame).await.unwrap();
+    let connack = [0x82, 4, 0x20, 2, 0, 0];
+    let mut answer = Vec::new();
+    while !answer.ends_with(&connack) {
+        assert!(client.read_buf(&mut answer).await.unwrap() > 0, "{}", String::from_utf8_lossy(&answer));
+    }
+}
+
+/// A ClientHello of this version, in the way of TLS 1.2 and before.
+fn client_hello(minor: u8) -> Vec<u8> {
+    let mut body = vec![3, minor];
+    body.extend([7; 32]);
+    // No session; ECDHE with AES in CBC mode, as TLS 1.0 has it; no compression; a curve, and points in the usual form.
+    body.extend([0, 0, 4, 0xc0, 0x13, 0xc0, 0x09, 1, 0, 0, 14, 0, 10, 0, 4, 0, 2, 0, 23, 0, 11, 0, 2, 1, 0]);
+    let length = u8::try_from(body.len()).unwrap();
+    [&[22, 3, 1, 0, length + 4, 1, 0, 0, length], body.as_slice()].concat()
+}
+
+#[tokio::test]
+async fn old_versions_of_tls_are_refused() {
+    let files = Files::new().unwrap();
+    let chatd = Chatd::start_with(files.options()).await.unwrap();
+    for protocol in ["mqtt", "http"] {
+        let port = port(&chatd, protocol).await;
+        // SSL 3, TLS 1.0 and 1.1.
+        for minor in 0..=2 {
+            let mut socket = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
+            socket.write_all(&client_hello(minor)).await.unwrap();
+            let answer = rest(socket).await;
+            // A fatal alert, and no ServerHello.
+            assert!(answer.len() == 7 && answer[0] == 21 && answer[5] == 2, "3.{minor}: {answer:02x?}");
+        }
+    }
+}
+
+/// Nobody can be talked into speaking one protocol to the port of another.
+#[tokio::test]
+async fn what_is_asked_for_by_alpn_is_what_is_spoken() {
+    let files = Files::new().unwrap();
+    let chatd = Chatd::start_with(files.options()).await.unwrap();
+    for (protocol, alpn, spoken) in [
+        ("mqtt", &["mqtt"][..], Some(Some(&b"mqtt"[..]))),
+        ("mqtt", &[], Some(None)),
+        ("mqtt", &["http/1.1"], None),
+        ("mqtt", &["h2", "http/1.1"], None),
+        ("http", &["h2", "http/1.1"], Some(Some(b"http/1.1"))),
+        ("http", &[], Some(None)),
+        ("http", &["mqtt"], None),
+        ("http", &["acme-tls/1"], None),
+    ] {
+        let connector = files.connector(alpn).unwrap();
+        let stream = connect(&connector, port(&chatd, protocol).await, "localhost").await.ok();
+        let agreed = stream.as_ref().map(|stream| stream.get_ref().1.alpn_protocol());
+        assert_eq!(agreed, spoken, "{protocol}: {alpn:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_certificate_is_read_again_when_its_file_changes() {
+    let files = Files::new().unwrap();
+    let chatd = Chatd::start_with(files.options()).await.unwrap();
+    let port = port(&chatd, "http").await;
+    let others = Files::new().unwrap();
+    let connector = others.connector(&[]).unwrap();
+    assert!(connect(&connector, port, "localhost").await.is_err());
+    for name in ["server.pem", "server.key"] {
+        std::fs::copy(others.path(name), files.path(name)).unwrap();
+    }
+    eventually("the new one is shown", PATIENCE, async || connect(&connector, port, "localhost").await.is_ok()).await;
+}
+
+/// A crowd that begins handshakes all at once takes turns: those who are in go on.
+#[tokio::test]
+async fn five_hundred_handshakes_at_once_do_not_delay_others() {
+    let files = Files::new().unwrap();
+    let chatd = Chatd::start_with(files.options()).await.unwrap();
+    let port = port(&chatd, "mqtt").await;
+    let connector = files.connector(&["mqtt"]).unwrap();
+    let mut innocent = Connect::v5("innocent", "phone").to(&chatd).await.unwrap();
+    let mut shaking = JoinSet::new();
+    for _ in 0..500 {
+        let connector = connector.clone();
+        shaking.spawn(async move { connect(&connector, port, "localhost").await });
+    }
+    let began = Instant::now();
+    let mut waits = Vec::new();
+    let mut shaken = Vec::new();
+    while !shaking.is_empty() {
+        let asked = Instant::now();
+        innocent.say("innocent", "friend", "hello").await.unwrap();
+        waits.push(asked.elapsed());
+        while let Some(done) = shaking.try_join_next() {
+            shaken.push(done.unwrap().unwrap());
+        }
+    }
+    waits.sort_unstable();
+    let (middle, longest) = (waits[waits.len() / 2], waits[waits.len() - 1]);
+    println!(
+        "{} handshakes in {:?}; {} PUBACKs meanwhile, {middle:?} in the middle, {longest:?} at most",
+        shaken.len(),
+        began.elapsed(),
+        waits.len()
+    );
+    assert_eq!(shaken.len(), 500);
+    assert!(longest < Duration::from_secs(2), "{longest:?}");
+}
+
+#[tokio::test]
 async fn settings_that_do_not_fit_are_told() {
-    let files = Files::new();
+    let files = Files::new().unwrap();
     let key = files.text("server.key");
     for (options, part) in [
         (Options::default().set("tls.key", &key), "tls.certificate"),
@@ -184,6 +341,7 @@ async fn settings_that_do_not_fit_are_told() {
         (files.options().set("tls.certificate", files.text("ca.pem")), "tls.key"),
         (files.options().set("tls.certificate", "/does/not/exist"), "/does/not/exist"),
         (files.options().set("mqtt.tls_listen", "0.0.0.0:0"), "loopback"),
+        (files.options().set("acme.domains", "chat.example.org"), "acme.domains"),
     ] {
         let mut command = end_to_end::chatd::command().await.unwrap();
         let folder = tempfile::tempdir().unwrap();

@@ -10,6 +10,7 @@ pub mod packet;
 pub mod programs;
 pub mod raw;
 pub mod receiver;
+pub mod tls;
 pub mod wait;
 
 pub use chatd::{Chatd, Options};
