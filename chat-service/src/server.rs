@@ -11,6 +11,7 @@ use broker::websocket::{Besides, Origins};
 use broker::{Announcer, Broker};
 use chat_protocol::UserId;
 use tokio::net::TcpListener;
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinHandle;
 
@@ -86,11 +87,14 @@ pub struct Server {
     shutdown_timeout: Duration,
     auth: Arc<Auth>,
     key_fetch: Option<KeyFetch>,
+    hangup: Signal,
 }
 
 impl Server {
     /// Opens and binds everything, or says what could not be.
     pub async fn start(settings: &Settings) -> anyhow::Result<Self> {
+        // Before anybody can know that we are there: a SIGHUP that nobody listens for is the end.
+        let hangup = signal(SignalKind::hangup()).context("listening for SIGHUP")?;
         let limits = &settings.limits;
         let limit = |bytes| (bytes > 0).then_some(bytes);
         let quotas =
@@ -216,6 +220,7 @@ impl Server {
             shutdown_timeout: limits.shutdown_timeout,
             auth,
             key_fetch,
+            hangup,
         })
     }
 
@@ -295,7 +300,7 @@ impl Server {
             let changed = move || broker.rights_changed();
             drop(tokio::spawn(fetch.run(auth, metrics, changed, told(stop.subscribe()))));
         }
-        drop(tokio::spawn(reload(self.auth, self.tls, self.broker.clone(), stop.subscribe())));
+        drop(tokio::spawn(reload(self.hangup, self.auth, self.tls, self.broker.clone(), stop.subscribe())));
         self.readiness.ready();
         tracing::info!("ready");
 
@@ -362,14 +367,13 @@ pub fn auth(settings: &Settings) -> Result<Auth, AuthError> {
 }
 
 /// On SIGHUP reads the files again that say who may come in, and who may do what.
-async fn reload(auth: Arc<Auth>, tls: Option<Arc<Tls>>, broker: Broker<Chat>, mut stop: watch::Receiver<bool>) {
-    let mut hangup = match tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()) {
-        Ok(hangup) => hangup,
-        Err(error) => {
-            tracing::warn!(%error, "SIGHUP will not be heard");
-            return;
-        }
-    };
+async fn reload(
+    mut hangup: Signal,
+    auth: Arc<Auth>,
+    tls: Option<Arc<Tls>>,
+    broker: Broker<Chat>,
+    mut stop: watch::Receiver<bool>,
+) {
     loop {
         tokio::select! {
             _ = stop.wait_for(|set| *set) => return,
@@ -496,7 +500,6 @@ const FILE_TOO_LARGE_SIGNAL: i32 = 25;
 
 /// Ends at SIGTERM or SIGINT.
 pub fn stop_signal() -> anyhow::Result<impl Future<Output = ()>> {
-    use tokio::signal::unix::{SignalKind, signal};
     let mut terminate = signal(SignalKind::terminate()).context("listening for SIGTERM")?;
     let mut interrupt = signal(SignalKind::interrupt()).context("listening for SIGINT")?;
     // Listened for, it kills nobody: the write fails instead, and is treated as on a full disk.

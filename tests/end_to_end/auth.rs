@@ -474,7 +474,7 @@ async fn keys_that_cannot_be_fetched_again_stay() {
     let long = Duration::from_secs(60);
     keys.set(None);
     eventually("a fetch fails", long, async || failures().await >= 1.0).await;
-    alice(Version::V5).password(signed(Some("2026"))).to(&chatd).await.unwrap();
+    Connect::v5("alice", "laptop").password(signed(Some("2026"))).to(&chatd).await.unwrap();
     for bad in ["{}", "nonsense", r#"{"keys":[{"kty":"oct","k":"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"}]}"#] {
         let before = failures().await;
         keys.set(Some(bad.to_owned()));
@@ -494,6 +494,27 @@ async fn keys_that_cannot_be_fetched_again_stay() {
     client.set_patience(long);
     assert_eq!(disconnected(&mut client).await, 0x87);
     assert_eq!(refused(&chatd, alice(Version::V5).password(signed(None))).await.0, 0x86);
+}
+
+#[tokio::test]
+async fn a_new_token_with_fewer_roles_ends_what_they_allowed() {
+    let (_folder, chatd) = taking_tokens().await;
+    let with_roles = |roles: &str| token(json!({"sub": "eve", "exp": now_s() + 600, "roles": roles}));
+    let properties = Properties::none().with(id::AUTHENTICATION_METHOD, Property::Text("JWT".to_owned()));
+    let data = Property::Binary(with_roles("observer").into_bytes());
+    let properties = properties.with(id::AUTHENTICATION_DATA, data);
+    let connect = Connect { user_name: None, properties, ..Connect::v5("eve", "tail") };
+    let mut eve = connect.to(&chatd).await.unwrap();
+    eve.subscribe("chat/+/inbox", 1).await.unwrap();
+    let alices = token(json!({"sub": "alice", "exp": now_s() + 600}));
+    let mut alice = alice(Version::V5).password(alices).to(&chatd).await.unwrap();
+    alice.say("alice", "bob", "seen").await.unwrap();
+    assert_eq!(eve.acked_message().await.unwrap().json()["text"], "seen");
+    eve.send_bytes(&packet::authenticate_again("JWT", with_roles("").as_bytes())).await.unwrap();
+    eve.take("AUTH", |packet| matches!(packet, Packet::Auth { code: 0, .. }).then_some(())).await.unwrap();
+    alice.say("alice", "bob", "unseen").await.unwrap();
+    let packets = eve.ping().await.unwrap();
+    assert!(!packets.iter().any(|packet| matches!(packet, Packet::Publish(_))), "{packets:?}");
 }
 
 /// Nothing that a client sends may begin a line of the log, or reach the terminal of whoever reads it.
