@@ -904,7 +904,8 @@ async fn mqtt_3_1_1_malformed_packets_close_the_connection() {
     for bytes in [frame(0x82, &subscribe), frame(0xa2, &unsubscribe), frame(0x32, &publish)] {
         let mut client = connected(&chatd, Version::V4, "client").await;
         client.send_bytes(&bytes).await.unwrap();
-        assert_eq!(client.until_closed().await.unwrap(), [], "{bytes:02x?}");
+        let last = client.until_closed().await.unwrap_or_else(|error| panic!("{bytes:02x?}: {error:#}"));
+        assert_eq!(last, [], "{bytes:02x?}");
     }
     // [MQTT-3.1.4-1]: a CONNECT that does not conform is answered by closing, and by no CONNACK.
     let connect = |flags: u8, parts: &[Vec<u8>]| {
@@ -929,7 +930,8 @@ async fn mqtt_3_1_1_malformed_packets_close_the_connection() {
     ] {
         let mut client = Client::tcp(chatd.mqtt_addr(), Version::V4).await.unwrap();
         client.send_bytes(&bytes).await.unwrap();
-        assert_eq!(client.until_closed().await.unwrap(), [], "{bytes:02x?}");
+        let last = client.until_closed().await.unwrap_or_else(|error| panic!("{bytes:02x?}: {error:#}"));
+        assert_eq!(last, [], "{bytes:02x?}");
     }
     assert_well(&chatd).await;
 }
