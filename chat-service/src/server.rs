@@ -1,7 +1,7 @@
 //! The server as a whole: opens the log, starts the sequencer, the broker and the listeners, and takes them down in the opposite order.
 
 use std::future::Future;
-use std::net::{IpAddr, SocketAddr};
+use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -361,8 +361,8 @@ async fn told(mut flag: watch::Receiver<bool>) {
 /// # Errors
 /// The first thing that is wrong with them.
 pub fn auth(settings: &Settings) -> Result<Auth, AuthError> {
-    // What comes from this machine comes from a proxy, or from a test.
-    let counts_address = Box::new(|address: IpAddr| !address.to_canonical().is_loopback());
+    let uncounted = settings.limits.uncounted_addresses.clone();
+    let counts_address = Box::new(move |address| !uncounted.iter().any(|network| network.contains(address)));
     Auth::new(&settings.auth, settings.tls.client_ca.is_some(), counts_address)
 }
 
