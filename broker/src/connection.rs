@@ -774,6 +774,18 @@ where
                 &format!("the will cannot be published: {}", refusal.reason),
             ));
         }
+        let mut pace = self.shared.pacing.connection(&identity.user, Instant::now());
+        match pace.judge_connect(Instant::now()) {
+            Verdict::Pass => {}
+            Verdict::Wait { until, limit } => {
+                self.limited(limit);
+                tokio::time::sleep_until(until.into()).await;
+            }
+            Verdict::Refuse { limit } => {
+                self.limited(limit);
+                return Err(refuse(ConnectRefusalCode::ConnectionRateExceeded, "you connect too often: wait a little"));
+            }
+        }
         let key = SessionKey { user: Arc::clone(&identity.user), client_id };
         let previous = self
             .shared
@@ -857,9 +869,7 @@ where
                 })?;
             }
         }
-        if let Some(session) = &self.session {
-            self.pace = Some(self.shared.pacing.connection(&session.key.user, Instant::now()));
-        }
+        self.pace = Some(pace);
         let assigned_client_id =
             self.session.as_ref().filter(|_| assigned).map(|session| Arc::clone(&session.key.client_id));
         let expiry_told = (expiry_s != connect.session_expiry_s).then_some(expiry_s);

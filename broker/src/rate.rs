@@ -6,7 +6,8 @@
 //! are gone are forgotten without giving anybody more.
 //!
 //! Over the rate MQTT 5 is refused, as often as it may publish; beyond that, and for MQTT 3.1.1 and packets that cannot be refused, reading
-//! pauses. Nothing that was read is lost, and a client cannot make the server work faster than twice its rate.
+//! pauses. Nothing that was read is lost, and a client cannot make the server work faster than twice its rate. Connecting costs as much as
+//! some ten publishes, so a user may do that a tenth as often; who is faster waits, and is refused when that would take too long.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,6 +18,11 @@ use parking_lot::Mutex;
 use crate::limits::Limits;
 
 const SECOND_NS: u64 = 1_000_000_000;
+/// A user may publish so many times as often as connect, though not less than [`CONNECTS_PER_S_MIN`].
+const PUBLISHES_PER_CONNECT: u32 = 10;
+const CONNECTS_PER_S_MIN: u32 = 10;
+/// How long a CONNECT waits at most.
+const CONNECT_WAIT_NS_MAX: u64 = SECOND_NS;
 /// Users in the map before those are looked for who can be forgotten.
 const SWEEP_AT_LEAST: usize = 1_024;
 
@@ -97,16 +103,17 @@ impl Buckets {
     }
 }
 
-/// Of one connection, or of all of one user's: what passed, and what was refused.
+/// Of one connection, or of all of one user's: what passed, and what was refused. Only a user connects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 struct Account {
     passed: Buckets,
     refused: Buckets,
+    connects: Bucket,
 }
 
 impl Account {
     fn is_idle(self, now_ns: u64) -> bool {
-        self.passed.is_idle(now_ns) && self.refused.is_idle(now_ns)
+        self.passed.is_idle(now_ns) && self.refused.is_idle(now_ns) && self.connects.busy_until_ns <= now_ns
     }
 }
 
@@ -132,6 +139,7 @@ struct Shared {
     began: Instant,
     connection: Rates,
     user: Rates,
+    connects: Rate,
     accounts: Mutex<Accounts>,
 }
 
@@ -158,7 +166,12 @@ impl Pacing {
             publishes: rate(limits.user_publishes_per_s, "user_publishes_per_s"),
             bytes: rate(limits.user_publish_bytes_per_s, "user_publish_bytes_per_s"),
         };
-        Self { shared: Arc::new(Shared { began: now, connection, user, accounts: Mutex::default() }) }
+        let connects_per_s = match limits.user_publishes_per_s {
+            0 => 0,
+            publishes => (publishes / PUBLISHES_PER_CONNECT).max(CONNECTS_PER_S_MIN),
+        };
+        let connects = rate(connects_per_s, "user_publishes_per_s");
+        Self { shared: Arc::new(Shared { began: now, connection, user, connects, accounts: Mutex::default() }) }
     }
 
     /// A connection of this user.
@@ -192,6 +205,19 @@ pub(crate) struct Pace {
 }
 
 impl Pace {
+    /// Whether its user may connect once more. Charged already, unless it is refused.
+    pub(crate) fn judge_connect(&mut self, now: Instant) -> Verdict {
+        let (connects, now_ns) = (self.shared.connects, self.shared.ns(now));
+        let mut of_user = self.of_user.lock();
+        let free_ns = of_user.connects.free_at_ns(connects, 1, now_ns);
+        let (wait_ns, limit) = (free_ns.saturating_sub(now_ns), connects.limit);
+        if wait_ns > CONNECT_WAIT_NS_MAX {
+            return Verdict::Refuse { limit };
+        }
+        of_user.connects.take(connects, 1, now_ns);
+        if wait_ns == 0 { Verdict::Pass } else { Verdict::Wait { until: now + Duration::from_nanos(wait_ns), limit } }
+    }
+
     /// Whether it may be worked on. Charged already, unless it is refused: who was told to wait does not ask again.
     pub(crate) fn judge(&mut self, cost: Cost, may_refuse: bool, now: Instant) -> Verdict {
         let (connection, user, now_ns) = (self.shared.connection, self.shared.user, self.shared.ns(now));
@@ -292,6 +318,20 @@ mod tests {
         }
         let mut other = pacing.connection(&"bob".into(), now);
         assert_eq!(other.judge(one(1), false, now), Verdict::Pass, "another user's rate is their own");
+    }
+
+    #[test]
+    fn connects_wait_in_turn_and_are_refused_when_too_many_wait() {
+        let now = Instant::now();
+        let pacing = Pacing::new(&limits(), now);
+        let connect = |user: &str| pacing.connection(&user.into(), now).judge_connect(now);
+        let verdicts: Vec<_> = (0..21).map(|_| connect("alice")).collect();
+        assert!(verdicts[..10].iter().all(|verdict| *verdict == Verdict::Pass), "the least is 10 a second");
+        for (verdict, wait) in verdicts[10..20].iter().zip(1..) {
+            assert_eq!(*verdict, Verdict::Wait { until: now + ms(wait * 100), limit: "user_publishes_per_s" });
+        }
+        assert_eq!(verdicts[20], Verdict::Refuse { limit: "user_publishes_per_s" });
+        assert_eq!(connect("bob"), Verdict::Pass);
     }
 
     #[test]

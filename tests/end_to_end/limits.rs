@@ -59,6 +59,11 @@ async fn connected(chatd: &Chatd, connect: &Connect) -> Client {
     until(async || connect.to(chatd).await.ok()).await
 }
 
+/// A PUBACK's or PUBREC's code, or 0 for success with nobody there to receive it.
+fn outcome(code: u8) -> u8 {
+    if code == 0x10 { 0 } else { code }
+}
+
 fn padded(bytes: usize) -> Properties {
     let value = |bytes: usize| "x".repeat(bytes);
     Properties::none().with_user("k", &value(bytes))
@@ -182,7 +187,7 @@ async fn user_properties_of_one_packet() {
                 let publish = Publish::new(topic, "hello", qos);
                 Publish { properties: many_properties(count), ..publish }
             };
-            assert_eq!(alice.publish(publish(MAX)).await.unwrap().code, 0, "{taken}");
+            assert_eq!(outcome(alice.publish(publish(MAX)).await.unwrap().code), 0, "{taken}");
             let refused = alice.publish(publish(MAX + 1)).await.unwrap();
             assert_eq!(refused.code, QUOTA_EXCEEDED, "{taken}");
             assert!(refused.reason.unwrap().contains("64 user properties"));
@@ -223,7 +228,7 @@ async fn bytes_of_a_topic() {
     alice.subscribe(&topic(MAX), 1).await.unwrap();
     let (codes, properties) = alice.subscribe_codes(&[(&topic(MAX + 1), 1)]).await.unwrap();
     assert_eq!(codes, [0x8f], "{properties:?}");
-    assert_eq!(alice.publish(Publish::new(topic(MAX), "hello", 1)).await.unwrap().code, 0);
+    assert_eq!(outcome(alice.publish(Publish::new(topic(MAX), "hello", 1)).await.unwrap().code), 0);
     assert_eq!(alice.acked_message().await.unwrap().topic, topic(MAX));
     for qos in [1, 2] {
         assert_eq!(alice.publish(Publish::new(topic(MAX + 1), "hello", qos)).await.unwrap().code, 0x90);
@@ -353,7 +358,7 @@ async fn burst(client: &mut Client, version: Version, publishes: Vec<Publish>) -
     client.send_bytes(&bytes).await.unwrap();
     let mut codes = Vec::new();
     for packet_id in packet_ids {
-        codes.push(client.puback(packet_id).await.unwrap().code);
+        codes.push(outcome(client.puback(packet_id).await.unwrap().code));
     }
     codes
 }
@@ -472,18 +477,52 @@ async fn rates_of_one_user_over_all_connections() {
 }
 
 #[tokio::test]
+async fn connects_of_one_user_wait_for_their_turn() {
+    // A tenth of it: 10 a second.
+    let chatd = with("user_publishes_per_s", 100).await;
+    let began = Instant::now();
+    for version in [Version::V4, Version::V5].repeat(10) {
+        Connect::new(version, "alice", "phone").to(&chatd).await.unwrap();
+    }
+    assert!(
+        began.elapsed() >= Duration::from_millis(950),
+        "10 beyond the first 10 take a second: {:?}",
+        began.elapsed()
+    );
+    assert!(chatd.limited("user_publishes_per_s").await.unwrap() >= 5.0);
+    let before = Instant::now();
+    Connect::v5("bob", "phone").to(&chatd).await.unwrap();
+    println!("another user connected after {:?}", before.elapsed());
+
+    // Who would have to wait for longer than a second is refused.
+    let mut many = Vec::new();
+    for nth in 0..40 {
+        many.push(Connect::v5("alice", &format!("device-{nth}")).open(&chatd).await.unwrap());
+    }
+    let mut codes = Vec::new();
+    for mut client in many {
+        match client.receive().await.unwrap() {
+            Some(Packet::Connack { code, .. }) => codes.push(code),
+            other => panic!("{other:?}"),
+        }
+    }
+    assert!(codes.contains(&0) && codes.contains(&0x9f), "{codes:?}");
+    assert!(codes.iter().all(|code| [0, 0x9f].contains(code)), "{codes:?}");
+}
+
+#[tokio::test]
 async fn new_conversations_an_hour() {
     let chatd = with("new_conversations_per_hour", 3).await;
     let mut alice = Connect::v5("alice", "phone").to(&chatd).await.unwrap();
     for peer in ["b", "c", "d"] {
-        assert_eq!(alice.say("alice", peer, "hello").await.unwrap().code, 0);
+        assert_eq!(outcome(alice.say("alice", peer, "hello").await.unwrap().code), 0);
     }
     let refused = alice.say_as("alice", "e", "one", "hello").await.unwrap();
     assert_eq!(refused.code, QUOTA_EXCEEDED);
     assert!(refused.reason.unwrap().starts_with("quota_exceeded: "));
     assert_limited(&chatd, "new_conversations_per_hour", 1.0).await;
     // Conversations that are there go on, answers never count, and others may begin.
-    assert_eq!(alice.say("alice", "b", "again").await.unwrap().code, 0);
+    assert_eq!(outcome(alice.say("alice", "b", "again").await.unwrap().code), 0);
     let mut eve = Connect::v5("e", "phone").to(&chatd).await.unwrap();
     assert_eq!(eve.say("e", "alice", "hello").await.unwrap().code, 0);
     assert_eq!(alice.say_as("alice", "e", "one", "hello").await.unwrap().code, 0, "it is an answer now");
@@ -515,11 +554,11 @@ async fn what_was_limited_before_is_counted_as_well() {
     assert_eq!(alice.connack_properties().number(id::SESSION_EXPIRY), Some(100));
     let codes = alice.subscribe_codes(&[("a/b/c/d/e", 0), ("b", 0), ("a/b/c/d/e/f", 0)]).await.unwrap().0;
     assert_eq!(codes, [0, QUOTA_EXCEEDED, 0x8f]);
-    assert_eq!(alice.say("alice", "bob", "0123456789").await.unwrap().code, 0);
-    assert!(alice.say("alice", "bob", "0123456789a").await.unwrap().code >= 0x80);
+    assert_eq!(outcome(alice.say("alice", "bob", "0123456789").await.unwrap().code), 0);
+    assert_eq!(alice.say("alice", "bob", "0123456789a").await.unwrap().code, QUOTA_EXCEEDED);
     for (topic, code) in [("first", 0), ("second", QUOTA_EXCEEDED)] {
         let retained = Publish { retain: true, ..Publish::new(topic, "x", 1) };
-        assert_eq!(alice.publish(retained).await.unwrap().code, code);
+        assert_eq!(outcome(alice.publish(retained).await.unwrap().code), code);
     }
     alice.send_bytes(&packet::frame(0x30, &[0; 70_000])).await.unwrap();
     assert!(matches!(alice.until_closed().await.unwrap().last(), Some(Packet::Disconnect { code: 0x95, .. })));

@@ -164,7 +164,7 @@ async fn answers_arrive_however_long_the_texts_are() {
 async fn a_topic_for_each_answer_leaves_no_trace() {
     const REQUESTS: u64 = 15_000;
     const GROWTH_MAX_KB: u64 = 5 * 1024;
-    let chatd = Chatd::start().await.unwrap();
+    let chatd = Chatd::start_with(Options::default().as_fast_as_it_can()).await.unwrap();
     let mut alice = device(&chatd, Connect::v5("alice", "phone")).await;
     let mut memory = Vec::new();
     for round in 0..3 {
@@ -182,7 +182,7 @@ async fn a_topic_for_each_answer_leaves_no_trace() {
 #[tokio::test]
 async fn ten_thousand_messages_make_few_receipts() {
     const MESSAGES: u64 = 10_000;
-    let chatd = Chatd::start().await.unwrap();
+    let chatd = Chatd::start_with(Options::default().as_fast_as_it_can()).await.unwrap();
     let mut alice = device(&chatd, Connect::v5("alice", "alice-phone")).await;
     let mut bob = listener(&chatd, Connect::v5("bob", "bob-phone").receive_maximum(20)).await.unwrap();
     let receiving = tokio::spawn(async move {

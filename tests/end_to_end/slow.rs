@@ -92,7 +92,7 @@ async fn best_latency(carol: &mut Client, dave: &mut Client) -> Latency {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_slow_receivers_with_50_000_waiting_cost_nobody_else_anything() {
-    let chatd = Chatd::start().await.unwrap();
+    let chatd = Chatd::start_with(end_to_end::Options::default().as_fast_as_it_can()).await.unwrap();
     for user in ["mute", "lazy", "warm"] {
         listener(&chatd, Connect::v4(user, &format!("{user}-phone")).persistent())
             .await
