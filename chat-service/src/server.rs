@@ -172,6 +172,7 @@ impl Server {
         let http_options = http::Options {
             connections: limits.connections,
             header_timeout: limits.websocket_timeout,
+            answer_timeout: http::ANSWER_TIMEOUT,
             shutdown_timeout: limits.shutdown_timeout,
         };
         Ok(Self {
