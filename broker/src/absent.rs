@@ -70,7 +70,8 @@ impl AbsentSession {
         self.receiver.mailbox.retain_ordinary(|ordinary| may_receive(&ordinary.message.topic));
         self.under_way.queue.retain(|queued| match queued {
             Queued::Ordinary(ordinary) | Queued::Again(ordinary, _) => may_receive(&ordinary.message.topic),
-            Queued::Release(_) => true,
+            // Asked again for each message when it is delivered.
+            Queued::Release(_) | Queued::Retained(_) => true,
             Queued::Live(..) => false,
         });
         let ended: Vec<SubscriptionRecord> = ended;

@@ -46,6 +46,8 @@ const ORDINARY_BUS_TOPIC: &str = "ordinary";
 /// Absent sessions with neither subscriptions nor a will whose packets under way are remembered; those of further ones come again under
 /// new packet identifiers.
 const UNDER_WAY_SESSIONS_MAX: usize = 20_000;
+/// Retained messages that are looked at together, for one subscription.
+const RETAINED_LOOKS: usize = 256;
 
 /// What connections share.
 pub(crate) struct Shared<S> {
@@ -597,14 +599,20 @@ impl<S: Service> Shared<S> {
         }
     }
 
-    /// Retained messages that a filter matches and this receiver may see, if those who published them still may.
-    pub(crate) fn retained_for(&self, who: &Identity, filter: &str) -> Vec<RetainedMessage> {
-        let mut found = self.retained.lock().matching(filter, Instant::now());
+    /// The next retained messages that a filter matches and this receiver may see, if those who published them still may; and behind which
+    /// topic to look on.
+    pub(crate) fn retained_for(
+        &self,
+        who: &Identity,
+        filter: &str,
+        after: Option<&str>,
+    ) -> (Vec<RetainedMessage>, Option<Arc<str>>) {
+        let (mut found, after) = self.retained.lock().matching_after(filter, after, RETAINED_LOOKS, Instant::now());
         found.retain(|retained| {
             let topic = &retained.message.topic;
             let may_stand = |source: &Arc<Identity>| self.service.may_stand(source, topic);
             self.service.may_receive(who, topic) && retained.source.as_ref().is_none_or(may_stand)
         });
-        found
+        (found, after)
     }
 }

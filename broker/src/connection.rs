@@ -34,7 +34,9 @@ use crate::service::{
     Observation, Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Service,
     ServiceError, SessionKey, SubscribeRoute, Subscriber, SubscriptionRecord,
 };
-use crate::session::{LiveTopic, Queued, Session, Slot, Subscribed, Subscription, Target, UnderWay, Wanted};
+use crate::session::{
+    LiveTopic, Queued, RetainedWanted, Session, Slot, Subscribed, Subscription, Target, UnderWay, Wanted,
+};
 use crate::stream::{DurableStream, Ready};
 use crate::topics::filter;
 use crate::topics::message::{Expiry, Message};
@@ -48,6 +50,8 @@ const OUT_DELIVERIES_MAX: usize = 64 * 1024;
 const OUT_READING_MAX: usize = 256 * 1024;
 /// Reading stops while so many publishes wait for their answers. Only MQTT 3.1.1 gets there, which knows no receive maximum.
 const PENDING_READING_MAX: usize = 1_024;
+/// Parts of what is retained that are looked through before others have their turn.
+const RETAINED_PARTS_MAX: usize = 16;
 /// An empty output buffer larger than this is given back.
 const OUT_KEPT: usize = 1_024;
 /// Messages read from the log at once.
@@ -141,6 +145,8 @@ struct Connection<S: Service, T> {
     timer_at: Instant,
     /// The session's next connection is there, and waits until then for what this one has read and done.
     taken_over: Option<Instant>,
+    /// There is more to do at once than was done.
+    busy: bool,
     /// The socket had nothing more to read.
     dry: bool,
     /// Read since others had their turn.
@@ -194,6 +200,7 @@ where
         timer: Box::pin(tokio::time::sleep_until(deadline.into())),
         timer_at: deadline,
         taken_over: None,
+        busy: false,
         dry: false,
         read_in_turn: 0,
         pace: None,
@@ -256,6 +263,10 @@ where
 {
     async fn serve(&mut self, departure: &mut Departure<S>) -> End {
         loop {
+            if self.busy {
+                // Others first.
+                tokio::task::yield_now().await;
+            }
             std::future::poll_fn(|cx| self.poll_step(cx)).await;
             if self.end == Some(End::Socket) {
                 self.await_outcomes().await;
@@ -308,7 +319,7 @@ where
 
     /// Waits for anything, and takes in whatever is there.
     fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let mut progress = false;
+        let mut progress = std::mem::take(&mut self.busy);
         let take_ordinary = self.session.as_ref().is_some_and(|session| session.queue.is_empty());
         if let Poll::Ready(mail) = self.mailbox.poll(cx, take_ordinary) {
             self.on_mail(mail);
@@ -1086,7 +1097,7 @@ where
         let who = Arc::clone(&session.identity);
         let mut granted = Vec::with_capacity(filters.len());
         let mut first_reason: Option<String> = None;
-        let mut retained: Vec<Ordinary> = Vec::new();
+        let mut retained: Vec<RetainedWanted> = Vec::new();
         let mut changed = false;
         for wanted in filters {
             match self.add_subscription(&who, wanted, identifier, &mut retained, &mut changed, departure) {
@@ -1104,7 +1115,10 @@ where
         }
         self.engine.suback(packet_id, &granted, first_reason.as_deref());
         if let Some(session) = &mut self.session {
-            session.queue.extend(retained.into_iter().map(Queued::Ordinary));
+            for wanted in retained {
+                session.forget_retained(&wanted.filter);
+                session.queue.push_back(Queued::Retained(wanted));
+            }
         }
     }
 
@@ -1113,7 +1127,7 @@ where
         who: &Identity,
         wanted: Filter,
         identifier: Option<u32>,
-        retained: &mut Vec<Ordinary>,
+        retained: &mut Vec<RetainedWanted>,
         changed: &mut bool,
         departure: &mut Departure<S>,
     ) -> Result<u8, Refusal> {
@@ -1166,15 +1180,8 @@ where
             };
             // Nobody in a group is sent what was there before [MQTT-4.8.2].
             if send_retained && !shared {
-                let found = self.shared.retained_for(who, &record.filter).into_iter();
-                retained.extend(found.map(|found| Ordinary {
-                    qos: qos.min(found.message.qos),
-                    retain: true,
-                    identifiers: identifier.into_iter().collect(),
-                    since: found.since,
-                    share: None,
-                    message: found.message,
-                }));
+                retained.retain(|other| other.filter != record.filter);
+                retained.push(RetainedWanted { filter: record.filter, qos, identifier, after: None });
             }
         }
         Ok(qos)
@@ -1222,7 +1229,7 @@ where
         session.queue = queue;
         session.queue.retain(|queued| match queued {
             Queued::Again(_, packet_id) | Queued::Release(packet_id) => self.engine.reserve(*packet_id),
-            Queued::Ordinary(_) | Queued::Live(..) => true,
+            Queued::Ordinary(_) | Queued::Live(..) | Queued::Retained(_) => true,
         });
         let waited = receiver.mailbox.take_ordinary().into_iter().filter(|ordinary| ordinary.qos > 0);
         session.queue.extend(waited.map(Queued::Ordinary));
@@ -1284,6 +1291,7 @@ where
             let Some(at) = at else { continue };
             let removed = session.subscriptions.remove(at);
             if matches!(removed.to, Subscribed::Ordinary) {
+                session.forget_retained(filter);
                 self.shared.subscriptions.unsubscribe([filter.as_str()], self.number.0);
                 departure.ordinary.retain(|other| other != filter);
             }
@@ -1464,11 +1472,13 @@ where
     /// Sends what waits in the session's own queue, as far as the client has room.
     fn deliver_queued(&mut self) {
         let Some(session) = &mut self.session else { return };
+        let mut retained_parts = 0;
         while self.engine.out.len() - self.out_at < OUT_DELIVERIES_MAX {
             let needs_room = match session.queue.front() {
                 Some(Queued::Ordinary(ordinary)) => ordinary.qos > 0,
                 Some(Queued::Again(..) | Queued::Release(_)) => true,
                 Some(Queued::Live(_, qos)) => *qos > 0,
+                Some(Queued::Retained(wanted)) => wanted.qos > 0,
                 None => break,
             };
             if needs_room && !session.has_room() {
@@ -1484,6 +1494,31 @@ where
                         break;
                     }
                     session.sent(packet_id, Target::Released, 0);
+                    continue;
+                }
+                Queued::Retained(wanted) if retained_parts == RETAINED_PARTS_MAX => {
+                    session.queue.push_front(Queued::Retained(wanted));
+                    self.busy = true;
+                    break;
+                }
+                Queued::Retained(mut wanted) => {
+                    retained_parts += 1;
+                    let after = wanted.after.take();
+                    let (found, after) = self.shared.retained_for(&session.identity, &wanted.filter, after.as_deref());
+                    let (qos, identifier) = (wanted.qos, wanted.identifier);
+                    if after.is_some() {
+                        session.queue.push_front(Queued::Retained(RetainedWanted { after, ..wanted }));
+                    }
+                    for found in found.into_iter().rev() {
+                        session.queue.push_front(Queued::Ordinary(Ordinary {
+                            qos: qos.min(found.message.qos),
+                            retain: true,
+                            identifiers: identifier.into_iter().collect(),
+                            since: found.since,
+                            share: None,
+                            message: found.message,
+                        }));
+                    }
                     continue;
                 }
                 Queued::Live(message, qos) => {

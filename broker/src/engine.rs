@@ -35,6 +35,9 @@ const TOPIC_ALIASES_SENT_MAX: u16 = 16;
 /// A shorter topic is not worth an alias, which takes three bytes.
 const ALIASED_TOPIC_BYTES_MIN: usize = 4;
 
+/// Packets that are taken at once: they are many times as large here as the smallest are on the wire.
+const PACKETS_AT_ONCE: usize = 1_024;
+
 /// A will, as CONNECT carries it.
 #[derive(Debug, Clone)]
 pub(crate) struct Will {
@@ -281,11 +284,12 @@ impl Engine {
         self.inner.get_protocol_version() == Version::V5_0
     }
 
-    /// Takes bytes from the socket; gives the packets in them. Stops after a CONNECT, which has to be answered first: the number of
+    /// Takes bytes from the socket; gives the packets in them. Stops after a CONNECT, which has to be answered first, and after
+    /// [`PACKETS_AT_ONCE`]: the number of
     /// bytes taken is returned.
     pub(crate) fn feed(&mut self, bytes: &[u8], packets: &mut VecDeque<Incoming>) -> usize {
         let mut taken = 0;
-        while taken < bytes.len() && self.fault.is_none() && !self.closing {
+        while taken < bytes.len() && packets.len() < PACKETS_AT_ONCE && self.fault.is_none() && !self.closing {
             let len = match self.framing.advance(&bytes[taken..]) {
                 Ok(len) => len,
                 Err(Malformed::ProtocolLevel) if !self.connected => {

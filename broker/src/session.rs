@@ -62,6 +62,18 @@ pub(crate) enum Queued {
     /// The receiver has it, and is still to hear PUBREL.
     Release(u16),
     Live(Arc<LiveMessage>, u8),
+    /// What is retained for a new subscription, taken part by part as the client has room.
+    Retained(RetainedWanted),
+}
+
+/// Retained messages that a subscription is still to be sent.
+#[derive(Debug)]
+pub(crate) struct RetainedWanted {
+    pub(crate) filter: String,
+    pub(crate) qos: u8,
+    pub(crate) identifier: Option<u32>,
+    /// Of topics up to here it was sent what there is.
+    pub(crate) after: Option<Arc<str>>,
 }
 
 #[derive(Debug, Clone)]
@@ -153,6 +165,11 @@ impl Session {
         }
     }
 
+    /// What is retained for this filter is not to be sent any more.
+    pub(crate) fn forget_retained(&mut self, filter: &str) {
+        self.queue.retain(|queued| !matches!(queued, Queued::Retained(wanted) if wanted.filter == filter));
+    }
+
     pub(crate) fn is_persistent(&self) -> bool {
         self.expiry_s > 0
     }
@@ -205,6 +222,7 @@ impl Session {
         queue.extend(self.queue.drain(..).filter(|queued| match queued {
             Queued::Ordinary(ordinary) => ordinary.qos > 0,
             Queued::Again(..) | Queued::Release(_) => true,
+            Queued::Retained(wanted) => wanted.qos > 0,
             Queued::Live(..) => false,
         }));
         UnderWay { received, resend, queue }

@@ -554,7 +554,6 @@ async fn a_refused_connect_is_the_end() {
         let wild = Will { topic: "a/#".into(), payload: b"gone".to_vec(), ..Will::default() };
         let foreign = Will { topic: "chat/bob/out/watcher".into(), payload: b"gone".to_vec(), ..Will::default() };
         let refused = [
-            ("no user name", Connect { user_name: None, ..decent.clone() }.bytes()),
             ("a bad user name", Connect { user_name: Some("Alice Cooper".into()), ..decent.clone() }.bytes()),
             ("a will with wildcards", decent.clone().will(wild).bytes()),
             ("a will in another's name", decent.clone().will(foreign).bytes()),

@@ -103,33 +103,58 @@ impl Retained {
         }
     }
 
-    /// Those that a valid, unshared filter matches, in the byte order of their topics. Looks at the topics that begin like the filter does
-    /// before its first wildcard.
+    /// Those that a valid, unshared filter matches, in the byte order of their topics.
     pub fn matching(&mut self, filter: &str, now: Instant) -> Vec<RetainedMessage> {
-        let (expired, found): (Vec<_>, Vec<_>) = self
-            .all_matching(filter)
-            .into_iter()
-            .partition(|retained| retained.message.expiry(retained.since, now) == Expiry::Over);
+        self.matching_after(filter, None, usize::MAX, now).0
+    }
+
+    /// The same part by part: looks at `looks_max` topics behind `after`, and says behind which topic to look on; `None`: that was all. Only
+    /// topics that begin like the filter does before its first wildcard are looked at.
+    pub fn matching_after(
+        &mut self,
+        filter: &str,
+        after: Option<&str>,
+        looks_max: usize,
+        now: Instant,
+    ) -> (Vec<RetainedMessage>, Option<Arc<str>>) {
+        let (all, after) = self.all_matching(filter, after, looks_max);
+        let (expired, found): (Vec<_>, Vec<_>) =
+            all.into_iter().partition(|retained| retained.message.expiry(retained.since, now) == Expiry::Over);
         for retained in expired {
             self.clear(&retained.message.topic);
         }
-        found
+        (found, after)
     }
 
-    fn all_matching(&self, filter: &str) -> Vec<RetainedMessage> {
+    fn all_matching(
+        &self,
+        filter: &str,
+        after: Option<&str>,
+        looks_max: usize,
+    ) -> (Vec<RetainedMessage>, Option<Arc<str>>) {
         let Some(wildcard) = filter.find(['+', '#']) else {
-            return self.messages.get(filter).cloned().into_iter().collect();
+            return (self.messages.get(filter).cloned().into_iter().collect(), None);
         };
-        // `a/#` matches `a` too, the one match that does not begin with `a/`.
-        let parent = filter[wildcard..].starts_with('#').then(|| filter[..wildcard].strip_suffix('/')).flatten();
+        let mut found = Vec::new();
+        if after.is_none() {
+            // `a/#` matches `a` too, the one match that does not begin with `a/`.
+            let parent = filter[wildcard..].starts_with('#').then(|| filter[..wildcard].strip_suffix('/')).flatten();
+            found.extend(parent.and_then(|parent| self.messages.get(parent)).cloned());
+        }
         let prefix = &filter[..wildcard];
-        let below = self
-            .messages
-            .range::<str, _>((Bound::Included(prefix), Bound::Unbounded))
-            .take_while(|(topic, _)| topic.starts_with(prefix))
-            .filter(|(topic, _)| filter::matches(filter, topic))
-            .map(|(_, message)| message);
-        parent.and_then(|parent| self.messages.get(parent)).into_iter().chain(below).cloned().collect()
+        let begin = after.map_or(Bound::Included(prefix), Bound::Excluded);
+        let below = self.messages.range::<str, _>((begin, Bound::Unbounded));
+        let mut looks = 0;
+        for (topic, message) in below.take_while(|(topic, _)| topic.starts_with(prefix)) {
+            if filter::matches(filter, topic) {
+                found.push(message.clone());
+            }
+            looks += 1;
+            if looks >= looks_max {
+                return (found, Some(Arc::clone(topic)));
+            }
+        }
+        (found, None)
     }
 }
 
@@ -233,13 +258,26 @@ mod tests {
         fn a_filter_finds_what_it_matches(
             names in prop::collection::btree_set("[ab$ü/!]{1,5}", 0..30),
             filter in "(([ab$ü]|[+])/){0,3}([ab]|[+]|#)",
+            looks_max in 1_usize..5,
         ) {
             let mut retained = Retained::new(100, 100_000);
             for name in &names {
                 prop_assert_eq!(set(&mut retained, message(name, "x")), Ok(()));
             }
             let expected: Vec<String> = names.into_iter().filter(|name| filter::matches(&filter, name)).collect();
-            prop_assert_eq!(topics(&mut retained, &filter), expected);
+            prop_assert_eq!(topics(&mut retained, &filter), &*expected);
+            // The same part by part.
+            let (mut parts, mut after): (Vec<String>, Option<Arc<str>>) = (Vec::new(), None);
+            loop {
+                let (found, next) = retained.matching_after(&filter, after.as_deref(), looks_max, Instant::now());
+                prop_assert!(found.len() <= looks_max + 1);
+                parts.extend(found.iter().map(|found| found.message.topic.to_string()));
+                after = next;
+                if after.is_none() {
+                    break;
+                }
+            }
+            prop_assert_eq!(parts, expected);
         }
     }
 }
