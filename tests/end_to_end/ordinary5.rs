@@ -994,8 +994,7 @@ async fn connack_promises_everything() {
 async fn a_refusal_says_why() {
     let chatd = Chatd::start().await.unwrap();
     let mut client = five(&chatd, "client").await;
-    for filter in ["a/#/b", "a+", "chat/bob/inbox", "$share/g/chat/client/inbox", "$share/g", "$share//a", "$share/+/a"]
-    {
+    for filter in ["chat/bob/inbox", "chat/#", "$share/g/chat/client/inbox"] {
         let (codes, properties) = client.subscribe_codes(&[(filter, 1)]).await.unwrap();
         assert!(codes.len() == 1 && codes[0] >= 0x80, "{filter}: {codes:02x?}");
         assert!(properties.reason().is_some_and(|reason| !reason.is_empty()), "{filter}: {properties:?}");
