@@ -14,7 +14,7 @@ use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
 use mqtt_protocol_core::mqtt::result_code::DisconnectReasonCode;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::time::Sleep;
 
 use crate::absent::{AbsentSession, DelayedWill};
@@ -62,6 +62,9 @@ const PAGE_BYTES: usize = 128 * 1024;
 const WINDOW_MAX: u16 = 1_024;
 /// How long a connection that ends may take to send its last bytes.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long, and how many bytes, a connection that was closed for a reason is still read from.
+const HEARD_OUT_TIMEOUT: Duration = Duration::from_millis(500);
+const HEARD_OUT_BYTES_MAX: usize = 1024 * 1024;
 /// How long a session's new connection waits for the old one to give back what is under way.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// How long a connection whose session was taken over reads what its client had sent before.
@@ -305,6 +308,9 @@ where
                 self.await_outcomes().await;
                 self.settle(end, departure);
                 self.write_last_bytes().await;
+                if end == End::Closed {
+                    self.hear_out().await;
+                }
                 return end;
             }
             if self.read_in_turn >= READ_BYTES {
@@ -457,6 +463,24 @@ where
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::debug!(peer = %self.peer, %error, "closing failed"),
             Err(_) => tracing::debug!(peer = %self.peer, "the client did not take its last bytes"),
+        }
+    }
+
+    /// Reads what the client has still sent, and forgets it: with unread bytes a closed socket is reset, and a reset takes the DISCONNECT that
+    /// says why with it.
+    async fn hear_out(&mut self) {
+        let ended = async {
+            let mut bytes = [0; 4 * 1024];
+            let mut left = HEARD_OUT_BYTES_MAX;
+            while left > 0 {
+                match self.io.read(&mut bytes).await {
+                    Ok(read) if read > 0 => left = left.saturating_sub(read),
+                    _ => return,
+                }
+            }
+        };
+        if tokio::time::timeout(HEARD_OUT_TIMEOUT, ended).await.is_err() {
+            tracing::trace!(peer = %self.peer, "the client does not close its side");
         }
     }
 
