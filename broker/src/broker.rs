@@ -21,7 +21,6 @@ use tokio_util::task::TaskTracker;
 use crate::absent::{Absent, AbsentSession, DelayedWill, Due};
 use crate::admission::{Admission, Place};
 use crate::bus::{Bus, BusCounters, BusError, BusMessage, BusOptions, BusSink};
-use crate::completion::Reply;
 use crate::connection;
 use crate::engine::Will;
 use crate::escaped::Escaped;
@@ -32,8 +31,8 @@ use crate::ordinary::{Matched, Receiver, Subscriptions};
 use crate::rate::Pacing;
 use crate::registry::{ConnectionNumber, Registry};
 use crate::service::{
-    BoundPublish, Identity, Observation, Peer, PublishRoute, Refusal, RefusalCode, Service, ServiceError, SessionKey,
-    SessionRecord, StoredSession, SubscribeRoute, SubscriptionRecord,
+    Identity, Observation, Peer, PublishRoute, Refusal, RefusalCode, Service, ServiceError, SessionKey, SessionRecord,
+    StoredSession, SubscribeRoute, SubscriptionRecord,
 };
 use crate::session::{Queued, UnderWay};
 use crate::topics::filter::{self, TopicError};
@@ -500,8 +499,13 @@ impl<S: Service> Shared<S> {
     /// What a session was given as a member of a group, and has not acknowledged. Its subscriptions have to be gone.
     pub(crate) fn give_to_others(&self, queued: impl Iterator<Item = Queued>) {
         for queued in queued {
-            if let Queued::Ordinary(ordinary) | Queued::Again(ordinary, _) = queued
-                && let Some(group) = &ordinary.share
+            let ordinary = match queued {
+                Queued::Ordinary(ordinary) => ordinary,
+                // One that was sent with QoS 2 goes to nobody else [MQTT-4.8.2-5].
+                Queued::Again(ordinary, _) if ordinary.qos < 2 => ordinary,
+                _ => continue,
+            };
+            if let Some(group) = &ordinary.share
                 && ordinary.message.qos > 0
             {
                 group.deliver_again(&ordinary.message, ordinary.since, &*self.service);
@@ -564,18 +568,7 @@ impl<S: Service> Shared<S> {
     pub(crate) async fn publish_will(&self, identity: &Arc<Identity>, will: Will) {
         match self.route(identity, &will.topic) {
             Ok(PublishRoute::Bound) => {
-                let mut publishes = vec![BoundPublish {
-                    user: Arc::clone(&identity.user),
-                    roles: identity.roles,
-                    topic: will.topic,
-                    payload: will.payload,
-                    id_property: None,
-                    response_topic: None,
-                    correlation: Bytes::new(),
-                    can_answer: false,
-                    received_at: Instant::now(),
-                    reply: Reply::nobody(),
-                }];
+                let mut publishes = vec![will.as_publish(identity)];
                 while let Err(unsent) = self.service.submit(publishes) {
                     publishes = unsent;
                     self.service.ready().await;

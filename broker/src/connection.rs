@@ -22,6 +22,7 @@ use crate::broker::Shared;
 use crate::completion::Reply;
 use crate::engine::{
     Accepted, Ack, Connect, Engine, Filter, Granted, Incoming, NotSent, Outgoing, Overfull, Publish, UserProperties,
+    Will,
 };
 use crate::escaped::Escaped;
 use crate::filters::FiltersFull;
@@ -802,7 +803,7 @@ where
         };
         let identity = self.shared.service.connect(asked).await?;
         if let Some(will) = &connect.will
-            && let Err(refusal) = self.shared.route(&identity, &will.topic)
+            && let Err(refusal) = self.judge_will(&identity, will)
         {
             return Err(refuse(
                 ConnectRefusalCode::NotAuthorized,
@@ -939,6 +940,11 @@ where
 
     fn refusal(&self, code: RefusalCode, sentence: &str) -> Refusal {
         self.shared.refusal(code, sentence)
+    }
+
+    fn judge_will(&self, who: &Identity, will: &Will) -> Result<(), Refusal> {
+        self.shared.route(who, &will.topic)?;
+        self.shared.service.judge_will(who, &will.as_publish(who))
     }
 
     /// Where a publish goes. Whoever answers to a response topic does so with rights of their own: it has to be one that the publisher may

@@ -5,6 +5,8 @@
 //! it would answer a repeated QoS 2 PUBLISH with PUBREC although the first is not stored yet (suppressed here, because PUBREC means stored).
 
 use std::collections::{HashSet, VecDeque};
+use std::sync::Arc;
+use std::time::Instant;
 
 use bytes::Bytes;
 use mqtt_protocol_core::mqtt::common::Cursor;
@@ -19,13 +21,14 @@ use mqtt_protocol_core::mqtt::result_code::{
 };
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
+use crate::completion::Reply;
 use crate::connect_packet;
 use crate::escaped::Escaped;
 use crate::framing::{Framing, Malformed};
 use crate::limits::Limits;
 use crate::live::LiveMessage;
 use crate::rate::Cost;
-use crate::service::{Authentication, ConnectRefusalCode, RefusalCode};
+use crate::service::{Authentication, BoundPublish, ConnectRefusalCode, Identity, RefusalCode};
 use crate::topics::message::MessageProperties;
 
 /// Topic aliases that a client may set up. They save bytes, and each costs the server a topic name of memory.
@@ -48,6 +51,24 @@ pub(crate) struct Will {
     /// How long after its connection it is published, in seconds.
     pub(crate) delay_s: u32,
     pub(crate) properties: MessageProperties,
+}
+
+impl Will {
+    /// As a publish to a bound topic, which nobody waits for.
+    pub(crate) fn as_publish(&self, identity: &Identity) -> BoundPublish {
+        BoundPublish {
+            user: Arc::clone(&identity.user),
+            roles: identity.roles,
+            topic: self.topic.clone(),
+            payload: self.payload.clone(),
+            id_property: None,
+            response_topic: None,
+            correlation: Bytes::new(),
+            can_answer: false,
+            received_at: Instant::now(),
+            reply: Reply::nobody(),
+        }
+    }
 }
 
 /// CONNECT.
@@ -519,6 +540,11 @@ impl Engine {
                     .collect(),
                 identifier: None,
             },
+            // [MQTT-3.8.2.1.2]: at most one.
+            Packet::V5_0Subscribe(p) if subscription_identifiers(p.props()) > 1 => {
+                self.fault.get_or_insert(MqttError::ProtocolError);
+                return None;
+            }
             Packet::V5_0Subscribe(p) => Incoming::Subscribe {
                 packet_id: p.packet_id(),
                 filters: p
@@ -957,7 +983,7 @@ impl Engine {
 
     pub(crate) fn suback(&mut self, packet_id: u16, granted: &[Granted], reason: Option<&str>) {
         let sent = if self.is_v5() {
-            let codes = granted
+            let codes: Vec<SubackReasonCode> = granted
                 .iter()
                 .map(|granted| match granted {
                     Granted::Qos(0) => SubackReasonCode::GrantedQos0,
@@ -966,14 +992,15 @@ impl Engine {
                     Granted::Refused(code) => suback_code(*code),
                 })
                 .collect();
-            let mut builder = v5_0::Suback::builder().packet_id(packet_id).reason_codes(codes);
-            if let Some(reason) = reason
-                && self.problem_information
-                && let Ok(property) = ReasonString::new(reason)
-            {
-                builder = builder.props(vec![property.into()]);
+            let reason = reason.filter(|_| self.problem_information);
+            let properties = reason.and_then(|reason| ReasonString::new(reason).ok()).map(Property::from);
+            let builder = || v5_0::Suback::builder().packet_id(packet_id).reason_codes(codes.clone());
+            // [MQTT-3.9.2-1]: what does not fit the client's maximum packet size is left out.
+            let told = builder().props(properties.into_iter().collect()).build();
+            match told.and_then(|packet| self.send(packet.into())) {
+                Err(MqttError::PacketTooLarge) => builder().build().and_then(|packet| self.send(packet.into())),
+                sent => sent,
             }
-            builder.build().and_then(|packet| self.send(packet.into()))
         } else {
             let codes = granted
                 .iter()
@@ -1026,11 +1053,14 @@ impl Engine {
     /// Ends the connection: MQTT 5 clients are told why, MQTT 3.1.1 has no packet for it.
     pub(crate) fn disconnect(&mut self, code: DisconnectReasonCode, reason: &str) {
         if self.connected && self.is_v5() && !self.closing {
-            let mut builder = v5_0::Disconnect::builder().reason_code(code);
-            if let Ok(property) = ReasonString::new(reason) {
-                builder = builder.props(vec![property.into()]);
-            }
-            let sent = builder.build().and_then(|packet| self.send(packet.into()));
+            let builder = || v5_0::Disconnect::builder().reason_code(code);
+            let properties = ReasonString::new(reason).map(Property::from).into_iter().collect();
+            let told = builder().props(properties).build();
+            // [MQTT-3.14.2-3]
+            let sent = match told.and_then(|packet| self.send(packet.into())) {
+                Err(MqttError::PacketTooLarge) => builder().build().and_then(|packet| self.send(packet.into())),
+                sent => sent,
+            };
             if let Err(error) = sent {
                 tracing::debug!(?error, "disconnect not sent");
             }
@@ -1141,6 +1171,10 @@ fn message_properties(properties: &[Property]) -> MessageProperties {
         }
     }
     message
+}
+
+fn subscription_identifiers(properties: &[Property]) -> usize {
+    properties.iter().filter(|property| matches!(property, Property::SubscriptionIdentifier(_))).count()
 }
 
 fn will_delay_s(properties: &[Property]) -> u32 {

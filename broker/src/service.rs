@@ -382,6 +382,14 @@ pub trait Service: Send + Sync + 'static {
     /// What does `filter` (a valid topic filter, not shared) mean for this client?
     fn route_subscribe(&self, who: &Identity, filter: &str) -> SubscribeRoute;
 
+    /// May a client that connects leave this will? Asked once more, as a publish, when it is published.
+    fn judge_will(&self, who: &Identity, will: &BoundPublish) -> Result<(), Refusal> {
+        match self.route_publish(who, &will.topic) {
+            PublishRoute::Refused(refusal) => Err(refusal),
+            PublishRoute::Bound | PublishRoute::Ordinary => Ok(()),
+        }
+    }
+
     /// May it receive an ordinary message of this topic now? Asked for every delivery, because a filter may match more than its subscriber may see.
     fn may_receive(&self, _who: &Identity, _topic: &str) -> bool {
         true

@@ -320,6 +320,17 @@ impl<L: Log> Service for ChatService<L> {
         }
     }
 
+    fn judge_will(&self, who: &Identity, will: &BoundPublish) -> Result<(), Refusal> {
+        match self.route_publish(who, &will.topic) {
+            PublishRoute::Refused(refusal) => Err(refusal),
+            PublishRoute::Ordinary => Ok(()),
+            PublishRoute::Bound => match self.parse(will) {
+                Ok(_) => Ok(()),
+                Err((code, sentence, _)) => Err(refusal::refusal(code, &sentence)),
+            },
+        }
+    }
+
     fn response_information(&self, who: &Identity) -> Option<String> {
         Some(Down::Res.topic(&UserId::parse(&who.user).ok()?))
     }
