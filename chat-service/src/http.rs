@@ -1,7 +1,7 @@
 //! The HTTP listener: health, readiness, metrics, a first page, and whatever routes are merged in (MQTT over WebSocket).
 //!
 //! Each connection has its own task and permit from the moment it is accepted, and a deadline for a request's headers: a client that
-//! sends nothing costs a task until the deadline, and delays nobody. A connection that was upgraded leaves with its upgrade: its
+//! sends nothing costs a task until the deadline, and delays nobody; nor does one that does not read its answer. A connection that was upgraded leaves with its upgrade: its
 //! permit returns, and whoever took it over bounds it.
 
 use std::fmt::Write;
@@ -11,7 +11,7 @@ use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU8, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::extract::State;
@@ -25,6 +25,7 @@ use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, watch};
@@ -36,6 +37,9 @@ use crate::tls::{Spoken, Tls};
 
 /// Pause after a failed accept (no file descriptors left): connections that end meanwhile free some.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// For [`Options::answer_timeout`]: no answer is large, but networks can be slow.
+pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// What this is and how to begin.
 const FIRST_PAGE: &str = r#"<!doctype html>
@@ -70,6 +74,8 @@ pub struct Options {
     pub metrics: Arc<Metrics>,
     /// Time to send a request's headers, and time between requests.
     pub header_timeout: Duration,
+    /// Time to make an answer and to read it.
+    pub answer_timeout: Duration,
     /// Time to finish requests under way after the shutdown began; then they are cut off.
     pub shutdown_timeout: Duration,
 }
@@ -196,17 +202,17 @@ pub async fn run(
             tracing::debug!(%error, "http connection is gone already");
             continue;
         }
-        let (router, timeout, stopping) = (router.clone(), options.header_timeout, stopping.subscribe());
+        let (router, options, stopping) = (router.clone(), options.clone(), stopping.subscribe());
         let tls = tls.clone();
         let connection = async move {
             let peer = Peer { address: Some(address), certificate_name: None };
             let Some(tls) = tls else {
-                return serve(place.hold(socket), (peer, Scheme::Http), router, timeout, stopping).await;
+                return serve(place.hold(socket), (peer, Scheme::Http), router, options, stopping).await;
             };
             match tls.accept(socket, Spoken::Http).await {
                 Ok((stream, certificate_name)) => {
                     let peer = Peer { certificate_name, ..peer };
-                    serve(place.hold(stream), (peer, Scheme::Https), router, timeout, stopping).await;
+                    serve(place.hold(stream), (peer, Scheme::Https), router, options, stopping).await;
                 }
                 Err(error) => tracing::debug!(%peer, %error, "no TLS"),
             }
@@ -253,22 +259,26 @@ async fn serve<T>(
     io: T,
     (peer, scheme): (Peer, Scheme),
     router: Router,
-    header_timeout: Duration,
+    options: Options,
     mut stopping: watch::Receiver<()>,
 ) where
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let router = TowerToHyperService::new(router);
+    let from = peer.clone();
     // Whoever is upgraded has to be known by the address, and pages by how they came.
+    let began = Arc::new(Mutex::new(Instant::now()));
+    let last_began = Arc::clone(&began);
     let service = service_fn(move |mut request: hyper::Request<hyper::body::Incoming>| {
         request.extensions_mut().insert(peer.clone());
         request.extensions_mut().insert(scheme);
+        *began.lock() = Instant::now();
         router.call(request)
     });
     let mut connection = pin!(
         http1::Builder::new()
             .timer(TokioTimer::new())
-            .header_read_timeout(header_timeout)
+            .header_read_timeout(options.header_timeout)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades()
     );
@@ -279,9 +289,25 @@ async fn serve<T>(
             connection.as_mut().graceful_shutdown();
             connection.await
         }
+        // Between requests it would have been closed before.
+        () = too_long_ago(&last_began, options.header_timeout + options.answer_timeout) => {
+            tracing::debug!(%from, "http connection closed: an answer was not read in time");
+            return;
+        }
     };
     if let Err(error) = ended {
         tracing::debug!(%error, "http connection ended");
+    }
+}
+
+/// Ends when that was so long ago.
+async fn too_long_ago(when: &Mutex<Instant>, limit: Duration) {
+    loop {
+        let left = limit.saturating_sub(when.lock().elapsed());
+        if left.is_zero() {
+            return;
+        }
+        sleep(left).await;
     }
 }
 
@@ -297,7 +323,6 @@ fn report(ended: Result<(), JoinError>) {
 mod tests {
     use std::net::SocketAddr;
     use std::sync::atomic::AtomicBool;
-    use std::time::Instant;
 
     use tokio::io::{AsyncReadExt, AsyncWriteExt};
     use tokio::sync::oneshot;
@@ -370,6 +395,7 @@ mod tests {
             admission: Admission::new(0, Vec::new()),
             metrics: Arc::new(Metrics::new()),
             header_timeout: DEADLINE,
+            answer_timeout: DEADLINE,
             shutdown_timeout: DEADLINE,
         }
     }
@@ -443,6 +469,17 @@ mod tests {
         assert_eq!(rest(silent).await, "");
         rest(half).await;
         assert!(rest(kept_alive).await.starts_with("HTTP/1.1 200"));
+        server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn clients_that_do_not_read_are_closed_in_time() {
+        let short = Duration::from_millis(200);
+        let server = Server::start(Options { header_timeout: short, answer_timeout: short, ..options() }).await;
+        let mut deaf = server.connect().await;
+        let requests = b"GET / HTTP/1.1\r\nhost: test\r\n\r\n".repeat(1_000);
+        let until_closed = async { while deaf.write_all(&requests).await.is_ok() {} };
+        timeout(DEADLINE, until_closed).await.expect("closed in time");
         server.stop().await;
     }
 

@@ -194,6 +194,7 @@ impl Server {
             admission: broker.admission(),
             metrics: Arc::clone(&metrics),
             header_timeout: limits.websocket_timeout,
+            answer_timeout: http::ANSWER_TIMEOUT,
             shutdown_timeout: limits.shutdown_timeout,
         };
         Ok(Self {

@@ -16,6 +16,7 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::danger::ClientCertVerifier;
 use rustls::server::{Acceptor, ClientHello, ServerSessionMemoryCache, WebPkiClientVerifier};
+use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::{TLS12, TLS13};
 use rustls::{RootCertStore, ServerConfig};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
@@ -153,13 +154,17 @@ impl Tls {
     /// Answers those who check an ACME challenge for this domain with this certificate, until it is withdrawn.
     ///
     /// # Errors
-    /// Certificate and key do not fit together.
+    /// The key cannot be used.
     pub fn give_challenge(&self, domain: &str, pair: Pair) -> Result<(), TlsError> {
-        let builder = ServerConfig::builder_with_provider(provider())
+        let provider = provider();
+        let key = provider.key_provider.load_private_key(pair.key).map_err(TlsError::Pair)?;
+        // What says that it answers a challenge is critical in it, and unknown to those who look whether certificate and key fit together.
+        let shown = SingleCertAndKey::from(CertifiedKey::new(pair.chain, key));
+        let mut config = ServerConfig::builder_with_provider(provider)
             .with_protocol_versions(&[&TLS13, &TLS12])
-            .map_err(TlsError::Pair)?;
-        let mut config =
-            builder.with_no_client_auth().with_single_cert(pair.chain, pair.key).map_err(TlsError::Pair)?;
+            .map_err(TlsError::Pair)?
+            .with_no_client_auth()
+            .with_cert_resolver(Arc::new(shown));
         config.alpn_protocols = vec![ACME_ALPN.to_vec()];
         self.challenges.write().insert(domain.to_owned(), Arc::new(config));
         Ok(())
