@@ -317,7 +317,10 @@ impl Acme {
                     .map_err(|error| AcmeError::Answer(error.to_owned()))?,
             };
             self.tls.give_challenge(&domain, pair)?;
-            challenge.set_ready().await?;
+            challenge
+                .set_ready()
+                .await
+                .map_err(|error| AcmeError::Domain { domain: domain.clone(), reason: error.to_string() })?;
         }
         Ok(())
     }

@@ -29,6 +29,7 @@ use tokio_rustls::rustls::client::danger::{HandshakeSignatureValid, ServerCertVe
 use tokio_rustls::rustls::crypto::{self, ring};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
 use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, DigitallySignedStruct, Error, ServerConfig, SignatureScheme};
 use tokio_rustls::{TlsAcceptor, TlsConnector};
 use x509_parser::prelude::{FromDer, GeneralName, ParsedExtension, X509Certificate};
@@ -353,8 +354,13 @@ async fn answer(
             Ok(()) => drop(order.valid.insert(domain.to_owned())),
             Err(error) => order.refused = Some(format!("{error:#}")),
         }
-        let body = directory.authorization_body(number, domain, order)["challenges"][1].to_string();
-        return Ok(body.into_response());
+        // What came of it is told by the authorization.
+        let mut body = directory.authorization_body(number, domain, order)["challenges"][1].clone();
+        body["status"] = json!("processing");
+        if let Some(body) = body.as_object_mut() {
+            body.remove("error");
+        }
+        return Ok(body.to_string().into_response());
     }
     let mut orders = directory.orders.lock();
     let order = orders.get_mut(&number).context("no such order")?;
@@ -388,12 +394,11 @@ impl ServerCertVerifier for AnyCertificate {
 
     fn verify_tls12_signature(
         &self,
-        message: &[u8],
-        certificate: &CertificateDer<'_>,
-        signed: &DigitallySignedStruct,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
-        let known = ring::default_provider().signature_verification_algorithms;
-        crypto::verify_tls12_signature(message, certificate, signed, &known)
+        Err(Error::General("TLS 1.3 was asked for".to_owned()))
     }
 
     fn verify_tls13_signature(
@@ -402,8 +407,12 @@ impl ServerCertVerifier for AnyCertificate {
         certificate: &CertificateDer<'_>,
         signed: &DigitallySignedStruct,
     ) -> Result<HandshakeSignatureValid, Error> {
+        let (_, certificate) =
+            X509Certificate::from_der(certificate).map_err(|error| Error::General(error.to_string()))?;
+        let key = certificate.public_key().raw.into();
         let known = ring::default_provider().signature_verification_algorithms;
-        crypto::verify_tls13_signature(message, certificate, signed, &known)
+        // A certificate as such would be refused: that it answers a challenge is critical, and not known there.
+        crypto::verify_tls13_signature_with_raw_key(message, &key, signed, &known)
     }
 
     fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
@@ -414,7 +423,7 @@ impl ServerCertVerifier for AnyCertificate {
 /// The certificate that is shown on this port for this name.
 async fn shown_by(port: u16, name: &str, alpn: &[&str]) -> Result<CertificateDer<'static>> {
     let mut config = ClientConfig::builder_with_provider(ring::default_provider().into())
-        .with_safe_default_protocol_versions()?
+        .with_protocol_versions(&[&TLS13])?
         .dangerous()
         .with_custom_certificate_verifier(Arc::new(AnyCertificate))
         .with_no_client_auth();
