@@ -42,7 +42,7 @@ async fn open(nth: usize, port: u16) -> Result<TcpStream> {
 async fn idle(nth: usize, port: u16, tls: Option<TlsConnector>) -> Result<Box<dyn Socket>> {
     let socket = open(nth, port).await?;
     match tls {
-        Some(tls) if nth % 2 == 0 => Ok(Box::new(tls.connect("localhost".to_owned().try_into()?, socket).await?)),
+        Some(tls) if nth.is_multiple_of(2) => Ok(Box::new(tls.connect("localhost".to_owned().try_into()?, socket).await?)),
         _ => Ok(Box::new(socket)),
     }
 }
