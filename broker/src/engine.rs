@@ -996,7 +996,7 @@ impl Engine {
             let properties = reason.and_then(|reason| ReasonString::new(reason).ok()).map(Property::from);
             let builder = || v5_0::Suback::builder().packet_id(packet_id).reason_codes(codes.clone());
             // [MQTT-3.9.2-1]: what does not fit the client's maximum packet size is left out.
-            let told = builder().props(properties.into_iter().collect()).build();
+            let told = builder().props(properties.into_iter().collect::<Vec<Property>>()).build();
             match told.and_then(|packet| self.send(packet.into())) {
                 Err(MqttError::PacketTooLarge) => builder().build().and_then(|packet| self.send(packet.into())),
                 sent => sent,
@@ -1054,7 +1054,7 @@ impl Engine {
     pub(crate) fn disconnect(&mut self, code: DisconnectReasonCode, reason: &str) {
         if self.connected && self.is_v5() && !self.closing {
             let builder = || v5_0::Disconnect::builder().reason_code(code);
-            let properties = ReasonString::new(reason).map(Property::from).into_iter().collect();
+            let properties: Vec<Property> = ReasonString::new(reason).map(Property::from).into_iter().collect();
             let told = builder().props(properties).build();
             // [MQTT-3.14.2-3]
             let sent = match told.and_then(|packet| self.send(packet.into())) {

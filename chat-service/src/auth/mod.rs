@@ -26,7 +26,6 @@ use broker::service::{
 use chat_protocol::UserId;
 use parking_lot::{Mutex, RwLock};
 use sha2::{Digest, Sha256};
-use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use self::acl::{Acl, AclFileError, Client, Wanted};
