@@ -188,8 +188,10 @@ impl<L: Log> Shared<L> {
             Ok(call) => call,
             Err(error) => return self.encode::<DoneOk>(reference, Err(ViewError::Refused(error))),
         };
+        // What was said with somebody who has been removed since is still there to be read.
         if let Some(with) = call.with()
             && !self.auth.may_exist(with)
+            && matches!(self.log.peer(&asked.me, with).await, Ok(None))
         {
             let sentence = format!("`with`: there is no user {with}");
             return self.encode::<DoneOk>(reference, refused(ErrorCode::UnknownUser, sentence));

@@ -330,6 +330,7 @@ async fn another_password_ends_the_sessions_of_the_old_one() {
     let mut bob = Connect::v4("bob", "phone").password("bob-pw").to(&chatd).await.unwrap();
     let mut eve = Connect::v5("eve", "tail").password("eve-pw").to(&chatd).await.unwrap();
     eve.subscribe("chat/+/inbox", 1).await.unwrap();
+    assert_eq!(alice.say("alice", "bob", "before").await.unwrap().code, 0x10);
     assert_eq!(passwd(&["add", "alice"], &file, "new").await.0, Some(0));
     assert_eq!(passwd(&["remove", "bob"], &file, "").await.0, Some(0));
     // Eve keeps her password, and observes no more.
@@ -342,6 +343,13 @@ async fn another_password_ends_the_sessions_of_the_old_one() {
     let mut alice = self::alice(Version::V5).password("new").to(&chatd).await.unwrap();
     assert_eq!(alice.say("alice", "eve", "for her alone").await.unwrap().code, 0);
     assert!(eve.ping().await.unwrap().is_empty(), "she does not read it as an observer");
+    // Bob can be written to no more; what was said with him is still there.
+    assert_eq!(alice.say("alice", "bob", "after").await.unwrap().code, 0x90);
+    alice.subscribe("chat/alice/res", 1).await.unwrap();
+    let history = Publish::new("chat/alice/req/history", json!({"with": "bob"}).to_string(), 1);
+    assert!(alice.publish(history).await.unwrap().code < 0x80);
+    let answer = alice.acked_message_on("chat/alice/res").await.unwrap().json();
+    assert_eq!(answer["ok"]["messages"][0]["text"], "before", "{answer}");
 }
 
 /// Whether a user exists is not to be learned from how long a refusal takes: median against median, over many logins.
