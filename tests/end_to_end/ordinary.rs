@@ -430,7 +430,7 @@ async fn many_filters_in_one_subscribe() {
 /// A subscriber that never reads holds up neither the publisher nor another subscriber.
 #[tokio::test]
 async fn a_subscriber_that_never_reads_holds_nobody_up() {
-    let chatd = Chatd::start().await.unwrap();
+    let chatd = Chatd::start_with(Options::default().as_fast_as_it_can()).await.unwrap();
     let mut stuck = connected(&chatd, Version::V4, "stuck").await;
     stuck.subscribe("flow/#", 0).await.unwrap();
     let mut reading = connected(&chatd, Version::V5, "reading").await;
