@@ -28,8 +28,17 @@ fn edge() -> Edge {
     let runtime = Builder::new_current_thread().enable_time().build().expect("a runtime");
     let announcer = Announcer::default();
     let service = Arc::new(Toy::new(announcer.clone()));
-    // Small, so that what happens at a limit happens.
+    // Small, so that what happens at a limit happens; and nothing that counts what earlier inputs did.
     let limits = Limits {
+        connections_per_user: 0,
+        filters_per_user: 0,
+        publishes_per_s: 0,
+        publish_bytes_per_s: 0,
+        user_publishes_per_s: 0,
+        user_publish_bytes_per_s: 0,
+        user_properties: 3,
+        topic_bytes: 100,
+        connect_bytes: 1_000,
         packet_bytes: 8 * 1024,
         receive_maximum: 4,
         window: 3,
