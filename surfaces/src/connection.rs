@@ -28,8 +28,17 @@ fn edge() -> Edge {
     let runtime = Builder::new_current_thread().enable_time().build().expect("a runtime");
     let announcer = Announcer::default();
     let service = Arc::new(Toy::new(announcer.clone()));
-    // Small, so that what happens at a limit happens.
+    // Small, so that what happens at a limit happens; and nothing that counts what earlier inputs did.
     let limits = Limits {
+        connections_per_user: 0,
+        filters_per_user: 0,
+        publishes_per_s: 0,
+        publish_bytes_per_s: 0,
+        user_publishes_per_s: 0,
+        user_publish_bytes_per_s: 0,
+        user_properties: 3,
+        topic_bytes: 100,
+        connect_bytes: 1_000,
         packet_bytes: 8 * 1024,
         receive_maximum: 4,
         window: 3,
@@ -49,7 +58,14 @@ fn edge() -> Edge {
 
 /// The first byte says how the others are cut, and whether they come on one connection or, half and half, on two.
 pub(crate) fn connection(data: &[u8]) {
-    let Some((how, bytes)) = data.split_first() else { return };
+    for answers in answers_to(data) {
+        check_answers(&answers);
+    }
+}
+
+/// What each connection was sent.
+fn answers_to(data: &[u8]) -> Vec<Vec<u8>> {
+    let Some((how, bytes)) = data.split_first() else { return Vec::new() };
     let piece = [usize::MAX, 1, 5, 64][usize::from(how & 3)];
     let half = if how & 4 == 0 { bytes.len() } else { bytes.len() / 2 };
     EDGE.with(|edge| {
@@ -60,13 +76,14 @@ pub(crate) fn connection(data: &[u8]) {
             if let Some(second) = &mut second {
                 second.write(&bytes[half..]).await;
             }
-            first.end().await;
+            let mut answers = vec![first.end().await];
             if let Some(second) = second {
-                second.end().await;
+                answers.push(second.end().await);
             }
+            answers
         };
-        edge.runtime.block_on(async { timeout(PATIENCE, both).await }).expect("the connection ends");
-    });
+        edge.runtime.block_on(async { timeout(PATIENCE, both).await }).expect("the connection ends")
+    })
 }
 
 struct Client {
@@ -111,10 +128,10 @@ impl Client {
     }
 
     /// Closes its half, and reads until the server has closed.
-    async fn end(mut self) {
+    async fn end(mut self) -> Vec<u8> {
         drop(self.pipe.shutdown().await);
         drop(self.pipe.read_to_end(&mut self.answers).await);
-        check_answers(&self.answers);
+        self.answers
     }
 }
 
@@ -147,5 +164,28 @@ fn check_answers(mut answers: &[u8]) {
             assert!(!topic.contains(['+', '#', '\0']), "published to {topic:?}");
         }
         answers = &rest[used + length..];
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_decent_client_is_answered() {
+        for (version, how) in [(4, 0), (5, 0), (4, 1), (5, 1)] {
+            let name = format!("{}/../fuzz/corpus/connection/v{version}-pubsub-{how}", env!("CARGO_MANIFEST_DIR"));
+            let answers = answers_to(&std::fs::read(name).expect("a file of the corpus")).concat();
+            check_answers(&answers);
+            assert!(answers.starts_with(&[0x20]), "CONNACK: {answers:02x?}");
+            assert!(answers.windows(2).any(|two| two == [0xd0, 0]), "PINGRESP: {answers:02x?}");
+            assert!(answers.contains(&0x90) && answers.len() > 20, "SUBACK: {answers:02x?}");
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "a server sent packet 0xc0")]
+    fn what_a_server_does_not_send_is_found() {
+        check_answers(&[0x20, 2, 0, 0, 0xc0, 0]);
     }
 }

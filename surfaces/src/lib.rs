@@ -12,13 +12,14 @@ mod texts;
 pub type Surface = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const SURFACES: [Surface; 6] = [
+pub const SURFACES: [Surface; 7] = [
     ("connection", connection::connection),
     ("topics", names::topics),
     ("filters", names::filters),
     ("envelopes", texts::envelopes),
     ("passwords", proofs::passwords),
     ("tokens", proofs::tokens),
+    ("rules", proofs::rules),
 ];
 
 /// Runs one by its name.

@@ -58,6 +58,7 @@ pub(crate) fn filters(data: &[u8]) {
             qos: 0,
             retain: true,
             publisher: 0,
+            number: 0,
             properties: broker::topics::message::MessageProperties::default(),
         };
         assert_eq!(retained.set(message.into(), None, Instant::now()).is_ok(), topic.len() < 9_000);

@@ -9,9 +9,9 @@ use broker::Announcer;
 use broker::completion::{Reply, complete};
 use broker::live::LiveMessage;
 use broker::service::{
-    Authentication, BoundPublish, BoundTopic, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Delivery, Identity,
-    Keeping, Observation, Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal, RefusalCode, Roles,
-    Service, ServiceError, SessionKey, SessionRecord, SubscribeRoute,
+    Authentication, BoundPublish, BoundTopic, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Credential, Delivery,
+    Identity, Keeping, NotCreated, Observation, Page, Peer, Position, PublishOutcome, PublishRoute, ReadLimit, Refusal,
+    RefusalCode, Roles, Service, ServiceError, SessionKey, SessionRecord, SubscribeRoute,
 };
 use bytes::Bytes;
 use parking_lot::Mutex;
@@ -87,6 +87,7 @@ impl Service for Toy {
             client_id: request.client_id.into(),
             roles: Roles(u32::from(request.password.is_some())),
             expires_at: None,
+            credential: Credential::default(),
         })
     }
 
@@ -179,6 +180,10 @@ impl Service for Toy {
 
     async fn forget_expired(&self, session: &SessionKey) -> Result<(), ServiceError> {
         self.delete_session(session).await
+    }
+
+    async fn create_session(&self, session: &SessionKey, record: SessionRecord) -> Result<(), NotCreated> {
+        self.save_session(session, record).await.map_err(NotCreated::from)
     }
 
     async fn save_session(&self, session: &SessionKey, record: SessionRecord) -> Result<(), ServiceError> {

@@ -1,4 +1,4 @@
-//! The surfaces over the corpus of `fuzz/`, over bent copies of it, and over random bytes.
+//! The surfaces over the corpus of `fuzz/`, over bent copies of it, and over random bytes; `PROPTEST_CASES` says how often.
 
 use std::path::Path;
 
@@ -22,8 +22,6 @@ fn the_corpus() {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(500))]
-
     #[test]
     fn any_bytes(which in 0..SURFACES.len(), bytes: Vec<u8>) {
         run(SURFACES[which].0, &bytes);

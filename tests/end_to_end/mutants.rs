@@ -318,15 +318,16 @@ async fn a_hundred_thousand_mutants() {
     let (memory, descriptors) = (chatd.memory_kb().unwrap(), chatd.descriptors().unwrap());
     attack_by_all(&chatd, &mut dice, MUTANTS).await;
     clear_retained(&chatd).await;
+    let is_back = |now: &BTreeMap<String, f64>| now.iter().all(|(name, entries)| *entries <= before[name]);
     let mut now = BTreeMap::new();
     for _ in 0..100 {
         now = chatd.traces().await.unwrap();
-        if now == before {
+        if is_back(&now) {
             break;
         }
         tokio::time::sleep(Duration::from_millis(300)).await;
     }
-    assert_eq!(now, before, "what the edge keeps");
+    assert!(is_back(&now), "what the edge keeps: {before:#?}\n{now:#?}");
     eventually("descriptors are closed", PATIENCE, async || chatd.descriptors().unwrap() <= descriptors).await;
     let memory_now = chatd.memory_kb().unwrap();
     println!("memory {memory} to {memory_now} KB");
