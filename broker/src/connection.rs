@@ -471,7 +471,8 @@ where
     /// says why with it.
     async fn hear_out(&mut self) {
         let ended = async {
-            let mut bytes = [0; 4 * 1024];
+            // On the heap: as part of the future every connection would carry it all along.
+            let mut bytes = vec![0; 4 * 1024];
             let mut left = HEARD_OUT_BYTES_MAX;
             while left > 0 {
                 match self.io.read(&mut bytes).await {

@@ -46,6 +46,8 @@ pub struct RetainedMessage {
 #[derive(Clone, Debug)]
 pub struct Retained {
     messages: BTreeMap<Arc<str>, RetainedMessage>,
+    /// Of clients: the server's own are bounded by what it publishes.
+    counted: usize,
     bytes: usize,
     messages_max: usize,
     bytes_max: usize,
@@ -54,7 +56,7 @@ pub struct Retained {
 impl Retained {
     /// None yet. `bytes_max` counts topics, payloads, properties and 256 bytes for each message.
     pub fn new(messages_max: usize, bytes_max: usize) -> Self {
-        Self { messages: BTreeMap::new(), bytes: 0, messages_max, bytes_max }
+        Self { messages: BTreeMap::new(), counted: 0, bytes: 0, messages_max, bytes_max }
     }
 
     /// How many there are.
@@ -67,7 +69,7 @@ impl Retained {
         self.messages.is_empty()
     }
 
-    /// What they take of the bound on bytes.
+    /// What those of clients take of the bound on bytes.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
@@ -84,22 +86,26 @@ impl Retained {
             self.clear(&message.topic);
             return Ok(());
         }
-        let replaced = self.messages.get(&message.topic).map(|replaced| bytes(&replaced.message));
-        if replaced.is_none() && self.messages.len() >= self.messages_max {
+        let retained = RetainedMessage { message, source, since };
+        let (replaced, replaced_bytes) = self.messages.get(&retained.message.topic).map_or((0, 0), counted);
+        let (new, new_bytes) = counted(&retained);
+        let (messages, bytes) = (self.counted - replaced + new, self.bytes - replaced_bytes + new_bytes);
+        if new > replaced && messages > self.messages_max {
             return Err(RetainedFull::Messages { max: self.messages_max });
         }
-        let bytes = self.bytes - replaced.unwrap_or(0) + bytes(&message);
-        if bytes > self.bytes_max {
+        if new > 0 && bytes > self.bytes_max {
             return Err(RetainedFull::Bytes { max: self.bytes_max });
         }
-        self.bytes = bytes;
-        self.messages.insert(Arc::clone(&message.topic), RetainedMessage { message, source, since });
+        (self.counted, self.bytes) = (messages, bytes);
+        self.messages.insert(Arc::clone(&retained.message.topic), retained);
         Ok(())
     }
 
     fn clear(&mut self, topic: &str) {
         if let Some(cleared) = self.messages.remove(topic) {
-            self.bytes -= bytes(&cleared.message);
+            let (messages, bytes) = counted(&cleared);
+            self.counted -= messages;
+            self.bytes -= bytes;
         }
     }
 
@@ -158,8 +164,13 @@ impl Retained {
     }
 }
 
-fn bytes(message: &Message) -> usize {
-    OVERHEAD_BYTES + message.topic.len() + message.payload.len() + message.properties.bytes()
+/// As how many it counts, and as how many bytes.
+fn counted(retained: &RetainedMessage) -> (usize, usize) {
+    let RetainedMessage { message, source, .. } = retained;
+    match source {
+        Some(_) => (1, OVERHEAD_BYTES + message.topic.len() + message.payload.len() + message.properties.bytes()),
+        None => (0, 0),
+    }
 }
 
 #[cfg(test)]
@@ -188,8 +199,13 @@ mod tests {
         retained.matching(filter, Instant::now()).iter().map(|found| found.message.topic.to_string()).collect()
     }
 
+    fn publisher() -> Arc<Identity> {
+        let (roles, credential) = (Default::default(), Default::default());
+        Arc::new(Identity { user: "bob".into(), client_id: "phone".into(), roles, credential, expires_at: None })
+    }
+
     fn set(retained: &mut Retained, message: Arc<Message>) -> Result<(), RetainedFull> {
-        retained.set(message, None, Instant::now())
+        retained.set(message, Some(publisher()), Instant::now())
     }
 
     fn found(retained: &mut Retained, filter: &str) -> Vec<Arc<Message>> {
@@ -201,11 +217,26 @@ mod tests {
         let (mut retained, begin) = (Retained::new(10, 10_000), Instant::now());
         let properties = MessageProperties { message_expiry_interval_s: Some(5), ..MessageProperties::default() };
         let expiring = Arc::new(Message { properties, ..(*message("a", "x")).clone() });
-        assert_eq!(retained.set(expiring, None, begin), Ok(()));
+        assert_eq!(retained.set(expiring, Some(publisher()), begin), Ok(()));
         assert_eq!(set(&mut retained, message("b", "x")), Ok(()));
         assert_eq!(retained.matching("#", begin + Duration::from_millis(4_999)).len(), 2);
         assert_eq!(retained.matching("#", begin + Duration::from_secs(5)).len(), 1);
         assert_eq!((retained.len(), retained.bytes()), (1, OVERHEAD_BYTES + 2));
+    }
+
+    #[test]
+    fn the_servers_own_take_no_room_from_clients() {
+        let mut retained = Retained::new(1, 10_000);
+        assert_eq!(set(&mut retained, message("a", "x")), Ok(()));
+        for payload in ["1", "2"] {
+            assert_eq!(retained.set(message("$SYS/a", payload), None, Instant::now()), Ok(()));
+        }
+        assert_eq!((retained.len(), retained.bytes()), (2, OVERHEAD_BYTES + 2));
+        assert_eq!(set(&mut retained, message("b", "x")), Err(RetainedFull::Messages { max: 1 }));
+        assert_eq!(retained.set(message("$SYS/a", ""), None, Instant::now()), Ok(()));
+        assert_eq!(set(&mut retained, message("a", "")), Ok(()));
+        assert_eq!((retained.len(), retained.bytes()), (0, 0));
+        assert_eq!(set(&mut retained, message("b", "x")), Ok(()));
     }
 
     #[test]
