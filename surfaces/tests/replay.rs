@@ -9,7 +9,8 @@ use surfaces::{SURFACES, run};
 fn corpus(name: &str) -> Vec<Vec<u8>> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../fuzz/corpus").join(name);
     let files = std::fs::read_dir(&folder).unwrap_or_else(|error| panic!("{}: {error}", folder.display()));
-    files.map(|file| std::fs::read(file.unwrap().path()).unwrap()).collect()
+    let read = |file: std::io::Result<std::fs::DirEntry>| std::fs::read(file.expect("an entry").path());
+    files.map(|file| read(file).expect("an input")).collect()
 }
 
 #[test]

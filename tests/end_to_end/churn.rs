@@ -24,7 +24,7 @@ const MEMORY_KEPT_KB: u64 = 12 * 1024;
 
 /// Everything that one client sends first; each number does something else.
 fn opening(number: usize) -> Vec<u8> {
-    let version = if number % 2 == 0 { Version::V4 } else { Version::V5 };
+    let version = if number.is_multiple_of(2) { Version::V4 } else { Version::V5 };
     let user = format!("user-{number}");
     let mut connect = Connect::new(version, &user, &format!("device-{number}"));
     if number % 10 == 3 {
@@ -63,7 +63,7 @@ async fn connected(address: SocketAddr, number: usize) -> Result<TcpStream> {
 
 /// Says goodbye, or vanishes.
 async fn vanish(mut stream: TcpStream, number: usize) -> Result<()> {
-    if number % 2 == 0 {
+    if number.is_multiple_of(2) {
         stream.set_zero_linger()?;
     } else {
         stream.write_all(&packet::disconnect(Version::V5, 0, &Properties::none())).await?;

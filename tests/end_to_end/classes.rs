@@ -812,7 +812,7 @@ async fn acknowledgements_of_what_was_never_sent() {
         for acknowledge in [packet::puback, packet::pubrec, packet::pubrel, packet::pubcomp] {
             let mut client = connect.to(&chatd).await.unwrap();
             let sent = client.message().await.unwrap();
-            assert_eq!(texts(&[sent.clone()]), ["hello"]);
+            assert_eq!(texts(std::slice::from_ref(&sent)), ["hello"]);
             for packet_id in (1..=u16::MAX).step_by(97).filter(|packet_id| *packet_id != sent.packet_id) {
                 // The server may close at the first one.
                 if client.send_bytes(&acknowledge(packet_id)).await.is_err() {

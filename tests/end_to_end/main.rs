@@ -4,6 +4,7 @@
 
 #[cfg(test)]
 mod acl;
+#[cfg(test)]
 mod acme;
 #[cfg(test)]
 mod auth;
@@ -29,6 +30,7 @@ mod idle;
 mod lifecycle;
 #[cfg(test)]
 mod limits;
+#[cfg(test)]
 mod matrix;
 #[cfg(test)]
 mod messenger;

@@ -146,7 +146,7 @@ fn decent(dice: &mut Dice, version: Version) -> Vec<u8> {
             let filters: Vec<(&str, u8)> = (0..=dice.below(3))
                 .map(|_| {
                     let options = if version == Version::V5 { dice.byte() & 0x1e } else { 0 };
-                    (one(dice, &FILTERS), options & 0xfc | dice.byte() % 3)
+                    (one(dice, &FILTERS), (options & 0xfc) | (dice.byte() % 3))
                 })
                 .collect();
             let properties = properties(dice, version, &[id::SUBSCRIPTION_IDENTIFIER, id::USER_PROPERTY]);
