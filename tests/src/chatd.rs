@@ -225,8 +225,8 @@ impl Chatd {
     pub async fn traces(&self) -> Result<BTreeMap<String, f64>> {
         let mut traces = self.metrics().await?;
         traces.retain(|name, _| name == "chatd_connections" || name.starts_with("chatd_edge_entries{"));
-        // Some tasks are the server's own, and begin a little later.
-        traces.remove("chatd_edge_entries{map=\"tasks\"}");
+        // Some tasks and retained messages are the server's own, and begin a little later; and what is retained stays when its client goes.
+        traces.retain(|name, _| !name.contains("\"tasks\"") && !name.contains("\"retained"));
         ensure!(traces.len() > 1, "no chatd_edge_entries in /metrics");
         Ok(traces)
     }
