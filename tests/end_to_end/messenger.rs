@@ -286,7 +286,7 @@ async fn edits_and_unsends_are_entries_and_unsent_words_are_gone() {
 
 #[tokio::test]
 async fn history_is_exact_while_messages_arrive() {
-    let chatd = Chatd::start().await.unwrap();
+    let chatd = Chatd::start_with(Options::default().as_fast_as_it_can()).await.unwrap();
     let mut alice = Connect::v5("alice", "alice-phone").to(&chatd).await.unwrap();
     let mut bob = device(&chatd, Connect::v4("bob", "bob-phone")).await;
     alice.publish_all(sends("alice", "bob", numbered("text", 1..=1_000))).await.unwrap();
