@@ -21,11 +21,13 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Where the page is, its title, the file in `docs/`, and its text.
-const PAGES: [(&str, &str, &str, &str); 6] = [
+const PAGES: [(&str, &str, &str, &str); 8] = [
     ("/docs", "Protocol", "protocol.md", include_str!("../../docs/protocol.md")),
     ("/docs/mosquitto", "From a shell", "mosquitto.md", include_str!("../../docs/mosquitto.md")),
     ("/docs/webhooks", "Webhooks", "webhooks.md", include_str!("../../docs/webhooks.md")),
     ("/docs/security", "Security", "security.md", include_str!("../../docs/security.md")),
+    ("/docs/tls", "TLS and WebSocket", "tls.md", include_str!("../../docs/tls.md")),
+    ("/docs/mqtt", "MQTT outside chat/", "mqtt.md", include_str!("../../docs/mqtt.md")),
     ("/docs/limits", "Limits", "limits.md", include_str!("../../docs/limits.md")),
     ("/docs/operations", "Operating", "operations.md", include_str!("../../docs/operations.md")),
 ];

@@ -75,11 +75,16 @@ pub fn parse_up(topic: &str) -> Result<Up, TopicError> {
         }
         [Some(ROOT), Some(m), Some("read"), Some(p), None, None] => Ok(Up::Read { me: me(m)?, peer: peer(p)? }),
         [Some(ROOT), Some(m), Some("typing"), Some(p), None, None] => Ok(Up::Typing { me: me(m)?, peer: peer(p)? }),
-        [Some(ROOT), Some(m), Some("req"), Some(method), None, None] if !method.is_empty() => {
+        [Some(ROOT), Some(m), Some("req"), Some(method), None, None] if is_method(method) => {
             Ok(Up::Req { me: me(m)?, method: method.to_owned() })
         }
         _ => Err(TopicError::Unknown),
     }
+}
+
+/// Whether a level could be a request's method. Which there are is not for the topic to say.
+fn is_method(level: &str) -> bool {
+    !level.is_empty() && !level.contains(['\0', '+', '#'])
 }
 
 /// A topic that the service publishes to, below `chat/{me}/`.
@@ -251,6 +256,8 @@ mod tests {
             ("chat/alice/in/bob", ErrorCode::InvalidTopic),
             ("chat", ErrorCode::InvalidTopic),
             ("chat/alice/req/", ErrorCode::InvalidTopic),
+            ("chat/alice/req/who\0ami", ErrorCode::InvalidTopic),
+            ("chat/alice/req/+", ErrorCode::InvalidTopic),
             ("chat//out/bob", ErrorCode::InvalidUser),
             ("chat/alice/out/", ErrorCode::InvalidPeer),
             ("chat/alice/out/Bob", ErrorCode::InvalidPeer),

@@ -349,7 +349,7 @@ async fn another_password_ends_the_sessions_of_the_old_one() {
     let history = Publish::new("chat/alice/req/history", json!({"with": "bob"}).to_string(), 1);
     assert!(alice.publish(history).await.unwrap().code < 0x80);
     let answer = alice.acked_message_on("chat/alice/res").await.unwrap().json();
-    assert_eq!(answer["ok"]["messages"][0]["text"], "before", "{answer}");
+    assert_eq!(answer["ok"]["entries"][0]["text"], "before", "{answer}");
 }
 
 /// Whether a user exists is not to be learned from how long a refusal takes: median against median, over many logins.
