@@ -320,7 +320,12 @@ impl<S: Service> Broker<S> {
                 Ok((io, certificate_name)) => {
                     broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate_name });
                 }
-                Err(error) => tracing::debug!(peer = %address, %error, "a connection could not be opened"),
+                Err(error) => {
+                    if error.kind() == io::ErrorKind::TimedOut {
+                        broker.shared.service.observe(Observation::Limited("tls_timeout_ms"));
+                    }
+                    tracing::debug!(peer = %address, %error, "a connection could not be opened");
+                }
             }
         });
     }

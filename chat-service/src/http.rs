@@ -214,7 +214,12 @@ pub async fn run(
                     let peer = Peer { certificate_name, ..peer };
                     serve(place.hold(stream), (peer, Scheme::Https), router, options, stopping).await;
                 }
-                Err(error) => tracing::debug!(%peer, %error, "no TLS"),
+                Err(error) => {
+                    if error.kind() == io::ErrorKind::TimedOut {
+                        options.metrics.limited("tls_timeout_ms");
+                    }
+                    tracing::debug!(%peer, %error, "no TLS");
+                }
             }
         };
         connections.spawn(async move {
@@ -296,6 +301,9 @@ async fn serve<T>(
         }
     };
     if let Err(error) = ended {
+        if error.is_timeout() {
+            options.metrics.limited("websocket_timeout_ms");
+        }
         tracing::debug!(%error, "http connection ended");
     }
 }

@@ -156,6 +156,8 @@ async fn slowness_in_the_tls_handshake_ends_at_its_deadline() {
             assert_eq!(rest(socket).await, b"");
         }
     }
+    let counted = async || chatd.limited("tls_timeout_ms").await.unwrap() >= 102.0;
+    eventually("each of them is counted", PATIENCE, counted).await;
 }
 
 #[tokio::test]
@@ -175,6 +177,8 @@ async fn slowness_in_a_request_ends_at_its_deadline() {
     let answer = rest(kept_alive).await;
     assert!(answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
     assert_closed_in_time("between requests", began.elapsed());
+    let counted = async || chatd.limited("websocket_timeout_ms").await.unwrap() >= 2.0;
+    eventually("those that began a request are counted", PATIENCE, counted).await;
 }
 
 #[tokio::test]
