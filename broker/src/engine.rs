@@ -3,6 +3,8 @@
 //! Bytes go in by [`Engine::feed`], packets come out; answers are encoded into [`Engine::out`]. Everything particular to that crate lives
 //! in this file: it reports a fault as an event beside the packets; it stores sent packets for sessions (bounded by the window here);
 //! it would answer a repeated QoS 2 PUBLISH with PUBREC although the first is not stored yet (suppressed here, because PUBREC means stored).
+//! It reserves memory by the length that a packet announces, and panics at a Topic Alias Maximum of 0: so a CONNECT is gathered here first, and
+//! looked at in `connect_packet`. It cannot begin in the middle of a QoS 2 exchange: see [`Engine::release_again`].
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
