@@ -35,6 +35,8 @@ use crate::topics::message::MessageProperties;
 
 /// Topic aliases that a client may set up. They save bytes, and each costs the server a topic name of memory.
 const TOPIC_ALIASES_MAX: u16 = 16;
+/// The user property of CONNACK that tells how often the client may publish. MQTT has no property for it.
+const PUBLISHES_PER_S: &str = "publishes_per_s";
 /// Topic aliases that we set up, if the client takes as many: the first topics that it is sent keep theirs.
 const TOPIC_ALIASES_SENT_MAX: u16 = 16;
 /// A shorter topic is not worth an alias, which takes three bytes.
@@ -233,6 +235,8 @@ pub(crate) struct Accepted<'a> {
     pub(crate) keep_alive_s: Option<u16>,
     pub(crate) authentication_method: Option<&'a str>,
     pub(crate) response_information: Option<&'a str>,
+    /// How often the client may publish, if not as often as it likes.
+    pub(crate) publishes_per_s: Option<u32>,
 }
 
 /// The answer to one filter.
@@ -661,6 +665,10 @@ impl Engine {
             }
             if let Some(information) = accepted.response_information {
                 push(&mut properties, mqtt::packet::ResponseInformation::new(information).map(Property::from));
+            }
+            if let Some(rate) = accepted.publishes_per_s {
+                let property = mqtt::packet::UserProperty::new(PUBLISHES_PER_S, rate.to_string());
+                push(&mut properties, property.map(Property::from));
             }
             v5_0::Connack::builder()
                 .session_present(accepted.session_present)
@@ -1232,7 +1240,7 @@ fn puback_code(code: RefusalCode) -> PubackReasonCode {
         RefusalCode::ImplementationSpecific => PubackReasonCode::ImplementationSpecificError,
         RefusalCode::NotAuthorized => PubackReasonCode::NotAuthorized,
         RefusalCode::TopicNameInvalid => PubackReasonCode::TopicNameInvalid,
-        RefusalCode::QuotaExceeded => PubackReasonCode::QuotaExceeded,
+        RefusalCode::QuotaExceeded | RefusalCode::TooFast => PubackReasonCode::QuotaExceeded,
         RefusalCode::PayloadFormatInvalid => PubackReasonCode::PayloadFormatInvalid,
         RefusalCode::Unspecified | RefusalCode::TopicFilterInvalid | RefusalCode::SharedSubscriptionsNotSupported => {
             PubackReasonCode::UnspecifiedError
@@ -1245,7 +1253,7 @@ fn pubrec_code(code: RefusalCode) -> PubrecReasonCode {
         RefusalCode::ImplementationSpecific => PubrecReasonCode::ImplementationSpecificError,
         RefusalCode::NotAuthorized => PubrecReasonCode::NotAuthorized,
         RefusalCode::TopicNameInvalid => PubrecReasonCode::TopicNameInvalid,
-        RefusalCode::QuotaExceeded => PubrecReasonCode::QuotaExceeded,
+        RefusalCode::QuotaExceeded | RefusalCode::TooFast => PubrecReasonCode::QuotaExceeded,
         RefusalCode::PayloadFormatInvalid => PubrecReasonCode::PayloadFormatInvalid,
         RefusalCode::Unspecified | RefusalCode::TopicFilterInvalid | RefusalCode::SharedSubscriptionsNotSupported => {
             PubrecReasonCode::UnspecifiedError
@@ -1258,7 +1266,7 @@ fn suback_code(code: RefusalCode) -> SubackReasonCode {
         RefusalCode::ImplementationSpecific => SubackReasonCode::ImplementationSpecificError,
         RefusalCode::NotAuthorized => SubackReasonCode::NotAuthorized,
         RefusalCode::TopicFilterInvalid | RefusalCode::TopicNameInvalid => SubackReasonCode::TopicFilterInvalid,
-        RefusalCode::QuotaExceeded => SubackReasonCode::QuotaExceeded,
+        RefusalCode::QuotaExceeded | RefusalCode::TooFast => SubackReasonCode::QuotaExceeded,
         RefusalCode::SharedSubscriptionsNotSupported => SubackReasonCode::SharedSubscriptionsNotSupported,
         RefusalCode::Unspecified | RefusalCode::PayloadFormatInvalid => SubackReasonCode::UnspecifiedError,
     }

@@ -64,6 +64,13 @@ pub struct Limits {
     pub idle_timeout: Duration,
 }
 
+impl Limits {
+    /// How often a client may publish, which is what CONNACK tells it.
+    pub(crate) fn publishes_told(&self) -> Option<u32> {
+        [self.publishes_per_s, self.user_publishes_per_s].into_iter().filter(|rate| *rate > 0).min()
+    }
+}
+
 impl Default for Limits {
     fn default() -> Self {
         Self {

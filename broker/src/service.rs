@@ -148,8 +148,10 @@ pub enum RefusalCode {
     TopicFilterInvalid,
     /// 0x90.
     TopicNameInvalid,
-    /// 0x97.
+    /// 0x97: there is too much of something.
     QuotaExceeded,
+    /// 0x97: too much at once, which passes.
+    TooFast,
     /// 0x99.
     PayloadFormatInvalid,
     /// 0x9E, for subscriptions.

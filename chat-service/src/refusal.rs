@@ -27,6 +27,7 @@ pub(crate) fn code_of(code: RefusalCode) -> ErrorCode {
         RefusalCode::NotAuthorized => ErrorCode::NotAuthorized,
         RefusalCode::TopicNameInvalid | RefusalCode::TopicFilterInvalid => ErrorCode::InvalidTopic,
         RefusalCode::QuotaExceeded => ErrorCode::QuotaExceeded,
+        RefusalCode::TooFast => ErrorCode::TooFast,
         RefusalCode::PayloadFormatInvalid => ErrorCode::NotUtf8,
         RefusalCode::Unspecified
         | RefusalCode::ImplementationSpecific

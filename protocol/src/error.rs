@@ -31,6 +31,8 @@ pub enum ErrorCode {
     IdConflict,
     /// A quota is full.
     QuotaExceeded,
+    /// Published faster than is allowed: a little later it is taken.
+    TooFast,
     /// No such conversation.
     UnknownConversation,
     /// There is no such entry, or it is not what it has to be.
@@ -53,7 +55,7 @@ pub enum ErrorCode {
 
 impl ErrorCode {
     /// All of them.
-    pub const ALL: [Self; 21] = [
+    pub const ALL: [Self; 22] = [
         Self::InvalidTopic,
         Self::InvalidUser,
         Self::InvalidPeer,
@@ -66,6 +68,7 @@ impl ErrorCode {
         Self::SelfMessage,
         Self::IdConflict,
         Self::QuotaExceeded,
+        Self::TooFast,
         Self::UnknownConversation,
         Self::InvalidSeq,
         Self::InvalidPayload,
@@ -92,6 +95,7 @@ impl ErrorCode {
             Self::SelfMessage => "self_message",
             Self::IdConflict => "id_conflict",
             Self::QuotaExceeded => "quota_exceeded",
+            Self::TooFast => "too_fast",
             Self::UnknownConversation => "unknown_conversation",
             Self::InvalidSeq => "invalid_seq",
             Self::InvalidPayload => "invalid_payload",
@@ -116,7 +120,7 @@ impl ErrorCode {
             Self::NotAuthorized => 0x87,
             Self::EmptyText | Self::NotUtf8 | Self::InvalidPayload | Self::InvalidRequest => 0x99,
             // 0x95 (packet too large) is not for PUBACK; 0x97 is MQTT's "an imposed limit has been exceeded".
-            Self::TextTooLong | Self::QuotaExceeded | Self::StorageFull => 0x97,
+            Self::TextTooLong | Self::QuotaExceeded | Self::TooFast | Self::StorageFull => 0x97,
             Self::IdConflict
             | Self::UnknownConversation
             | Self::InvalidSeq

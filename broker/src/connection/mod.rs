@@ -1,0 +1,474 @@
+//! One connection: its socket, its session, its window.
+//!
+//! One task owns all of it. It wakes for bytes, for mail, for a page from the log or for a deadline, does everything that is to do, and writes
+//! once. It never waits for one thing while another is due, except for answers that MQTT orders (CONNECT, SUBSCRIBE). Invariants:
+//! acknowledgements leave in the order of the publishes; nothing is acknowledged that the service did not store; what is kept
+//! for a client is bounded by its window and the mailbox, whatever waits for it.
+
+mod delivering;
+mod ending;
+mod opening;
+mod publishing;
+mod subscribing;
+mod transport;
+
+use std::cell::RefCell;
+use std::collections::VecDeque;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use mqtt_protocol_core::mqtt::result_code::DisconnectReasonCode;
+use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::time::Sleep;
+
+use self::ending::Departure;
+use crate::broker::Shared;
+use crate::engine::{Engine, Filter, Incoming, Publish};
+use crate::mailbox::{Ending, LIVE_MESSAGES_MAX, Mail, Mailbox};
+use crate::rate::{Pace, Verdict};
+use crate::registry::ConnectionNumber;
+use crate::service::{
+    BoundPublish, Keeping, Observation, Page, Peer, Position, PublishOutcome, Refusal, RefusalCode, Service,
+    ServiceError,
+};
+use crate::session::{Queued, Session};
+use crate::topics::filter;
+
+/// Bytes read at once, into one buffer a thread.
+const READ_BYTES: usize = 64 * 1024;
+/// Reading stops while so many bytes wait for the socket.
+const OUT_READING_MAX: usize = 256 * 1024;
+/// Reading stops while so many publishes wait for their answers. Only MQTT 3.1.1 gets there, which knows no receive maximum.
+const PENDING_READING_MAX: usize = 1_024;
+/// How long a connection whose session was taken over reads what its client had sent before.
+const TAKEOVER_READ_TIMEOUT: Duration = Duration::from_millis(500);
+
+thread_local! {
+    static READ_BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
+}
+
+type Reading = Pin<Box<dyn Future<Output = Result<Page, ServiceError>> + Send>>;
+type Waiting = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// A publish that was not answered yet, in the order of arrival.
+struct Pending {
+    packet_id: u16,
+    qos: u8,
+    received_at: Instant,
+    outcome: Option<PublishOutcome>,
+}
+
+/// Why the task stops.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum End {
+    /// The client said DISCONNECT.
+    Client,
+    /// The client said DISCONNECT and wants its will published.
+    ClientWithWill,
+    /// The socket closed or failed.
+    Socket,
+    /// We close: a fault, a deadline, a takeover.
+    Closed,
+    /// The server stops.
+    Shutdown,
+}
+
+impl End {
+    fn publishes_will(self) -> bool {
+        matches!(self, Self::ClientWithWill | Self::Socket | Self::Closed)
+    }
+}
+
+struct Connection<S: Service, T> {
+    shared: Arc<Shared<S>>,
+    number: ConnectionNumber,
+    io: T,
+    peer: Peer,
+    engine: Engine,
+    packets: VecDeque<Incoming>,
+    /// Bytes that came after a CONNECT that is not answered yet.
+    early: Vec<u8>,
+    out_at: usize,
+    needs_flush: bool,
+    mailbox: Arc<Mailbox>,
+    session: Option<Session>,
+    pending: VecDeque<Pending>,
+    /// Token of the first in `pending`.
+    first_token: u64,
+    unsent: Vec<BoundPublish>,
+    /// Publishes that wait for room on the bus of ordinary messages, and those behind them.
+    held: VecDeque<Publish>,
+    waiting: Option<Waiting>,
+    reading: Option<(Arc<str>, Reading)>,
+    page: Option<(Arc<str>, Result<Page, ServiceError>)>,
+    /// QoS 0 deliveries that count as delivered once they are written.
+    unwritten: Vec<(Arc<str>, Position)>,
+    heard_at: Instant,
+    deadline: Option<Instant>,
+    retry_at: Option<Instant>,
+    bus_retry_at: Option<Instant>,
+    /// Rights have changed.
+    recheck: bool,
+    timer: Pin<Box<Sleep>>,
+    timer_at: Instant,
+    /// The session's next connection is there, and waits until then for what this one has read and done.
+    taken_over: Option<Instant>,
+    /// There is more to do at once than was done.
+    busy: bool,
+    /// The socket had nothing more to read.
+    dry: bool,
+    /// Read since others had their turn.
+    read_in_turn: usize,
+    /// How fast it may go; known when its user is.
+    pace: Option<Pace>,
+    /// Until then the first of `packets` waits, which was paid for.
+    paused_until: Option<Instant>,
+    told_at: Option<Instant>,
+    /// Bytes that may still be read before a CONNECT was accepted.
+    connect_bytes_left: usize,
+    /// The server stops: what was published is still answered, nothing more is read.
+    stopping: bool,
+    end: Option<End>,
+}
+
+/// Serves one connection until it ends.
+pub(crate) async fn run<S, T>(shared: Arc<Shared<S>>, number: ConnectionNumber, io: T, peer: Peer)
+where
+    S: Service,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    let now = Instant::now();
+    let deadline = now + shared.limits.connect_timeout;
+    let mut connection = Connection {
+        engine: Engine::new(&shared.limits),
+        mailbox: Arc::new(shared.mailbox()),
+        connect_bytes_left: usize::try_from(shared.limits.connect_bytes).unwrap_or(usize::MAX),
+        shared,
+        number,
+        io,
+        peer,
+        packets: VecDeque::new(),
+        early: Vec::new(),
+        out_at: 0,
+        needs_flush: false,
+        session: None,
+        pending: VecDeque::new(),
+        first_token: 0,
+        unsent: Vec::new(),
+        held: VecDeque::new(),
+        waiting: None,
+        reading: None,
+        page: None,
+        unwritten: Vec::new(),
+        heard_at: now,
+        deadline: Some(deadline),
+        retry_at: None,
+        bus_retry_at: None,
+        recheck: false,
+        timer: Box::pin(tokio::time::sleep_until(deadline.into())),
+        timer_at: deadline,
+        taken_over: None,
+        busy: false,
+        dry: false,
+        read_in_turn: 0,
+        pace: None,
+        paused_until: None,
+        told_at: None,
+        stopping: false,
+        end: None,
+    };
+    // The guard leaves no trace of the connection behind, even if a bug makes the task panic.
+    let mut departure = Departure {
+        shared: Arc::clone(&connection.shared),
+        number,
+        mailbox: Arc::clone(&connection.mailbox),
+        key: None,
+        ordinary: Vec::new(),
+        bound: Vec::new(),
+    };
+    let end = connection.serve(&mut departure).await;
+    connection.depart(end, &mut departure).await;
+}
+
+impl<S, T> Connection<S, T>
+where
+    S: Service,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    async fn serve(&mut self, departure: &mut Departure<S>) -> End {
+        loop {
+            if self.busy {
+                // Others first.
+                tokio::task::yield_now().await;
+            }
+            std::future::poll_fn(|cx| self.poll_step(cx)).await;
+            if self.end == Some(End::Socket) {
+                self.await_outcomes().await;
+                self.settle(End::Socket, departure);
+                return End::Socket;
+            }
+            self.take_page();
+            if std::mem::take(&mut self.recheck) {
+                self.look_at_rights(departure).await;
+            }
+            self.publish_held();
+            self.handle_packets(departure).await;
+            self.submit();
+            self.answer_pending();
+            self.deliver();
+            self.on_time();
+            if self.taken_over.is_some_and(|until| self.dry || Instant::now() >= until) && self.end.is_none() {
+                self.engine.disconnect(
+                    DisconnectReasonCode::SessionTakenOver,
+                    "another connection of this user has the same client identifier",
+                );
+                self.end = Some(End::Closed);
+            }
+            if self.stopping && self.pending.is_empty() && self.unsent.is_empty() && self.held.is_empty() {
+                self.engine.disconnect(DisconnectReasonCode::ServerShuttingDown, "the server is shutting down");
+                self.end.get_or_insert(End::Shutdown);
+            }
+            if self.engine.fault.is_some() && !self.engine.closing {
+                tracing::debug!(peer = %self.peer, fault = ?self.engine.fault, "protocol violation");
+                self.engine.disconnect_for_fault();
+            }
+            if self.end.is_none() && self.engine.closing {
+                self.end = Some(End::Closed);
+            }
+            if let Some(end) = self.end {
+                self.await_outcomes().await;
+                self.settle(end, departure);
+                self.write_last_bytes().await;
+                if end == End::Closed {
+                    self.hear_out().await;
+                }
+                return end;
+            }
+            if self.read_in_turn >= READ_BYTES {
+                // A client that sends faster than it is worked off must not keep a thread for itself.
+                self.read_in_turn = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+    }
+
+    // ---- deadlines -----------------------------------------------------------------------------------------------------
+
+    fn on_time(&mut self) {
+        let now = Instant::now();
+        if let Some(retry_at) = self.retry_at
+            && now >= retry_at
+        {
+            self.retry_at = None;
+            self.deliver();
+        }
+        if self.session.is_none() && self.deadline.is_some_and(|deadline| now >= deadline) {
+            tracing::debug!(peer = %self.peer, "no CONNECT in time");
+            self.limited("connect_timeout_ms");
+            self.end.get_or_insert(End::Closed);
+            return;
+        }
+        let silent_until = self.silent_until();
+        if silent_until.is_some_and(|until| now >= until) {
+            let silence_max = self.session.as_ref().and_then(|session| session.silence_max);
+            if silence_max == Some(self.shared.limits.idle_timeout) {
+                self.limited("idle_timeout_ms");
+            }
+            self.engine
+                .disconnect(DisconnectReasonCode::KeepAliveTimeout, "nothing was heard for 1.5 times the keep alive");
+            return;
+        }
+        let expires_at = self.session.as_ref().and_then(|session| session.identity.expires_at);
+        if expires_at.is_some_and(|at| now >= at) {
+            self.engine.disconnect(DisconnectReasonCode::NotAuthorized, "what proved who you are has expired");
+            return;
+        }
+        let connect_by = if self.session.is_none() { self.deadline } else { None };
+        let waits = [
+            connect_by,
+            silent_until,
+            expires_at,
+            self.retry_at,
+            self.bus_retry_at,
+            self.taken_over,
+            self.paused_until,
+        ];
+        let next = waits.into_iter().flatten().min();
+        match next {
+            // Hearing from a client moves its deadline on: the timer is only set anew when it fires, or for something earlier.
+            Some(next) if self.timer_at <= now || next < self.timer_at => {
+                self.timer_at = next;
+                self.timer.as_mut().reset(next.into());
+            }
+            Some(_) => {}
+            None if self.timer_at <= now => {
+                self.timer_at = now + Duration::from_secs(86_400);
+                self.timer.as_mut().reset(self.timer_at.into());
+            }
+            None => {}
+        }
+    }
+
+    fn silent_until(&self) -> Option<Instant> {
+        let silence_max = self.session.as_ref()?.silence_max?;
+        // While we do not read, it cannot be heard.
+        let takes_no_bytes = self.engine.out.len() - self.out_at >= OUT_READING_MAX;
+        if takes_no_bytes
+            || !self.unsent.is_empty()
+            || !self.held.is_empty()
+            || self.paused_until.is_some()
+            || self.pending.len() >= PENDING_READING_MAX
+        {
+            return Some(Instant::now() + silence_max);
+        }
+        Some(self.heard_at + silence_max)
+    }
+
+    // ---- mail ----------------------------------------------------------------------------------------------------------
+
+    fn on_mail(&mut self, mail: Mail) {
+        self.recheck |= mail.recheck;
+        for (token, outcome) in mail.outcomes {
+            let index = token.checked_sub(self.first_token).and_then(|index| usize::try_from(index).ok());
+            if let Some(pending) = index.and_then(|index| self.pending.get_mut(index)) {
+                pending.outcome = Some(outcome);
+            }
+        }
+        if let Some(session) = &mut self.session {
+            // Before the live ones: what came after a gap must not be taken for what follows.
+            if mail.missed {
+                for slot in &mut session.slots {
+                    slot.stream.on_missed();
+                }
+                if !session.live_topics.is_empty() {
+                    tracing::debug!(user = %session.key.user, "live messages that no log has were perhaps lost");
+                }
+            }
+            for message in mail.live {
+                match message.keeping() {
+                    Keeping::Durable => {
+                        session.bus_seen = session.bus_seen.max(message.position);
+                        if let Some(slot) = session.slot(message.bound_topic()) {
+                            slot.stream.on_live(message);
+                        }
+                    }
+                    Keeping::Live => {
+                        let Some(topic) = session.live_topic(message.bound_topic()) else { continue };
+                        let qos = if message.is_at_most_once() { 0 } else { topic.qos };
+                        if session.queue.len() < LIVE_MESSAGES_MAX {
+                            session.queue.push_back(Queued::Live(message, qos));
+                        } else {
+                            self.shared.service.observe(Observation::QueueFull);
+                        }
+                    }
+                }
+            }
+            session.queue.extend(mail.ordinary.into_iter().map(Queued::Ordinary));
+        }
+        match mail.ending {
+            Some(Ending::TakenOver) => {
+                self.taken_over.get_or_insert(Instant::now() + TAKEOVER_READ_TIMEOUT);
+            }
+            Some(Ending::Shutdown) => self.stopping = true,
+            None => {}
+        }
+    }
+
+    // ---- packets -------------------------------------------------------------------------------------------------------
+
+    async fn handle_packets(&mut self, departure: &mut Departure<S>) {
+        let mut advanced = false;
+        let mut delivered = 0;
+        while let Some(packet) = self.take_packet() {
+            match packet {
+                Incoming::Connect(connect) => self.connect(*connect, departure).await,
+                Incoming::Publish(publish) => self.publish(publish),
+                Incoming::Puback(packet_id) | Incoming::Pubcomp(packet_id) => {
+                    advanced |= self.acknowledged(packet_id, &mut delivered);
+                }
+                Incoming::Pubrec(packet_id, true) => {
+                    if let Some(session) = &mut self.session {
+                        session.released(packet_id);
+                    }
+                    self.engine.pubrel(packet_id);
+                }
+                Incoming::Pubrec(packet_id, false) => {
+                    advanced |= self.acknowledged(packet_id, &mut delivered);
+                }
+                Incoming::Pubrel(packet_id) => self.engine.pubcomp(packet_id, true),
+                Incoming::Subscribe { packet_id, filters, identifier } => {
+                    let shared_without_own = |one: &Filter| one.no_local && filter::shared(&one.filter).is_some();
+                    if identifier == Some(0) {
+                        // [MQTT-3.8.2.1.2]
+                        self.engine
+                            .disconnect(DisconnectReasonCode::ProtocolError, "a subscription identifier is not 0");
+                    } else if filters.iter().any(shared_without_own) {
+                        // [MQTT-3.8.3-4]
+                        let sentence = "a shared subscription cannot be no-local";
+                        self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
+                    } else {
+                        self.subscribe(packet_id, filters, identifier, departure).await;
+                    }
+                }
+                Incoming::Unsubscribe { packet_id, filters } => self.unsubscribe(packet_id, &filters, departure).await,
+                Incoming::Pingreq => self.engine.pingresp(),
+                Incoming::Disconnect { with_will, session_expiry_s } => {
+                    self.disconnect(session_expiry_s).await;
+                    self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
+                }
+                Incoming::Auth(authentication) => self.authenticate_again(&authentication, departure).await,
+                Incoming::Overfull(overfull) => self.refuse_overfull(overfull),
+            }
+        }
+        if advanced {
+            self.report_acknowledged();
+        }
+        if delivered > 0 {
+            self.shared.service.observe(Observation::Delivered(delivered));
+        }
+    }
+
+    /// The next packet, unless the client went too fast: then the packet waits, and with it what comes after and reading. What can be refused
+    /// is refused here.
+    fn take_packet(&mut self) -> Option<Incoming> {
+        loop {
+            if self.end.is_some() {
+                self.packets.clear();
+            }
+            let packet = self.packets.front()?;
+            if let Some(until) = self.paused_until {
+                if Instant::now() < until {
+                    return None;
+                }
+                self.paused_until = None;
+                return self.packets.pop_front();
+            }
+            let (Some(pace), Some(cost)) = (&mut self.pace, packet.cost()) else { return self.packets.pop_front() };
+            let may_refuse = packet.is_publish() && self.engine.is_v5();
+            match pace.judge(cost, may_refuse, Instant::now()) {
+                Verdict::Pass => return self.packets.pop_front(),
+                Verdict::Wait { until, limit } => {
+                    self.limited(limit);
+                    self.paused_until = Some(until);
+                    return None;
+                }
+                Verdict::Refuse { limit } => {
+                    self.limited(limit);
+                    if let Some(packet) = self.packets.pop_front() {
+                        self.refuse_too_fast(packet, limit);
+                    }
+                }
+            }
+        }
+    }
+
+    fn limited(&self, limit: &'static str) {
+        self.shared.service.observe(Observation::Limited(limit));
+    }
+
+    fn refusal(&self, code: RefusalCode, sentence: &str) -> Refusal {
+        self.shared.refusal(code, sentence)
+    }
+}

@@ -1,0 +1,187 @@
+//! Waiting for anything that can happen, and the bytes in and out.
+
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::{Duration, Instant};
+
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
+
+use super::{Connection, End, OUT_READING_MAX, PENDING_READING_MAX, READ_BUFFER};
+use crate::service::{Observation, Service};
+
+/// An empty output buffer larger than this is given back.
+const OUT_KEPT: usize = 1_024;
+/// How long a connection that ends may take to send its last bytes.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long, and how many bytes, a connection that was closed for a reason is still read from.
+const HEARD_OUT_TIMEOUT: Duration = Duration::from_millis(500);
+const HEARD_OUT_BYTES_MAX: usize = 1024 * 1024;
+
+impl<S, T> Connection<S, T>
+where
+    S: Service,
+    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
+    /// Waits for anything, and takes in whatever is there.
+    pub(super) fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let mut progress = std::mem::take(&mut self.busy);
+        let take_ordinary = self.session.as_ref().is_some_and(|session| session.queue.is_empty());
+        if let Poll::Ready(mail) = self.mailbox.poll(cx, take_ordinary) {
+            self.on_mail(mail);
+            progress = true;
+        }
+        if let Some((topic, reading)) = &mut self.reading
+            && let Poll::Ready(page) = reading.as_mut().poll(cx)
+        {
+            self.page = Some((Arc::clone(topic), page));
+            self.reading = None;
+            progress = true;
+        }
+        if let Some(waiting) = &mut self.waiting
+            && waiting.as_mut().poll(cx).is_ready()
+        {
+            self.waiting = None;
+            progress = true;
+        }
+        match self.poll_write(cx) {
+            Poll::Ready(Ok(true)) => progress = true,
+            Poll::Ready(Ok(false)) | Poll::Pending => {}
+            Poll::Ready(Err(())) => {
+                self.end = Some(End::Socket);
+                return Poll::Ready(());
+            }
+        }
+        self.dry = false;
+        if self.may_read() {
+            match self.poll_read(cx) {
+                Poll::Ready(Ok(())) => progress = true,
+                Poll::Ready(Err(())) => {
+                    self.end = Some(End::Socket);
+                    return Poll::Ready(());
+                }
+                Poll::Pending => {
+                    self.dry = true;
+                    self.read_in_turn = 0;
+                }
+            }
+        }
+        if self.timer.as_mut().poll(cx).is_ready() {
+            progress = true;
+        }
+        if progress { Poll::Ready(()) } else { Poll::Pending }
+    }
+
+    pub(super) fn may_read(&self) -> bool {
+        self.unsent.is_empty()
+            && self.held.is_empty()
+            && self.packets.is_empty()
+            && self.pending.len() < PENDING_READING_MAX
+            && self.end.is_none()
+            && !self.stopping
+            && self.engine.fault.is_none()
+            && self.engine.out.len() - self.out_at < OUT_READING_MAX
+    }
+
+    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
+        if !self.early.is_empty() {
+            let bytes = std::mem::take(&mut self.early);
+            self.feed(&bytes);
+            return Poll::Ready(Ok(()));
+        }
+        READ_BUFFER.with_borrow_mut(|buffer| {
+            let connecting = self.session.is_none();
+            let most = if connecting { buffer.len().min(self.connect_bytes_left) } else { buffer.len() };
+            if most == 0 {
+                self.shared.service.observe(Observation::Limited("connect_bytes"));
+                return Poll::Ready(Err(()));
+            }
+            let mut read = ReadBuf::new(&mut buffer[..most]);
+            if ready!(Pin::new(&mut self.io).poll_read(cx, &mut read)).is_err() || read.filled().is_empty() {
+                return Poll::Ready(Err(()));
+            }
+            self.read_in_turn += read.filled().len();
+            if connecting {
+                self.connect_bytes_left -= read.filled().len();
+            }
+            self.feed(read.filled());
+            Poll::Ready(Ok(()))
+        })
+    }
+
+    pub(super) fn feed(&mut self, bytes: &[u8]) {
+        let taken = self.engine.feed(bytes, &mut self.packets);
+        if let Some(limit) = self.engine.overstepped.take() {
+            self.limited(limit);
+        }
+        if taken < bytes.len() && self.engine.fault.is_none() {
+            self.early.extend_from_slice(&bytes[taken..]);
+        }
+        // Only whole packets show that a client is there; a byte now and then does not.
+        if !self.packets.is_empty() {
+            self.heard_at = Instant::now();
+        }
+    }
+
+    /// `true` if anything was written.
+    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, ()>> {
+        let mut written = false;
+        while self.out_at < self.engine.out.len() {
+            match Pin::new(&mut self.io).poll_write(cx, &self.engine.out[self.out_at..]) {
+                Poll::Ready(Ok(n)) if n > 0 => {
+                    self.out_at += n;
+                    self.needs_flush = true;
+                    written = true;
+                }
+                Poll::Ready(_) => return Poll::Ready(Err(())),
+                Poll::Pending => return Poll::Ready(Ok(written)),
+            }
+        }
+        if self.out_at > 0 {
+            self.out_at = 0;
+            self.engine.out.clear();
+            self.engine.out.shrink_to(OUT_KEPT);
+            self.on_all_written();
+        }
+        if self.needs_flush {
+            match Pin::new(&mut self.io).poll_flush(cx) {
+                Poll::Ready(Ok(())) => self.needs_flush = false,
+                Poll::Ready(Err(_)) => return Poll::Ready(Err(())),
+                Poll::Pending => {}
+            }
+        }
+        Poll::Ready(Ok(written))
+    }
+
+    pub(super) async fn write_last_bytes(&mut self) {
+        let last = async {
+            self.io.write_all(&self.engine.out[self.out_at..]).await?;
+            self.io.flush().await?;
+            self.io.shutdown().await
+        };
+        match tokio::time::timeout(CLOSE_TIMEOUT, last).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => tracing::debug!(peer = %self.peer, %error, "closing failed"),
+            Err(_) => tracing::debug!(peer = %self.peer, "the client did not take its last bytes"),
+        }
+    }
+
+    /// Reads what the client has still sent, and forgets it: with unread bytes a closed socket is reset, and a reset takes the DISCONNECT that
+    /// says why with it.
+    pub(super) async fn hear_out(&mut self) {
+        let ended = async {
+            // On the heap: as part of the future every connection would carry it all along.
+            let mut bytes = vec![0; 4 * 1024];
+            let mut left = HEARD_OUT_BYTES_MAX;
+            while left > 0 {
+                match self.io.read(&mut bytes).await {
+                    Ok(read) if read > 0 => left = left.saturating_sub(read),
+                    _ => return,
+                }
+            }
+        };
+        if tokio::time::timeout(HEARD_OUT_TIMEOUT, ended).await.is_err() {
+            tracing::trace!(peer = %self.peer, "the client does not close its side");
+        }
+    }
+}
