@@ -47,6 +47,8 @@ mod ordinary5;
 #[cfg(test)]
 mod refusals;
 #[cfg(test)]
+mod sdk;
+#[cfg(test)]
 mod seams;
 #[cfg(test)]
 mod sharing;

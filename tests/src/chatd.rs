@@ -377,10 +377,7 @@ async fn binary() -> Result<PathBuf> {
             ensure!(path.is_file(), "CHATD_BIN={} is no file", path.display());
             return Ok(std::path::absolute(path)?);
         }
-        // target/debug/deps/end_to_end-0123
-        let executable = std::env::current_exe()?;
-        let profile =
-            executable.parent().and_then(Path::parent).context("the test executable lies in target/*/deps")?;
+        let profile = profile()?;
         let path = profile.join("chatd");
         if path.metadata().and_then(|built| built.modified()).ok() < newest_source()? {
             build(profile.ends_with("release")).await?;
@@ -391,9 +388,25 @@ async fn binary() -> Result<PathBuf> {
     BINARY.get_or_try_init(find).await.cloned()
 }
 
+/// Where cargo puts what belongs to the test executable: `target/debug` of `target/debug/deps/end_to_end-0123`. The tests in documentation
+/// lie in a folder of their own.
+fn profile() -> Result<PathBuf> {
+    let executable = std::env::current_exe()?;
+    if let Some(folder) = executable.parent().filter(|folder| folder.ends_with("deps")) {
+        return Ok(folder.parent().context("target/*/deps has a parent")?.to_owned());
+    }
+    let target = std::env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| root().map(|root| root.join("target")), |path| Ok(path.into()))?;
+    Ok(target.join("debug"))
+}
+
+fn root() -> Result<&'static Path> {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("tests/ lies in the repository")
+}
+
 /// When the sources of chatd were changed last.
 fn newest_source() -> Result<Option<SystemTime>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("tests/ lies in the repository")?;
+    let root = root()?;
     let mut newest = None;
     let mut folders: Vec<PathBuf> =
         ["protocol/src", "broker/src", "chat-service/src", "config"].map(|path| root.join(path)).into();
@@ -414,7 +427,8 @@ fn newest_source() -> Result<Option<SystemTime>> {
 async fn build(release: bool) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let building = Command::new(cargo)
-        .args(["build", "--package", "chat-service", "--bin", "chatd"])
+        // With the whole workspace's features, as the tests are built: else most of it would be built twice.
+        .args(["build", "--workspace", "--bin", "chatd"])
         .args(release.then_some("--release"))
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .kill_on_drop(true)

@@ -8,6 +8,7 @@ pub mod contract;
 pub mod dice;
 pub mod packet;
 pub mod programs;
+pub mod proxy;
 pub mod raw;
 pub mod receiver;
 pub mod tls;

@@ -1,0 +1,253 @@
+//! What waits to be stored on the server: in which order it is published, how much at once, and what is tried again.
+//!
+//! Pure: time comes in. Invariants: messages are published in the order in which they were queued; none is forgotten before the server has
+//! stored or refused it; none is published twice at once on one connection, but after a pause.
+
+use std::collections::VecDeque;
+use std::time::{Duration, Instant};
+
+use chat_protocol::{ErrorCode, MessageId};
+
+use crate::answer::Answer;
+use crate::error::Refusal;
+use crate::event::Stored;
+use crate::outbox::Unsent;
+
+/// Published and not answered.
+const WINDOW: usize = 16;
+/// How long nothing is published after the server could not answer, at first and at most.
+const PAUSE_MIN: Duration = Duration::from_millis(500);
+const PAUSE_MAX: Duration = Duration::from_secs(30);
+/// Of the rate that the server names; the rest is for requests, and for what else a program does.
+const RATE_PERCENT: u32 = 80;
+
+/// What the server said of a message.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    Stored(Stored),
+    Refused(Refusal),
+}
+
+#[derive(Debug, Default)]
+pub(crate) struct Sending {
+    /// In order; the first `published` of them are on their way.
+    waiting: VecDeque<Unsent>,
+    published: usize,
+    paused_until: Option<Instant>,
+    pause: Option<Duration>,
+    pace: Option<Pace>,
+}
+
+impl Sending {
+    pub(crate) fn push(&mut self, unsent: Unsent) {
+        self.waiting.push_back(unsent);
+    }
+
+    /// A connection is there. It takes so many publishes a second, if it said so.
+    pub(crate) fn connected(&mut self, publishes_per_s: Option<u32>, now: Instant) {
+        self.disconnected();
+        self.pace = publishes_per_s.filter(|rate| *rate > 0).map(|rate| Pace::new(rate, now));
+    }
+
+    pub(crate) fn disconnected(&mut self) {
+        self.published = 0;
+        self.paused_until = None;
+    }
+
+    /// The next to publish, if one may be now.
+    pub(crate) fn next(&mut self, now: Instant) -> Option<&Unsent> {
+        if self.paused_until.is_some_and(|until| now < until) || self.published >= WINDOW {
+            return None;
+        }
+        self.paused_until = None;
+        if self.published == self.waiting.len() || self.pace.as_mut().is_some_and(|pace| !pace.take(now)) {
+            return None;
+        }
+        self.published += 1;
+        self.waiting.get(self.published - 1)
+    }
+
+    /// When [`next`](Self::next) should be asked again, if nothing else happens before.
+    pub(crate) fn wake_at(&self) -> Option<Instant> {
+        if self.published == self.waiting.len() || self.published >= WINDOW {
+            return None;
+        }
+        self.paused_until.max(self.pace.as_ref().map(|pace| pace.free_at))
+    }
+
+    /// What became of it, with the message; `None` if it is to be tried again, or is long known.
+    pub(crate) fn answered(&mut self, id: &MessageId, answer: &Answer, now: Instant) -> Option<(Unsent, Outcome)> {
+        let at = self.waiting.iter().position(|unsent| unsent.id == *id)?;
+        let outcome = match answer {
+            Answer::Stored { seq, at, receiver_away } => {
+                Outcome::Stored(Stored { id: id.clone(), seq: *seq, at: *at, receiver_away: *receiver_away })
+            }
+            Answer::Refused(refusal) if is_passing(refusal) => {
+                // It and all after it are published again, in this order.
+                self.published = self.published.min(at);
+                if self.paused_until.is_none() {
+                    let pause = self.pause.map_or(PAUSE_MIN, |pause| (pause * 2).min(PAUSE_MAX));
+                    self.pause = Some(pause);
+                    self.paused_until = Some(now + pause);
+                }
+                return None;
+            }
+            Answer::Refused(refusal) => Outcome::Refused(refusal.clone()),
+            Answer::Done => {
+                let message = "the server acknowledged a message without saying what number it has".to_owned();
+                Outcome::Refused(Refusal { code: None, reason_code: 0, message })
+            }
+        };
+        self.pause = None;
+        if at < self.published {
+            self.published -= 1;
+        }
+        Some((self.waiting.remove(at)?, outcome))
+    }
+}
+
+/// It may succeed a little later, as it is.
+pub(crate) fn is_passing(refusal: &Refusal) -> bool {
+    matches!(refusal.code, Some(ErrorCode::Unavailable | ErrorCode::TooFast))
+}
+
+/// Publishes no faster than a server allows: a second's worth at once, and then one after the other.
+#[derive(Debug)]
+struct Pace {
+    interval: Duration,
+    free_at: Instant,
+    burst: Duration,
+    busy_until: Instant,
+}
+
+impl Pace {
+    fn new(publishes_per_s: u32, now: Instant) -> Self {
+        let interval = Duration::from_secs(1) * 100 / RATE_PERCENT / publishes_per_s;
+        // As a second is the server's own measure, half of one leaves room for what other devices do.
+        Self { interval, free_at: now, burst: Duration::from_millis(500), busy_until: now }
+    }
+
+    fn take(&mut self, now: Instant) -> bool {
+        if now < self.free_at {
+            return false;
+        }
+        self.busy_until = self.busy_until.max(now) + self.interval;
+        self.free_at = self.busy_until.checked_sub(self.burst).map_or(now, |free_at| free_at.max(now));
+        true
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use chat_protocol::{Seq, Timestamp, UserId};
+
+    use super::*;
+
+    fn unsent(id: &str) -> Unsent {
+        let (id, to) = (MessageId::parse(id).unwrap(), UserId::parse("bob").unwrap());
+        Unsent { id, to, text: "hello".into(), queued_at: Timestamp::from_ms(1) }
+    }
+
+    fn stored(seq: u64) -> Answer {
+        Answer::Stored { seq: Seq::new(seq).unwrap(), at: Timestamp::from_ms(2), receiver_away: false }
+    }
+
+    fn refused(code: ErrorCode) -> Answer {
+        Answer::Refused(Refusal { code: Some(code), reason_code: 0x97, message: code.as_str().into() })
+    }
+
+    fn published(sending: &mut Sending, now: Instant) -> Vec<String> {
+        std::iter::from_fn(|| sending.next(now).map(|unsent| unsent.id.to_string())).collect()
+    }
+
+    fn three() -> (Sending, Instant) {
+        let (mut sending, now) = (Sending::default(), Instant::now());
+        for id in ["a", "b", "c"] {
+            sending.push(unsent(id));
+        }
+        sending.connected(None, now);
+        (sending, now)
+    }
+
+    fn id(id: &str) -> MessageId {
+        MessageId::parse(id).unwrap()
+    }
+
+    #[test]
+    fn in_order_and_again_after_a_reconnect() {
+        let (mut sending, now) = three();
+        assert_eq!(published(&mut sending, now), ["a", "b", "c"]);
+        let (unsent, outcome) = sending.answered(&id("a"), &stored(1), now).unwrap();
+        assert!(matches!(outcome, Outcome::Stored(Stored { receiver_away: false, .. })));
+        assert_eq!(unsent.id, id("a"));
+        sending.disconnected();
+        sending.connected(None, now);
+        assert_eq!(published(&mut sending, now), ["b", "c"]);
+        assert_eq!(sending.answered(&id("a"), &stored(1), now), None, "known already");
+    }
+
+    #[test]
+    fn no_more_than_the_window() {
+        let (mut sending, now) = (Sending::default(), Instant::now());
+        for number in 0..40 {
+            sending.push(unsent(&format!("m-{number}")));
+        }
+        assert_eq!(published(&mut sending, now).len(), WINDOW);
+        sending.answered(&id("m-0"), &stored(1), now).unwrap();
+        sending.answered(&id("m-1"), &stored(2), now).unwrap();
+        assert_eq!(published(&mut sending, now), ["m-16", "m-17"]);
+    }
+
+    #[test]
+    fn what_passes_is_tried_again_in_order() {
+        let (mut sending, now) = three();
+        assert_eq!(published(&mut sending, now).len(), 3);
+        assert!(sending.answered(&id("a"), &stored(1), now).is_some());
+        assert_eq!(sending.answered(&id("b"), &refused(ErrorCode::TooFast), now), None);
+        assert_eq!(sending.answered(&id("c"), &refused(ErrorCode::TooFast), now), None);
+        assert_eq!(published(&mut sending, now), [""; 0]);
+        let later = sending.wake_at().unwrap();
+        assert_eq!(later, now + PAUSE_MIN);
+        assert_eq!(published(&mut sending, later), ["b", "c"]);
+        assert_eq!(sending.answered(&id("b"), &refused(ErrorCode::Unavailable), later), None);
+        assert_eq!(sending.wake_at(), Some(later + PAUSE_MIN * 2), "longer each time");
+    }
+
+    #[test]
+    fn what_is_refused_is_given_back() {
+        let (mut sending, now) = three();
+        assert_eq!(published(&mut sending, now).len(), 3);
+        let (unsent, outcome) = sending.answered(&id("b"), &refused(ErrorCode::UnknownUser), now).unwrap();
+        assert_eq!(unsent.id, id("b"));
+        assert!(matches!(outcome, Outcome::Refused(Refusal { code: Some(ErrorCode::UnknownUser), .. })));
+        sending.disconnected();
+        assert_eq!(published(&mut sending, now), ["a", "c"]);
+    }
+
+    #[test]
+    fn no_faster_than_the_server_says() {
+        let (mut sending, mut now) = (Sending::default(), Instant::now());
+        let begun = now;
+        for number in 0..300 {
+            sending.push(unsent(&format!("m-{number}")));
+        }
+        sending.connected(Some(100), now);
+        let mut at = Vec::new();
+        while let Some(wake_at) = sending.wake_at() {
+            now = now.max(wake_at);
+            for id in published(&mut sending, now) {
+                at.push(now - begun);
+                sending.answered(&MessageId::parse(&id).unwrap(), &stored(1), now).unwrap();
+            }
+        }
+        assert_eq!(at.len(), 300);
+        // As the server counts: never more than a second's worth ahead of 100/s.
+        for (number, at) in at.iter().enumerate() {
+            assert!(
+                Duration::from_millis(10) * u32::try_from(number).unwrap() <= *at + Duration::from_secs(1),
+                "{number} {at:?}"
+            );
+        }
+        assert!(at[299] < Duration::from_secs(4), "{:?}", at[299]);
+    }
+}

@@ -1,0 +1,421 @@
+//! The Rust client: nothing sent twice, nothing lost, in order, whatever the network, the server and the program itself do.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+
+use chat_client::{
+    Client, Closed, ConnectError, ConnectionState, ErrorCode, Event, Events, FileOutbox, Kind, Listen, Options, Range,
+    RequestError, SendError, Seq, Session, TypingState, UserId,
+};
+use end_to_end::proxy::Proxy;
+use end_to_end::{Chatd, Dice, PATIENCE};
+use tokio::time::timeout;
+
+use crate::auth;
+
+fn user(name: &str) -> UserId {
+    name.parse().unwrap()
+}
+
+fn options(server: std::net::SocketAddr, name: &str, device: &str) -> Options {
+    Options::new(&format!("mqtt://{server}"), name, device).unwrap()
+}
+
+async fn connect(chatd: &Chatd, name: &str, device: &str) -> (Client, Events) {
+    Client::connect(options(chatd.mqtt_addr(), name, device)).await.unwrap()
+}
+
+async fn next(events: &mut Events) -> Event {
+    timeout(PATIENCE, events.next()).await.expect("an event in time").expect("the client goes on")
+}
+
+/// The next that `pick` wants; others are acknowledged and passed over.
+async fn next_where<T>(events: &mut Events, mut pick: impl FnMut(&Event) -> Option<T>) -> T {
+    loop {
+        let event = next(events).await;
+        let picked = pick(&event);
+        if let Event::Message(delivery) = event {
+            delivery.acknowledge();
+        }
+        if let Some(picked) = picked {
+            return picked;
+        }
+    }
+}
+
+fn text_of(event: &Event) -> Option<String> {
+    match event {
+        Event::Message(delivery) => match &delivery.message.kind {
+            Kind::Text(text) => Some(text.clone()),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn state_of(event: &Event) -> Option<ConnectionState> {
+    match event {
+        Event::Connection(state) => Some(state.clone()),
+        _ => None,
+    }
+}
+
+#[tokio::test]
+async fn a_conversation() {
+    let chatd = Chatd::start().await.unwrap();
+    let (alice, mut to_alice) = connect(&chatd, "alice", "laptop").await;
+    let bob = user("bob");
+    let stored = alice.send(&bob, "are you there?").await.unwrap();
+    assert_eq!((stored.seq.get(), stored.receiver_away), (1, true));
+
+    // Bob comes later: it waited.
+    let (bob_client, mut to_bob) = connect(&chatd, "bob", "phone").await;
+    next_where(&mut to_alice, |event| match event {
+        Event::Presence(presence) => (presence.user == bob).then_some(()),
+        _ => None,
+    })
+    .await;
+    let Event::Message(delivery) = next_where_message(&mut to_bob).await else { panic!("a message") };
+    assert!(delivery.waited);
+    assert_eq!(delivery.message.kind, Kind::Text("are you there?".into()));
+    assert_eq!((delivery.message.seq, delivery.message.id.as_ref()), (stored.seq, Some(&stored.id)));
+    delivery.acknowledge();
+
+    // It is live now, both ways, with receipts, typing and presence.
+    next_where(&mut to_alice, |event| matches!(event, Event::Receipt(receipt) if receipt.delivered == 1).then_some(()))
+        .await;
+    bob_client.mark_read(&user("alice"), stored.seq).await.unwrap();
+    next_where(&mut to_alice, |event| matches!(event, Event::Receipt(receipt) if receipt.read == 1).then_some(()))
+        .await;
+    bob_client.typing(&user("alice"), TypingState::On).await;
+    next_where(&mut to_alice, |event| matches!(event, Event::Typing(typing) if typing.from == bob).then_some(())).await;
+    let answer = bob_client.send(&user("alice"), "yes").await.unwrap();
+    assert_eq!((answer.seq.get(), answer.receiver_away), (2, false));
+    assert_eq!(next_where(&mut to_alice, text_of).await, "yes");
+    // Bob's own, as it was stored, for his other devices.
+    assert_eq!(next_where(&mut to_bob, text_of).await, "yes");
+
+    // Every request.
+    assert_eq!(alice.whoami().await.unwrap().user, user("alice"));
+    alice.edit(&bob, stored.seq, "are you here?").await.unwrap();
+    let second = alice.send(&bob, "a mistake").await.unwrap();
+    alice.unsend(&bob, second.seq).await.unwrap();
+    let history = alice.history(&bob, Range::Before(None), 50).await.unwrap();
+    let texts: Vec<Option<&str>> = history.entries.iter().map(|entry| entry.text.as_deref()).collect();
+    assert_eq!(texts, [Some("are you here?"), Some("yes"), None]);
+    let later = alice.history(&bob, Range::After(Some(stored.seq)), 1).await.unwrap();
+    assert_eq!(later.entries[0].text.as_deref(), Some("yes"));
+    assert!(later.more);
+    let conversations = bob_client.conversations(None, 10).await.unwrap();
+    assert_eq!(conversations.conversations[0].standing.with, user("alice"));
+    let synced = bob_client.sync(None, 200).await.unwrap();
+    assert!(!synced.more && !synced.entries.is_empty());
+    assert!(bob_client.sync(Some(&synced.next), 200).await.unwrap().entries.is_empty());
+    bob_client.delete(&user("alice"), answer.seq).await.unwrap();
+    bob_client.block(&user("alice")).await.unwrap();
+    assert_eq!(bob_client.blocked().await.unwrap().blocked[0].user, user("alice"));
+    bob_client.unblock(&user("alice")).await.unwrap();
+
+    alice.close().await;
+    assert_eq!(next_where(&mut to_alice, state_of).await, ConnectionState::Closed(Closed::ByUs));
+    assert!(to_alice.next().await.is_none());
+}
+
+async fn next_where_message(events: &mut Events) -> Event {
+    loop {
+        let event = next(events).await;
+        if matches!(event, Event::Message(_)) {
+            return event;
+        }
+    }
+}
+
+#[tokio::test]
+async fn refusals_are_typed() {
+    let chatd = Chatd::start().await.unwrap();
+    let (alice, _events) = connect(&chatd, "alice", "laptop").await;
+    for (to, text, code) in [
+        ("alice", "to myself".to_owned(), ErrorCode::SelfMessage),
+        ("bob", String::new(), ErrorCode::EmptyText),
+        ("bob", "x".repeat(16 * 1024 + 1), ErrorCode::TextTooLong),
+    ] {
+        match alice.send(&user(to), text).await.unwrap_err() {
+            SendError::Refused(refusal) => {
+                assert_eq!(refusal.code, Some(code));
+                assert!(refusal.reason_code >= 0x80 && refusal.message.starts_with(code.as_str()), "{refusal:?}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    alice.send(&user("bob"), "x".repeat(16 * 1024)).await.unwrap();
+    let unknown = alice.history(&user("carol"), Range::Before(None), 10).await.unwrap_err();
+    let RequestError::Refused { code, message } = unknown else { panic!("{unknown:?}") };
+    assert_eq!(code, Some(ErrorCode::UnknownConversation));
+    assert!(message.contains("carol"), "{message}");
+    let beyond = alice.mark_read(&user("bob"), Seq::new(7).unwrap()).await.unwrap_err();
+    assert!(matches!(beyond, RequestError::Refused { code: Some(ErrorCode::InvalidSeq), .. }), "{beyond:?}");
+    // It goes on.
+    assert_eq!(alice.send(&user("bob"), "still there").await.unwrap().seq.get(), 2);
+}
+
+#[tokio::test]
+async fn logins() {
+    let (_folder, file) = auth::users().await;
+    let chatd = Chatd::start_with(auth::required().set("auth.password_file", file.display())).await.unwrap();
+    let with = |password: &str| options(chatd.mqtt_addr(), "alice", "laptop").password(password);
+    let (alice, _events) = Client::connect(with("alice-pw")).await.unwrap();
+    assert_eq!(alice.whoami().await.unwrap().user, user("alice"));
+    let refused = Client::connect(with("wrong")).await.unwrap_err();
+    assert!(matches!(refused, ConnectError::Closed(Closed::LoginRefused(_))), "{refused:?}");
+    // A program that begins offline hears of it by an event.
+    let (client, mut events) = Client::start(with("wrong")).await.unwrap();
+    assert!(matches!(next_where(&mut events, state_of).await, ConnectionState::Closed(Closed::LoginRefused(_))));
+    assert!(matches!(client.whoami().await, Err(RequestError::Closed(Closed::LoginRefused(_)))));
+    assert!(matches!(client.send(&user("bob"), "x").await, Err(SendError::Closed(Closed::LoginRefused(_)))));
+}
+
+#[tokio::test]
+async fn nobody_is_there() {
+    let address = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
+    let refused = Client::connect(options(address, "alice", "laptop")).await.unwrap_err();
+    assert!(matches!(refused, ConnectError::Unreachable(_)), "{refused:?}");
+}
+
+#[tokio::test]
+async fn one_device_at_a_time() {
+    let chatd = Chatd::start().await.unwrap();
+    let (_first, mut to_first) = connect(&chatd, "alice", "laptop").await;
+    let (second, _to_second) = connect(&chatd, "alice", "laptop").await;
+    let closed = next_where(&mut to_first, |event| match state_of(event) {
+        Some(ConnectionState::Closed(closed)) => Some(closed),
+        _ => None,
+    });
+    assert_eq!(closed.await, Closed::TakenOver);
+    assert_eq!(second.whoami().await.unwrap().user, user("alice"));
+}
+
+/// A program that crashes before it has taken a message gets it again; what it has taken it does not.
+#[tokio::test]
+async fn what_was_not_taken_comes_again() {
+    let chatd = Chatd::start().await.unwrap();
+    let (alice, _events) = connect(&chatd, "alice", "laptop").await;
+    let (bob, mut to_bob) = connect(&chatd, "bob", "phone").await;
+    for number in 0..5 {
+        alice.send(&user("bob"), format!("{number}")).await.unwrap();
+    }
+    let mut held = Vec::new();
+    for number in 0..5 {
+        let Event::Message(delivery) = next_where_message(&mut to_bob).await else { panic!("a message") };
+        if number < 2 {
+            delivery.acknowledge();
+        } else {
+            held.push(delivery);
+        }
+    }
+    // The third is dropped, the fourth taken after it, the fifth still held: none of them may be acknowledged before the third.
+    let fourth = held.remove(1);
+    drop(held.remove(0));
+    fourth.acknowledge();
+    bob.close().await;
+    drop((held, to_bob));
+
+    let (_bob, mut to_bob) = connect(&chatd, "bob", "phone").await;
+    for number in 2..5 {
+        assert_eq!(next_where(&mut to_bob, text_of).await, format!("{number}"));
+    }
+}
+
+#[tokio::test]
+async fn listeners_of_all_kinds() {
+    let chatd = Chatd::start_with(end_to_end::Options::default().set("auth.observers", "archive")).await;
+    let chatd = chatd.unwrap();
+    let only_sends = options(chatd.mqtt_addr(), "alice", "cron").listen(Listen::Nothing).session(Session::Temporary);
+    let (alice, mut to_alice) = Client::connect(only_sends).await.unwrap();
+    let observes = options(chatd.mqtt_addr(), "archive", "one").listen(Listen::Observe);
+    let (_archive, mut to_archive) = Client::connect(observes).await.unwrap();
+    let (bob, _to_bob) = connect(&chatd, "bob", "phone").await;
+    bob.send(&user("alice"), "one").await.unwrap();
+    alice.send(&user("bob"), "two").await.unwrap();
+    assert_eq!(next_where(&mut to_archive, text_of).await, "one");
+    assert_eq!(next_where(&mut to_archive, text_of).await, "two");
+    assert_eq!(alice.conversations(None, 10).await.unwrap().conversations.len(), 1);
+    alice.close().await;
+    let mut told = Vec::new();
+    while let Some(event) = to_alice.next().await {
+        told.push(event);
+    }
+    assert!(told.iter().all(|event| matches!(event, Event::Connection(_))), "{told:?}");
+}
+
+/// Messages that were queued without a server, by a program that then crashed, are sent by the next run, once.
+#[tokio::test]
+async fn an_outbox_survives() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("outbox");
+    let start = async |chatd: &Chatd| {
+        let outbox = FileOutbox::open(&path).unwrap();
+        Client::start(options(chatd.mqtt_addr(), "alice", "laptop").outbox(outbox)).await.unwrap()
+    };
+    chatd.kill9().await.unwrap();
+    let (alice, events) = start(&chatd).await;
+    for number in 0..10 {
+        // Nobody waits for what becomes of it.
+        drop(alice.queue(&user("bob"), format!("{number}")).await.unwrap());
+    }
+    // As if the program were killed: nothing is said or written any more.
+    let copy = std::fs::read(&path).unwrap();
+    alice.close().await;
+    drop(events);
+    std::fs::write(&path, &copy).unwrap();
+
+    chatd.restart_on_same_ports().await.unwrap();
+    let (alice, mut events) = start(&chatd).await;
+    for number in 0..10 {
+        assert_eq!(next_where(&mut events, text_of).await, format!("{number}"));
+    }
+    // As if it had been killed before the outbox forgot them: they are sent again, and stored already.
+    alice.close().await;
+    drop(events);
+    std::fs::write(&path, &copy).unwrap();
+    let (alice, _events) = start(&chatd).await;
+    assert_eq!(alice.send(&user("bob"), "last").await.unwrap().seq.get(), 11);
+    let history = alice.history(&user("bob"), Range::Before(None), 50).await.unwrap();
+    assert_eq!(history.entries.len(), 11);
+    alice.close().await;
+    assert!(read_outbox(&path).is_empty());
+}
+
+fn read_outbox(path: &Path) -> Vec<chat_client::Unsent> {
+    chat_client::Outbox::load(&mut FileOutbox::open(path).unwrap()).unwrap()
+}
+
+/// What the server will never take is given back to somebody, once.
+#[tokio::test]
+async fn a_refusal_finds_somebody() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let (alice, mut events) = connect(&chatd, "alice", "laptop").await;
+    chatd.kill9().await.unwrap();
+    let waits = alice.queue(&user("alice"), "somebody waits").await.unwrap();
+    drop(alice.queue(&user("alice"), "nobody waits").await.unwrap());
+    chatd.restart_on_same_ports().await.unwrap();
+    assert!(matches!(waits.await, Err(SendError::Refused(_))));
+    let (text, error) = next_where(&mut events, |event| match event {
+        Event::NotSent { text, error, .. } => Some((text.clone(), error.clone())),
+        _ => None,
+    })
+    .await;
+    assert_eq!(text, "nobody waits");
+    assert!(matches!(error, SendError::Refused(_)));
+}
+
+/// Everything that one side has seen, by seq.
+#[derive(Debug, Default)]
+struct Seen(BTreeMap<u64, String>);
+
+impl Seen {
+    /// Once and in order.
+    fn note(&mut self, seq: Seq, text: String) {
+        let last = self.0.last_key_value().map_or(0, |(seq, _)| *seq);
+        assert_eq!(seq.get(), last + 1, "{text} came after number {last}");
+        self.0.insert(seq.get(), text);
+    }
+}
+
+/// Takes everything until `count` messages were seen.
+async fn watch(mut events: Events, seen: Arc<AtomicUsize>, count: Arc<AtomicUsize>) -> (Seen, Events) {
+    let mut all = Seen::default();
+    loop {
+        let count = count.load(Ordering::SeqCst);
+        if count > 0 && all.0.len() >= count {
+            return (all, events);
+        }
+        // The count may become known while nothing comes.
+        let Ok(event) = timeout(Duration::from_millis(100), events.next()).await else { continue };
+        if let Event::Message(delivery) = event.expect("the client goes on") {
+            let Kind::Text(text) = &delivery.message.kind else { panic!("{delivery:?}") };
+            all.note(delivery.message.seq, text.clone());
+            seen.fetch_add(1, Ordering::SeqCst);
+            delivery.acknowledge();
+        }
+    }
+}
+
+/// Two people write to each other for two minutes over a network that delays, repeats, half-closes and cuts, and the server is killed twice.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_minutes_of_bad_network() {
+    const MINUTES: Duration = Duration::from_secs(120);
+    let mut dice = Dice::thrown("two_minutes_of_bad_network");
+    let mut chatd = Chatd::start().await.unwrap();
+    let proxy = Proxy::start(chatd.mqtt_addr(), dice.number()).await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let start = async |name: &str| {
+        let outbox = FileOutbox::open(folder.path().join(name)).unwrap();
+        let options = options(proxy.address(), name, "one")
+            .outbox(outbox)
+            .keep_alive(Duration::from_secs(5))
+            .retry(Duration::from_millis(50), Duration::from_secs(1));
+        Client::start(options).await.unwrap()
+    };
+    let began = Instant::now();
+    let count = Arc::new(AtomicUsize::new(0));
+    let (mut writing, mut watching, mut clients) = (Vec::new(), Vec::new(), Vec::new());
+    for (name, peer) in [("alice", "bob"), ("bob", "alice")] {
+        let (client, events) = start(name).await;
+        watching.push(tokio::spawn(watch(events, Arc::default(), Arc::clone(&count))));
+        let mut dice = Dice::new(dice.number());
+        writing.push(tokio::spawn({
+            let client = client.clone();
+            async move {
+                let mut queued = Vec::new();
+                while began.elapsed() < MINUTES {
+                    queued.push(client.queue(&user(peer), format!("{name} {}", queued.len())).await.unwrap());
+                    tokio::time::sleep(Duration::from_millis(dice.below(40) as u64)).await;
+                }
+                queued
+            }
+        }));
+        clients.push(client);
+    }
+    for third in 1..=2 {
+        tokio::time::sleep_until((began + MINUTES / 3 * third).into()).await;
+        chatd.kill9().await.unwrap();
+        chatd.restart_on_same_ports().await.unwrap();
+    }
+    let mut written = Vec::new();
+    for task in writing {
+        written.push(task.await.unwrap());
+    }
+    proxy.calm_down();
+    let total: usize = written.iter().map(Vec::len).sum();
+    let mut stored = BTreeMap::new();
+    for (name, queued) in ["alice", "bob"].into_iter().zip(written) {
+        let mut last = 0;
+        for (number, queued) in queued.into_iter().enumerate() {
+            let seq = timeout(PATIENCE, queued).await.expect("stored in time").unwrap().seq.get();
+            assert!(seq > last, "in the order in which they were queued");
+            last = seq;
+            stored.insert(seq, format!("{name} {number}"));
+        }
+    }
+    assert_eq!(stored.len(), total);
+    count.store(total, Ordering::SeqCst);
+    for task in watching {
+        let (seen, _) = timeout(PATIENCE, task).await.expect("everything arrives").unwrap();
+        assert_eq!(seen.0, stored);
+    }
+    let deeds = proxy.deeds();
+    println!("{total} messages; the network: {deeds:?}");
+    assert!(total > 1_000, "{total}");
+    for (what, deed) in
+        [("cut", &deeds.cuts), ("half-closed", &deeds.half_closes), ("repeated", &deeds.twice), ("late", &deeds.late)]
+    {
+        assert!(deed.load(Ordering::Relaxed) >= 10, "{what}: {deeds:?}");
+    }
+    for client in clients {
+        client.close().await;
+    }
+}
