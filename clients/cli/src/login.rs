@@ -20,8 +20,15 @@ pub(crate) async fn connect(
             ask(settings).await?;
             Ok(Client::connect(options(settings)?).await?)
         }
-        outcome => Ok(outcome?),
+        outcome => outcome.map_err(|error| of(settings, error)),
     }
+}
+
+/// A server that cannot be reached is named.
+pub(crate) fn of(settings: &Settings, error: ConnectError) -> Failure {
+    let is_elsewhere = matches!(error, ConnectError::Unreachable(_));
+    let failure = Failure::from(error);
+    if is_elsewhere { failure.of(&settings.server) } else { failure }
 }
 
 /// Asks for a password if the server will want one. If it cannot be reached, nothing is asked: that shows later.

@@ -47,12 +47,7 @@ type Outcomes = oneshot::Receiver<Result<Stored, SendError>>;
 
 /// What a handle asks.
 pub(crate) enum Command {
-    Queue {
-        id: MessageId,
-        to: UserId,
-        text: String,
-        reply: oneshot::Sender<Result<(MessageId, Outcomes), SendError>>,
-    },
+    Queue { id: MessageId, to: UserId, text: String, reply: oneshot::Sender<Result<(MessageId, Outcomes), SendError>> },
     Read { with: UserId, seq: Seq, reply: oneshot::Sender<Result<(), RequestError>> },
     Typing { to: UserId, state: TypingState },
     Ask { method: Method, members: Value, reply: oneshot::Sender<Result<Value, RequestError>> },

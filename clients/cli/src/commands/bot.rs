@@ -19,7 +19,7 @@ pub(super) async fn echo(settings: &mut Settings) -> Result<(), Failure> {
     login::prepare(settings).await?;
     let device = settings.device("chat-bot");
     let options = settings.options(&device)?.outbox(settings.outbox(&device)?);
-    let (client, mut events) = Client::connect(options).await?;
+    let (client, mut events) = Client::connect(options).await.map_err(|error| login::of(settings, error))?;
     note(format!("{} says back what is said to it, until interrupted", client.user()));
     let mut signals = Signals::new()?;
     let mut connections = Connections::default();

@@ -5,10 +5,10 @@
 use std::io::{BufRead, Read as _};
 use std::time::Duration;
 
-use chat_client::{Client, Event, Events, MessageId, Queued, SendError, Stored, UserId};
+use chat_client::{Client, Event, Events, MessageId, Queued, SendError, Seq, Stored, Timestamp, UserId};
 use futures_util::StreamExt as _;
 use futures_util::stream::FuturesOrdered;
-use serde_json::json;
+use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 
@@ -194,9 +194,7 @@ impl Sender {
         };
         self.stored += 1;
         if self.output.json {
-            let Stored { id, seq, at, receiver_away } = stored;
-            let object = json!({ "seq": seq, "id": id, "at": at, "receiver_away": receiver_away });
-            if self.output.print(Output::object(&object)).await? == Printed::Closed {
+            if self.output.print(Output::object(&StoredLine::from(&stored))).await? == Printed::Closed {
                 // What is sent is sent; nobody wants to know.
                 self.output.json = false;
             }
@@ -220,6 +218,22 @@ impl Sender {
             note(failure.clone().of(format!("line {number}")));
         }
         self.first_refusal.get_or_insert(failure);
+    }
+}
+
+/// What `--json` prints of a message.
+#[derive(Serialize)]
+struct StoredLine<'a> {
+    seq: Seq,
+    id: &'a MessageId,
+    at: Timestamp,
+    receiver_away: bool,
+}
+
+impl<'a> From<&'a Stored> for StoredLine<'a> {
+    fn from(stored: &'a Stored) -> Self {
+        let Stored { id, seq, at, receiver_away } = stored;
+        Self { seq: *seq, id, at: *at, receiver_away: *receiver_away }
     }
 }
 
