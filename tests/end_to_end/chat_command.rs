@@ -1,8 +1,10 @@
 //! `chat`, the command, in scripts: what it prints, how it ends, and that killing either end loses nothing.
 
+use std::cell::Cell;
 use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 use std::process::Stdio;
+use std::time::Duration;
 
 use end_to_end::command::{self, Done, Person, Running};
 use end_to_end::programs;
@@ -285,17 +287,17 @@ async fn who_reads_may_go() {
     }
     // It finds out when it writes the next time.
     let code = bob.home().join("code");
-    let mut sent = 10;
-    eventually("it ends", PATIENCE, async || {
+    let more = Cell::new(0);
+    eventually("it ends", PATIENCE, || async {
         ok(&alice, &["send", "bob", "more"]).await;
-        sent += 1;
+        more.set(more.get() + 1);
         std::fs::read_to_string(&code).is_ok_and(|code| code.ends_with('\n'))
     })
     .await;
     assert_eq!(std::fs::read_to_string(&code).unwrap(), "0\n");
     assert_eq!(reading.ended().await.unwrap(), Some(0));
     ok(&alice, &["send", "bob", "last"]).await;
-    sent += 1;
+    let sent = 10 + more.get() + 1;
     // What it could not write comes now, and then the rest.
     let mut listening = bob.start(&["listen", "--json"]).await.unwrap();
     let first = seq(&listening.json().await.unwrap().unwrap());
@@ -388,17 +390,13 @@ async fn an_observer_sees_all() {
     let mut kept = eve.start(&archive).await.unwrap();
     // Until both are there.
     eventually("both observe", PATIENCE, async || chatd.metric("chatd_connections").await.unwrap() >= 2.0).await;
-    let mut number = 0;
-    loop {
+    // What was sent before it observed is not its own.
+    let number = loop {
         ok(&alice, &["send", "bob", "secret"]).await;
-        number += 1;
-        let first = tokio::time::timeout(std::time::Duration::from_millis(300), kept.json()).await;
-        if let Ok(first) = first {
-            // What was sent before it observed is not its own.
-            number = seq(&first.unwrap().unwrap());
-            break;
+        if let Ok(first) = tokio::time::timeout(Duration::from_millis(300), kept.json()).await {
+            break seq(&first.unwrap().unwrap());
         }
-    }
+    };
     assert!(live.line().await.unwrap().unwrap().ends_with(" alice → bob: secret"));
     kept.signal(Signal::KILL).unwrap();
     kept.ended().await.unwrap();
@@ -421,7 +419,7 @@ async fn an_echo_for_each() {
     const MESSAGES: usize = 60;
     let mut dice = Dice::thrown("an_echo_for_each");
     let chatd = fast().await;
-    let (alice, carol) = two(&chatd).await;
+    let (alice, carol) = (Person::new("alice", &chatd).unwrap(), Person::new("carol", &chatd).unwrap());
     let mut bot = carol.start(&["bot", "echo"]).await.unwrap();
     let mut sending = alice.start(&["send", "carol", "--json"]).await.unwrap();
     let mut stdin = sending.stdin.take().unwrap();
@@ -461,7 +459,9 @@ fn write(path: &Path, text: &str, mode: u32) {
 #[tokio::test]
 async fn settings_from_all_sides() {
     let (_folder, users) = auth::users().await;
-    let options = auth::required().set("auth.password_file", users.display()).set("auth.jwt_secret", auth::SECRET);
+    let key = users.with_file_name("key");
+    write(&key, auth::SECRET, 0o600);
+    let options = auth::required().set("auth.password_file", users.display()).set("auth.jwt_key_file", key.display());
     let chatd = Chatd::start_with(options).await.unwrap();
     let alice = Person::new("alice", &chatd).unwrap();
     let config = alice.home().join(".config/chat/config.toml");
@@ -545,6 +545,27 @@ async fn a_password_is_asked_for() {
         assert_eq!((ended, is_asked), (Some(code), true), "{shown}");
         assert!(shown.contains(last) && !shown.contains(typed.trim()), "{shown}");
     }
+}
+
+/// Everything at once, shown to nobody; nothing of it is left.
+#[tokio::test]
+async fn the_demo() {
+    let chatd = Chatd::start().await.unwrap();
+    let alice = Person::new("alice", &chatd).unwrap();
+    let temporary = alice.home().join("temporary");
+    std::fs::create_dir(&temporary).unwrap();
+    let mut demo = alice.program(concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/demo"));
+    let chatd_binary = end_to_end::chatd::command().await.unwrap();
+    let chat_binary = alice.chat(&[]).await.unwrap();
+    demo.arg("--check")
+        .env("CHATD_BIN", chatd_binary.as_std().get_program())
+        .env("CHAT_BIN", chat_binary.as_std().get_program())
+        .env("TMPDIR", &temporary);
+    // It starts six programs.
+    let output = tokio::time::timeout(3 * PATIENCE, demo.output()).await.expect("it ends in time").unwrap();
+    let done = Done::from(output);
+    assert!(done.code == Some(0) && done.err.ends_with("both are there\n"), "{done:?}");
+    assert_eq!(std::fs::read_dir(&temporary).unwrap().count(), 0);
 }
 
 #[tokio::test]

@@ -9,6 +9,7 @@ use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
 use crate::failure::Failure;
 use crate::safe;
 use crate::settings::{Credential, Settings};
+use crate::signals::Signals;
 
 /// Connects with these options.
 pub(crate) async fn connect(
@@ -53,10 +54,12 @@ async fn ask(settings: &mut Settings) -> Result<(), Failure> {
     let prompt = format!("Password of {} at {}: ", settings.user, safe::line(&settings.server));
     let terminal = File::open("/dev/tty").map_err(|error| failed(&error))?;
     let before = tcgetattr(&terminal).map_err(|error| failed(&error))?;
+    // From here on a signal does not end us while nothing that is typed can be seen.
+    let mut signals = Signals::new()?;
     let answer = tokio::task::spawn_blocking(move || rpassword::prompt_password(prompt));
     let password = tokio::select! {
         answer = answer => answer.map_err(|error| failed(&error))?.map_err(|error| failed(&error))?,
-        _ = tokio::signal::ctrl_c() => {
+        () = signals.next() => {
             // What is typed next is to be seen again.
             tcsetattr(&terminal, OptionalActions::Now, &before).map_err(|error| failed(&error))?;
             return Err(Failure::interrupted("nobody gave a password"));

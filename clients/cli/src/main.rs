@@ -11,6 +11,7 @@ mod moment;
 mod output;
 mod safe;
 mod settings;
+mod signals;
 mod terminal;
 
 use std::process::ExitCode;

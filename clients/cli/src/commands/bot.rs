@@ -7,10 +7,10 @@ use chat_client::{Client, Delivery, Event, Kind, MessageId, RequestError, SendEr
 
 use super::follow::Connections;
 use super::note;
-use super::signals::Signals;
 use crate::failure::Failure;
 use crate::login;
 use crate::settings::Settings;
+use crate::signals::Signals;
 
 /// Before the number; what has it is not answered, or two echoes would never stop.
 const ID_PREFIX: &str = "echo-";

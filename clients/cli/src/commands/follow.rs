@@ -6,13 +6,13 @@
 use chat_client::{Client, ConnectionState, Delivery, Event, Events, Listen, Options, Session, UserId};
 
 use super::note;
-use super::signals::Signals;
 use crate::arguments;
 use crate::failure::Failure;
 use crate::login;
 use crate::moment;
 use crate::output::{Names, Output, Printed};
 use crate::settings::Settings;
+use crate::signals::Signals;
 
 pub(super) async fn listen(settings: &mut Settings, listen: arguments::Listen) -> Result<(), Failure> {
     let arguments::Listen { from, sent, limit, form } = listen;

@@ -6,7 +6,6 @@ mod history;
 mod pages;
 mod requests;
 mod send;
-mod signals;
 
 use chat_client::{Client, Events, Listen};
 use clap::CommandFactory as _;

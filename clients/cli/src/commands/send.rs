@@ -13,12 +13,12 @@ use tokio::sync::mpsc;
 use tokio::time::Instant;
 
 use super::follow::Connections;
-use super::signals::Signals;
 use super::{connect_once, note};
 use crate::arguments::Send;
 use crate::failure::{Failure, FailureKind};
 use crate::output::{Output, Printed};
 use crate::settings::Settings;
+use crate::signals::Signals;
 
 /// Lines that are read and not yet sent.
 const LINES_MAX: usize = 64;
