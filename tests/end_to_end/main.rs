@@ -57,6 +57,8 @@ mod slow;
 #[cfg(test)]
 mod storage;
 #[cfg(test)]
+mod terminal;
+#[cfg(test)]
 mod tls;
 #[cfg(test)]
 mod webhooks;

@@ -7,7 +7,10 @@ use std::io::stdout;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
-use chat_client::{Client, Closed, ConnectionState, Event, Events, Options, SendError, TypingState, Unsent, UserId};
+use chat_client::{
+    Change, Client, Closed, ConnectionState, Event, Events, Options, Outbox, OutboxError, SendError, TypingState,
+    Unsent, UserId,
+};
 use crossterm::event::{
     DisableBracketedPaste, DisableFocusChange, DisableMouseCapture, EnableBracketedPaste, EnableFocusChange,
     EnableMouseCapture, EventStream,
@@ -33,15 +36,14 @@ const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Events that are taken in before the screen is drawn again.
 const BATCH_MAX: usize = 256;
 
-/// Opens the chat, and returns when the user quits.
-///
-/// `waiting` is what waits in the outbox that `options` has: it is shown from the beginning.
+/// Opens the chat, and returns when the user quits. What waits in the outbox is shown from the beginning.
 ///
 /// # Errors
 /// If there is no terminal, it is lost, or there is no connection and will be none for a reason that more tries do not help ([`Closed`]).
-pub(crate) async fn run(options: Options, waiting: Vec<Unsent>) -> anyhow::Result<()> {
+pub(crate) async fn run(options: Options, mut outbox: impl Outbox) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
-    let (client, mut events) = Client::start(options).await?;
+    let waiting = outbox.load()?;
+    let (client, mut events) = Client::start(options.outbox(Loaded { outbox, waiting: waiting.clone() })).await?;
     let restore = Restore::new();
     let mut terminal = ratatui::try_init().context("this needs a terminal")?;
     execute!(stdout(), EnableBracketedPaste, EnableMouseCapture, EnableFocusChange)?;
@@ -53,6 +55,22 @@ pub(crate) async fn run(options: Options, waiting: Vec<Unsent>) -> anyhow::Resul
     work.finish().await;
     client.close().await;
     outcome
+}
+
+/// An outbox that was read already: it may be read once.
+struct Loaded<T> {
+    outbox: T,
+    waiting: Vec<Unsent>,
+}
+
+impl<T: Outbox> Outbox for Loaded<T> {
+    fn load(&mut self) -> Result<Vec<Unsent>, OutboxError> {
+        Ok(std::mem::take(&mut self.waiting))
+    }
+
+    fn apply(&mut self, changes: &[Change]) -> Result<(), OutboxError> {
+        self.outbox.apply(changes)
+    }
 }
 
 /// Gives the terminal back when it is dropped. (A panic does so before it prints, by ratatui's hook.)
