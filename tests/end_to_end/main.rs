@@ -11,6 +11,8 @@ mod auth;
 #[cfg(test)]
 mod chat;
 #[cfg(test)]
+mod chat_command;
+#[cfg(test)]
 mod churn;
 #[cfg(test)]
 mod classes;

@@ -4,6 +4,7 @@
 //! something happen; it waits for what has to happen, with a deadline.
 
 pub mod chatd;
+pub mod command;
 pub mod contract;
 pub mod dice;
 pub mod packet;

@@ -35,6 +35,27 @@ pub(crate) fn lines(text: &str) -> impl Iterator<Item = Cow<'_, str>> {
     text.lines().map(line)
 }
 
+/// JSON on one line, with the same meaning. What JSON lets stand in strings and a terminal obeys is escaped; spaces take the place of line breaks between members.
+pub(crate) fn json(json: &str) -> Cow<'_, str> {
+    if !json.contains(is_unsafe) {
+        return Cow::Borrowed(json);
+    }
+    let mut safe = String::with_capacity(json.len() + 16);
+    for character in json.chars() {
+        match character {
+            // In a string they are escaped already.
+            '\n' | '\r' | '\t' => safe.push(' '),
+            _ if is_unsafe(character) => {
+                safe.push_str("\\u");
+                // None of them is beyond four digits.
+                safe.push_str(&format!("{:04x}", u32::from(character)));
+            }
+            _ => safe.push(character),
+        }
+    }
+    Cow::Owned(safe)
+}
+
 /// Whether a terminal must not get it from somebody else.
 fn is_unsafe(character: char) -> bool {
     character.is_control() // C0, DEL, C1
@@ -83,7 +104,26 @@ mod tests {
         assert_eq!(lines("").count(), 0);
     }
 
+    #[test]
+    fn json_keeps_its_meaning() {
+        for (given, expected) in [
+            ("{\"a\":\"b\"}", "{\"a\":\"b\"}"),
+            ("{\"a\":\n\t1}", "{\"a\":  1}"),
+            ("\"\u{9b}\u{7f}\u{202e}\\u001b\"", "\"\\u009b\\u007f\\u202e\\u001b\""),
+        ] {
+            assert_eq!(json(given), expected);
+        }
+    }
+
     proptest! {
+        #[test]
+        fn any_text_survives_in_json(text in any::<String>()) {
+            let written = serde_json::to_string(&text).unwrap();
+            let safe = json(&written);
+            prop_assert!(!safe.contains(is_unsafe));
+            prop_assert_eq!(serde_json::from_str::<String>(&safe).unwrap(), text);
+        }
+
         #[test]
         fn nothing_passes(text in any::<String>(), bytes in any::<Vec<u8>>()) {
             for text in [text, String::from_utf8_lossy(&bytes).into_owned()] {
