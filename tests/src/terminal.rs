@@ -66,7 +66,8 @@ impl Terminal {
         command.arg("-S").arg(self.folder.path().join("tmux")).stdin(Stdio::null()).kill_on_drop(true);
         command.env_remove("TMUX");
         // Nobody's settings but the test's.
-        for (variable, _) in std::env::vars_os().filter(|(variable, _)| variable.to_string_lossy().starts_with("CHAT_")) {
+        for (variable, _) in std::env::vars_os().filter(|(variable, _)| variable.to_string_lossy().starts_with("CHAT_"))
+        {
             command.env_remove(variable);
         }
         command

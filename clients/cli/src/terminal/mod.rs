@@ -11,6 +11,8 @@ mod layout;
 mod model;
 mod run;
 mod search;
+#[cfg(test)]
+mod tests;
 mod timeline;
 mod view;
 mod wrap;

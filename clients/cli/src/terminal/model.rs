@@ -661,7 +661,8 @@ impl App {
             .map(|conversation| (conversation.shown, conversation.peer.clone()))
             .collect();
         loaded.sort_by_key(|(shown, _)| *shown);
-        let surplus = loaded.len().saturating_sub(TIMELINES_MAX);
+        // The open one is about to be loaded.
+        let surplus = loaded.len().saturating_sub(TIMELINES_MAX - 1);
         for (_, peer) in loaded.into_iter().take(surplus) {
             if let Some(conversation) = self.conversations.get_mut(&peer)
                 && self.open.as_ref() != Some(&peer)

@@ -53,7 +53,7 @@ pub(super) fn draw(frame: &mut Frame<'_>, app: &App) {
         list_title(buffer, app, areas.list_title);
         list(buffer, app, areas.list);
     }
-    for y in areas.border.top()..areas.border.bottom() {
+    for y in areas.border.rows().map(|row| row.y).filter(|_| areas.border.width > 0) {
         put(buffer, areas.border.x, y, "│", 1, QUIET);
     }
     let mut cursor = None;
