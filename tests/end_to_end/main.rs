@@ -59,6 +59,8 @@ mod slow;
 #[cfg(test)]
 mod storage;
 #[cfg(test)]
+mod terminal;
+#[cfg(test)]
 mod tls;
 #[cfg(test)]
 mod webhooks;

@@ -12,6 +12,7 @@ pub mod programs;
 pub mod proxy;
 pub mod raw;
 pub mod receiver;
+pub mod terminal;
 pub mod tls;
 pub mod wait;
 

@@ -94,6 +94,6 @@ pub(super) async fn terminal(settings: &mut Settings) -> Result<(), Failure> {
     }
     login::prepare(settings).await?;
     let device = settings.device("chat-terminal");
-    let options = settings.options(&device)?.outbox(settings.outbox(&device)?);
-    terminal::run(options).await.map_err(|error| Failure::refused(format!("{error:#}")))
+    let (options, outbox) = (settings.options(&device)?, settings.outbox(&device)?);
+    terminal::run(options, outbox).await.map_err(|error| Failure::refused(format!("{error:#}")))
 }
