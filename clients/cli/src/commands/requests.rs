@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal as _;
 
-use chat_client::{Client, Range};
+use chat_client::{Client, Closed, Range};
 
 use super::connect_once;
 use crate::arguments::{Command, Form};
@@ -95,5 +95,8 @@ pub(super) async fn terminal(settings: &mut Settings) -> Result<(), Failure> {
     login::prepare(settings).await?;
     let device = settings.device("chat-terminal");
     let (options, outbox) = (settings.options(&device)?, settings.outbox(&device)?);
-    terminal::run(options, outbox).await.map_err(|error| Failure::refused(format!("{error:#}")))
+    terminal::run(options, outbox).await.map_err(|error| match error.downcast::<Closed>() {
+        Ok(closed) => closed.into(),
+        Err(error) => Failure::refused(format!("{error:#}")),
+    })
 }
