@@ -37,8 +37,8 @@ pub(super) async fn run(settings: &mut Settings, command: Command) -> Result<(),
                 client.mark_read(&peer, seq).await?;
             }
         }
-        Command::Edit { peer, seq, text } => drop(client.edit(&peer, seq, &text).await?),
-        Command::Unsend { peer, seq } => drop(client.unsend(&peer, seq).await?),
+        Command::Edit { peer, seq, text } => client.edit(&peer, seq, &text).await.map(|_| ())?,
+        Command::Unsend { peer, seq } => client.unsend(&peer, seq).await.map(|_| ())?,
         Command::Delete { peer, seq } => client.delete(&peer, seq).await?,
         Command::Block { peer } => client.block(&peer).await?,
         Command::Unblock { peer } => client.unblock(&peer).await?,
