@@ -151,7 +151,7 @@ impl Running {
 
     /// The next line as JSON.
     pub async fn json(&mut self) -> Result<Option<Value>> {
-        Ok(self.line().await?.map(|line| serde_json::from_str(&line).context(line)).transpose()?)
+        self.line().await?.map(|line| serde_json::from_str(&line).context(line)).transpose()
     }
 
     /// Sends it a signal.

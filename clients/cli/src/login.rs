@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::IsTerminal as _;
 
 use chat_client::{Client, Closed, ConnectError, Events, Listen, Options};
-use rustix::termios::{OptionalActions, tcgetattr, tcsetattr};
+use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 
 use crate::failure::Failure;
 use crate::safe;
@@ -56,15 +56,21 @@ async fn ask(settings: &mut Settings) -> Result<(), Failure> {
     let before = tcgetattr(&terminal).map_err(|error| failed(&error))?;
     // From here on a signal does not end us while nothing that is typed can be seen.
     let mut signals = Signals::new()?;
+    // Before the question is there: who types ahead is not to be read by others either.
+    let mut hidden = before.clone();
+    hidden.local_modes.remove(LocalModes::ECHO);
+    tcsetattr(&terminal, OptionalActions::Now, &hidden).map_err(|error| failed(&error))?;
     let answer = tokio::task::spawn_blocking(move || rpassword::prompt_password(prompt));
-    let password = tokio::select! {
-        answer = answer => answer.map_err(|error| failed(&error))?.map_err(|error| failed(&error))?,
-        () = signals.next() => {
-            // What is typed next is to be seen again.
-            tcsetattr(&terminal, OptionalActions::Now, &before).map_err(|error| failed(&error))?;
-            return Err(Failure::interrupted("nobody gave a password"));
-        }
+    let answer = tokio::select! {
+        answer = answer => answer.map_err(|error| failed(&error)),
+        () = signals.next() => Ok(Err(std::io::ErrorKind::Interrupted.into())),
     };
+    tcsetattr(&terminal, OptionalActions::Now, &before).map_err(|error| failed(&error))?;
+    let password = answer?.map_err(|error| match error.kind() {
+        // Ctrl-C, or a signal.
+        std::io::ErrorKind::Interrupted => Failure::interrupted("nobody gave a password"),
+        _ => failed(&error),
+    })?;
     settings.credential = Credential::Password(password);
     Ok(())
 }

@@ -333,7 +333,7 @@ fn password_of(command: &str) -> Result<String, Failure> {
     if !output.status.success() {
         return Err(failed(&format!("it ended with {}", output.status)));
     }
-    first_line(&output.stdout).map_err(|why| failed(why))
+    first_line(&output.stdout).map_err(failed)
 }
 
 /// What a token command says. It is asked at any time: the terminal is not its own.

@@ -2,7 +2,7 @@
 
 use std::io::IsTerminal as _;
 
-use chat_client::{Client, Range};
+use chat_client::{Client, Closed, Range};
 
 use super::connect_once;
 use crate::arguments::{Command, Form};
@@ -37,8 +37,8 @@ pub(super) async fn run(settings: &mut Settings, command: Command) -> Result<(),
                 client.mark_read(&peer, seq).await?;
             }
         }
-        Command::Edit { peer, seq, text } => drop(client.edit(&peer, seq, &text).await?),
-        Command::Unsend { peer, seq } => drop(client.unsend(&peer, seq).await?),
+        Command::Edit { peer, seq, text } => client.edit(&peer, seq, &text).await.map(|_| ())?,
+        Command::Unsend { peer, seq } => client.unsend(&peer, seq).await.map(|_| ())?,
         Command::Delete { peer, seq } => client.delete(&peer, seq).await?,
         Command::Block { peer } => client.block(&peer).await?,
         Command::Unblock { peer } => client.unblock(&peer).await?,
@@ -95,5 +95,8 @@ pub(super) async fn terminal(settings: &mut Settings) -> Result<(), Failure> {
     login::prepare(settings).await?;
     let device = settings.device("chat-terminal");
     let (options, outbox) = (settings.options(&device)?, settings.outbox(&device)?);
-    terminal::run(options, outbox).await.map_err(|error| Failure::refused(format!("{error:#}")))
+    terminal::run(options, outbox).await.map_err(|error| match error.downcast::<Closed>() {
+        Ok(closed) => closed.into(),
+        Err(error) => Failure::refused(format!("{error:#}")),
+    })
 }

@@ -193,11 +193,9 @@ impl Sender {
             Err(error) => return self.not_sent(number, error),
         };
         self.stored += 1;
-        if self.output.json {
-            if self.output.print(Output::object(&StoredLine::from(&stored))).await? == Printed::Closed {
-                // What is sent is sent; nobody wants to know.
-                self.output.json = false;
-            }
+        if self.output.json && self.output.print(Output::object(&StoredLine::from(&stored))).await? == Printed::Closed {
+            // What is sent is sent; nobody wants to know.
+            self.output.json = false;
         }
         Ok(())
     }
