@@ -53,7 +53,7 @@ mod tests {
         let mut repaint = Repaint::default();
         let plain = ["one        ", "two        ", "three      "];
         assert_eq!(repaint.rows(&mut screen(plain)), [0_u16; 0]);
-        let flag = ["one        ", "a 🇩🇪 flag   ", "three      "];
+        let flag = ["one        ", "a 🇩🇪 flag  ", "three      "];
         let mut with_flag = screen(flag);
         assert_eq!(repaint.rows(&mut with_flag), [1]);
         assert!(with_flag.content[11..22].iter().all(|cell| cell.diff_option == CellDiffOption::AlwaysUpdate));
