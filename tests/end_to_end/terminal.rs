@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use chat_client::{Client, Events, Options as ClientOptions, Range, UserId};
+use end_to_end::proxy::Proxy;
 use end_to_end::terminal::{Screen, Terminal};
 use end_to_end::{Chatd, Options, PATIENCE, eventually};
 use rustix::process::{Pid, Signal, kill_process};
@@ -17,7 +18,18 @@ fn user(name: &str) -> UserId {
 }
 
 async fn chat(chatd: &Chatd, name: &str, home: &TempDir) -> Terminal {
-    Terminal::chat(chatd, name, home.path(), 80, 24).await.unwrap()
+    Terminal::chat(chatd.mqtt_addr(), name, home.path(), 80, 24).await.unwrap()
+}
+
+/// The same through something that stays when the server goes.
+async fn chat_through(proxy: &Proxy, name: &str, home: &TempDir) -> Terminal {
+    Terminal::chat(proxy.address(), name, home.path(), 80, 24).await.unwrap()
+}
+
+async fn proxy(chatd: &Chatd) -> Proxy {
+    let proxy = Proxy::start(chatd.mqtt_addr(), 1).await.unwrap();
+    proxy.calm_down();
+    proxy
 }
 
 async fn client(chatd: &Chatd, name: &str) -> (Client, Events) {
@@ -241,7 +253,7 @@ async fn narrower_and_wider() {
     let chatd = Chatd::start_with(Options::default().as_fast_as_it_can()).await.unwrap();
     fill(&chatd, 60).await;
     let home = home();
-    let bob = Terminal::chat(&chatd, "bob", home.path(), 120, 24).await.unwrap();
+    let bob = Terminal::chat(chatd.mqtt_addr(), "bob", home.path(), 120, 24).await.unwrap();
     bob.shows_text("● alice").await;
     // A click opens it.
     bob.mouse(0, 5, 1).await.unwrap();
@@ -279,8 +291,9 @@ async fn texts(chatd: &Chatd, me: &str, with: &str) -> Vec<String> {
 #[tokio::test]
 async fn a_lost_connection() {
     let mut chatd = Chatd::start().await.unwrap();
+    let proxy = proxy(&chatd).await;
     let home = home();
-    let alice = chat(&chatd, "alice", &home).await;
+    let alice = chat_through(&proxy, "alice", &home).await;
     begin(&alice, "bob").await;
     say(&alice, "before").await;
     alice.shows("it is stored", |screen| line(screen, "before").is_some_and(|row| row.contains('✓'))).await;
@@ -290,7 +303,8 @@ async fn a_lost_connection() {
     alice.shows("it waits", |screen| line(screen, "meanwhile").is_some_and(|row| row.contains('◷'))).await;
     alice.shows_text("1 message waits").await;
     alice.shows("a countdown", |screen| screen.rows[0].contains("Trying again in ")).await;
-    chatd.restart_on_same_ports().await.unwrap();
+    chatd.restart().await.unwrap();
+    proxy.lead_to(chatd.mqtt_addr());
     alice.shows("no banner", |screen| !screen.has("Not connected")).await;
     alice.shows("it is stored", |screen| line(screen, "meanwhile").is_some_and(|row| row.contains('✓'))).await;
     assert_eq!(texts(&chatd, "alice", "bob").await, ["before", "meanwhile"]);
@@ -305,20 +319,22 @@ async fn a_lost_connection() {
 #[tokio::test]
 async fn begun_offline_and_left_offline() {
     let mut chatd = Chatd::start().await.unwrap();
+    let proxy = proxy(&chatd).await;
     chatd.kill9().await.unwrap();
     let home = home();
-    let alice = chat(&chatd, "alice", &home).await;
+    let alice = chat_through(&proxy, "alice", &home).await;
     alice.shows("a banner", |screen| screen.rows[0].contains("Not connected")).await;
     begin(&alice, "bob").await;
     say(&alice, "for later").await;
     alice.shows("it waits", |screen| line(screen, "for later").is_some_and(|row| row.contains('◷'))).await;
     alice.press(&["C-c"]).await.unwrap();
-    assert_eq!(alice.ended().await.unwrap(), 0);
+    alice.ended().await.unwrap();
     drop(alice);
     // The next run still has it.
-    let alice = chat(&chatd, "alice", &home).await;
+    let alice = chat_through(&proxy, "alice", &home).await;
     alice.shows("it waits", |screen| screen.has("◷ for later") && screen.has("1 message waits")).await;
-    chatd.restart_on_same_ports().await.unwrap();
+    chatd.restart().await.unwrap();
+    proxy.lead_to(chatd.mqtt_addr());
     alice.shows("it is stored", |screen| screen.has("✓ for later") && !screen.has("Not connected")).await;
     assert_eq!(texts(&chatd, "alice", "bob").await, ["for later"]);
 }

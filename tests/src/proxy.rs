@@ -9,6 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
+use parking_lot::Mutex;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinHandle;
@@ -34,7 +35,7 @@ pub struct Deeds {
 }
 
 struct Shared {
-    target: SocketAddr,
+    target: Mutex<SocketAddr>,
     calm: AtomicBool,
     seed: u64,
     deeds: Deeds,
@@ -58,7 +59,12 @@ impl Proxy {
     pub async fn start(target: SocketAddr, seed: u64) -> Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("a port for the proxy")?;
         let address = listener.local_addr()?;
-        let shared = Arc::new(Shared { target, calm: AtomicBool::new(false), seed, deeds: Deeds::default() });
+        let shared = Arc::new(Shared {
+            target: Mutex::new(target),
+            calm: AtomicBool::new(false),
+            seed,
+            deeds: Deeds::default(),
+        });
         let accepting = tokio::spawn({
             let shared = Arc::clone(&shared);
             async move {
@@ -75,6 +81,11 @@ impl Proxy {
         self.address
     }
 
+    /// Leads those who connect from now on somewhere else: to a chatd that was started again on ports of its own choice, as the old ones may be taken.
+    pub fn lead_to(&self, target: SocketAddr) {
+        *self.shared.target.lock() = target;
+    }
+
     /// From now on it only forwards.
     pub fn calm_down(&self) {
         self.shared.calm.store(true, Ordering::Relaxed);
@@ -89,7 +100,8 @@ impl Proxy {
 async fn connection(client: TcpStream, shared: Arc<Shared>) {
     let number = shared.deeds.connections.fetch_add(1, Ordering::Relaxed);
     // Dropped: the client sees that nobody is there.
-    let Ok(server) = TcpStream::connect(shared.target).await else { return };
+    let target = *shared.target.lock();
+    let Ok(server) = TcpStream::connect(target).await else { return };
     for socket in [&client, &server] {
         if socket.set_nodelay(true).is_err() {
             return;

@@ -3,6 +3,7 @@
 //! Time zone, language and folders are the test's own, so that what is shown does not depend on the machine.
 
 use std::future::Future;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -27,8 +28,8 @@ pub struct Terminal {
 
 impl Terminal {
     /// The chat of a user. What it keeps lies in `home`.
-    pub async fn chat(chatd: &Chatd, user: &str, home: &Path, columns: u16, rows: u16) -> Result<Self> {
-        let server = format!("mqtt://{}", chatd.mqtt_addr());
+    pub async fn chat(server: SocketAddr, user: &str, home: &Path, columns: u16, rows: u16) -> Result<Self> {
+        let server = format!("mqtt://{server}");
         let binary = chat_binary().await?;
         let binary = binary.to_str().context("the path of chat")?;
         Self::start(&[binary, "--server", &server, "--user", user, "--device", "terminal"], home, columns, rows).await
@@ -130,13 +131,10 @@ impl Terminal {
         Ok(self.tmux(&["display-message", "-p", &format!("#{{{variable}}}")]).await?.trim().to_owned())
     }
 
-    /// Waits for the end of what runs in it: its exit code.
-    pub async fn ended(&self) -> Result<i32> {
+    /// Waits for the end of what runs in it. How it ended tmux does not always learn.
+    pub async fn ended(&self) -> Result<()> {
         let end = Instant::now() + PATIENCE;
-        loop {
-            if self.about("pane_dead").await? == "1" {
-                return Ok(self.about("pane_dead_status").await?.parse()?);
-            }
+        while self.about("pane_dead").await? != "1" {
             ensure!(
                 Instant::now() < end,
                 "it has not ended within {PATIENCE:?}; on the screen is\n{}",
@@ -144,6 +142,7 @@ impl Terminal {
             );
             tokio::time::sleep(LOOK_INTERVAL).await;
         }
+        Ok(())
     }
 
     /// Waits until the screen is as it has to be; panics with what is there instead.
