@@ -352,6 +352,37 @@ async fn another_password_ends_the_sessions_of_the_old_one() {
     assert_eq!(answer["ok"]["entries"][0]["text"], "before", "{answer}");
 }
 
+/// Who was let in by the old rules and has not arrived yet is not let in any more.
+#[tokio::test]
+async fn a_login_under_way_ends_with_the_right_to_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("key");
+    std::fs::write(&file, SECRET).unwrap();
+    // Ten connects a second: of 20 at a time half wait for their turn, up to a second, after their token was checked.
+    let options = required().set("auth.jwt_key_file", file.display()).set("limits.user_publishes_per_s", 100);
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let token = token(json!({"sub": "eve", "exp": now_s() + 600}));
+    let connects = (0..20).map(|nth| {
+        let connect = Connect::v5("eve", &format!("phone-{nth}")).password(token.clone());
+        let chatd = &chatd;
+        async move { connect.open(chatd).await.unwrap() }
+    });
+    let clients = futures_util::future::join_all(connects).await;
+    let waiting = async || chatd.limited("user_publishes_per_s").await.unwrap() >= 5.0;
+    eventually("some wait for their turn", PATIENCE, waiting).await;
+    std::fs::write(&file, "another_secret_of_32_bytes_or_more").unwrap();
+    chatd.signal_hangup().unwrap();
+    for mut client in clients {
+        let packets = client.until_closed().await.expect("nobody stays");
+        let told = match packets.last() {
+            Some(Packet::Connack { code, .. } | Packet::Disconnect { code, .. }) => *code,
+            other => panic!("{other:?}"),
+        };
+        assert!([0x86, 0x87].contains(&told), "{packets:?}");
+    }
+    eventually("they leave no trace", PATIENCE, async || chatd.metric("chatd_connections").await.unwrap() == 0.0).await;
+}
+
 /// Whether a user exists is not to be learned from how long a refusal takes: median against median, over many logins.
 #[tokio::test]
 async fn a_refusal_takes_as_long_for_users_who_are_there() {
