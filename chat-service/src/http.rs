@@ -205,13 +205,13 @@ pub async fn run(
         let (router, options, stopping) = (router.clone(), options.clone(), stopping.subscribe());
         let tls = tls.clone();
         let connection = async move {
-            let peer = Peer { address: Some(address), certificate_name: None };
+            let peer = Peer { address: Some(address), certificate: None };
             let Some(tls) = tls else {
                 return serve(place.hold(socket), (peer, Scheme::Http), router, options, stopping).await;
             };
             match tls.accept(socket, Spoken::Http).await {
-                Ok((stream, certificate_name)) => {
-                    let peer = Peer { certificate_name, ..peer };
+                Ok((stream, certificate)) => {
+                    let peer = Peer { certificate, ..peer };
                     serve(place.hold(stream), (peer, Scheme::Https), router, options, stopping).await;
                 }
                 Err(error) => {

@@ -5,6 +5,7 @@
 //! replaced as a whole, and asked anew each time: nothing that follows from it is remembered.
 
 pub mod acl;
+pub mod authorities;
 pub mod command;
 mod desk;
 mod guesses;
@@ -22,6 +23,7 @@ use std::time::{Duration, Instant};
 
 use broker::service::{
     Authentication, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Credential, Identity, Peer, Roles,
+    ShownCertificate,
 };
 use chat_protocol::UserId;
 use parking_lot::{Mutex, RwLock};
@@ -29,6 +31,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use self::acl::{Acl, AclFileError, Client, Wanted};
+use self::authorities::Authorities;
 use self::desk::{Desk, Room};
 use self::guesses::{Caller, Guesses};
 use self::passwords::{PASSWORD_BYTES_MAX, PasswordFile, PasswordFileError, User};
@@ -154,7 +157,8 @@ pub struct Auth {
     key_path: Option<PathBuf>,
     acl_path: Option<PathBuf>,
     fetches_keys: bool,
-    takes_certificates: bool,
+    /// `None`: certificates are not taken.
+    authorities: Option<Arc<Authorities>>,
     claims: Claims,
     counts_address: CountsAddress,
     sources: Mutex<Sources>,
@@ -178,7 +182,7 @@ impl Auth {
     /// A file cannot be read, or is not what it has to be.
     pub fn new(
         settings: &AuthSettings,
-        takes_certificates: bool,
+        authorities: Option<Arc<Authorities>>,
         counts_address: CountsAddress,
     ) -> Result<Self, AuthError> {
         let claims = Claims {
@@ -201,7 +205,7 @@ impl Auth {
             key_path: settings.jwt_key_file.clone(),
             acl_path: settings.acl_file.clone(),
             fetches_keys: settings.jwt_key_url.is_some(),
-            takes_certificates,
+            authorities,
             claims,
             counts_address,
             sources: Mutex::default(),
@@ -231,7 +235,7 @@ impl Auth {
             observers: Vec::new(),
             acl_file: None,
         };
-        Arc::new(Self::new(&settings, false, Box::new(|_| true)).expect("no file is read"))
+        Arc::new(Self::new(&settings, None, Box::new(|_| true)).expect("no file is read"))
     }
 
     /// Reads the files again. If one of them is wrong everything stays as it was.
@@ -286,7 +290,7 @@ impl Auth {
 
     /// `false` if it is certain that there is no such user: the password file has all of them, and not this one.
     pub fn may_exist(&self, user: &UserId) -> bool {
-        let is_closed = self.mode == AuthMode::Required && !self.takes_certificates;
+        let is_closed = self.mode == AuthMode::Required && self.authorities.is_none();
         let rules = self.rules.read();
         match (&rules.passwords, &rules.tokens) {
             (Some(passwords), None) if is_closed => passwords.has(user),
@@ -332,7 +336,7 @@ impl Auth {
     }
 
     /// Who somebody is now that files were read again or keys fetched. `None` if nobody any more: the password is another one or gone, or the key
-    /// is that signed the token.
+    /// is that signed the token, or an authority whose certificates were taken.
     pub fn recheck(&self, who: &Identity) -> Option<Identity> {
         if self.is_open() {
             return Some(who.clone());
@@ -347,7 +351,8 @@ impl Auth {
             return Some(Identity { roles: self.roles(&user, &found.roles), ..who.clone() });
         }
         let signed = rules.tokens.as_ref().is_some_and(|tokens| tokens.has_key(who.credential));
-        signed.then(|| who.clone())
+        let shown = self.authorities.as_ref().is_some_and(|authorities| authorities.takes(who.credential));
+        (signed || shown).then(|| who.clone())
     }
 
     /// Who asks to come in, or why not.
@@ -364,8 +369,10 @@ impl Auth {
             let proof = self.prove(request.peer, None, authentication).await?;
             return Ok(self.proven(proof, client_id));
         }
-        if let (Some(name), None) = (&request.peer.certificate_name, request.password) {
-            return by_certificate(name, request.user_name).map(without_proof);
+        if let (Some(certificate), None) = (&request.peer.certificate, request.password) {
+            let user = self.by_certificate(certificate, request.user_name)?;
+            let ShownCertificate { credential, expires_at, .. } = certificate;
+            return Ok(self.identity(user, client_id, &[], *credential, Some(*expires_at)));
         }
         let Some(password) = request.password else {
             return Err(refuse(
@@ -400,6 +407,26 @@ impl Auth {
             return Err(refuse(ConnectRefusalCode::NotAuthorized, "the token is another user's"));
         }
         Ok(self.proven(proof, &identity.client_id))
+    }
+
+    /// Whoever shows a certificate is the user whose name it has.
+    fn by_certificate(
+        &self,
+        ShownCertificate { name, expires_at, credential }: &ShownCertificate,
+        user_name: Option<&str>,
+    ) -> Result<UserId, ConnectRefusal> {
+        let refused = |sentence: &str| refuse(ConnectRefusalCode::BadUserNameOrPassword, sentence);
+        if user_name.is_some_and(|user| !user.is_empty() && user != &**name) {
+            return Err(refused("the certificate is another user's than the user name"));
+        }
+        // It was good in the handshake, which may have been long ago.
+        if *expires_at <= Instant::now() {
+            return Err(refused("the certificate has expired"));
+        }
+        if !self.authorities.as_ref().is_some_and(|authorities| authorities.takes(*credential)) {
+            return Err(refused("the certificate is not taken any more: those who vouch for certificates have changed"));
+        }
+        UserId::parse(name).map_err(|error| refused(&format!("the certificate's common name: {error}")))
     }
 
     fn proven(&self, proof: Proof, client_id: &str) -> Identity {
@@ -556,15 +583,6 @@ fn busy() -> ConnectRefusal {
     refuse(ConnectRefusalCode::ServerUnavailable, "too many logins at a time: try again")
 }
 
-/// Whoever shows a certificate is the user whose name it has.
-fn by_certificate(name: &str, user_name: Option<&str>) -> Result<UserId, ConnectRefusal> {
-    let refused = |sentence: &str| refuse(ConnectRefusalCode::BadUserNameOrPassword, sentence);
-    if user_name.is_some_and(|user| !user.is_empty() && user != name) {
-        return Err(refused("the certificate is another user's than the user name"));
-    }
-    UserId::parse(name).map_err(|error| refused(&format!("the certificate's common name: {error}")))
-}
-
 /// All whose address is not known count as one.
 fn address(peer: &Peer) -> IpAddr {
     peer.address.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |address| address.ip())
@@ -635,7 +653,7 @@ mod tests {
     }
 
     fn auth(settings: &AuthSettings) -> Auth {
-        Auth::new(settings, false, Box::new(|_| true)).unwrap()
+        Auth::new(settings, None, Box::new(|_| true)).unwrap()
     }
 
     fn on_file(users: &[(&str, Vec<Role>)]) -> String {
@@ -651,7 +669,7 @@ mod tests {
     }
 
     fn from(address: &str) -> Peer {
-        Peer { address: Some(SocketAddr::new(address.parse().unwrap(), 1)), certificate_name: None }
+        Peer { address: Some(SocketAddr::new(address.parse().unwrap(), 1)), certificate: None }
     }
 
     async fn log_in(auth: &Auth, peer: &Peer, name: &str, password: &[u8]) -> Result<Identity, ConnectRefusalCode> {
