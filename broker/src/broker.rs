@@ -32,8 +32,7 @@ use crate::rate::Pacing;
 use crate::registry::{ConnectionNumber, Registry};
 use crate::service::{
     Identity, Observation, Peer, PublishRoute, Refusal, RefusalCode, Service, ServiceError, SessionKey, SessionRecord,
-    ShownCertificate,
-    StoredSession, SubscribeRoute, SubscriptionRecord,
+    ShownCertificate, StoredSession, SubscribeRoute, SubscriptionRecord,
 };
 use crate::session::{Queued, UnderWay};
 use crate::topics::filter::{self, TopicError};

@@ -188,7 +188,7 @@ impl Server {
             let broker = broker.clone();
             Arc::new(move || broker.sizes())
         };
-        let routes = http::router(health, readiness.clone(), Arc::clone(&metrics), sizes)
+        let routes = http::router(health, readiness.clone(), Arc::clone(&metrics), settings.http.metrics, sizes)
             .merge(docs::router())
             .merge(broker::websocket::router(broker.clone(), websocket));
         let http_options = http::Options {

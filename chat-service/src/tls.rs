@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use broker::service::{Credential, ShownCertificate};
 use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 use rustls::crypto::CryptoProvider;
@@ -19,7 +20,6 @@ use rustls::server::{Acceptor, ClientHello, ServerSessionMemoryCache, WebPkiClie
 use rustls::sign::{CertifiedKey, SingleCertAndKey};
 use rustls::version::{TLS12, TLS13};
 use rustls::{RootCertStore, ServerConfig};
-use broker::service::{Credential, ShownCertificate};
 use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{Semaphore, watch};
 use tokio_rustls::LazyConfigAcceptor;
@@ -377,4 +377,67 @@ fn shown(certificate: &CertificateDer<'_>, credential: Credential) -> Result<Opt
     // Two names are none.
     let name = name.filter(|_| names.next().is_none());
     Ok(name.map(|name| ShownCertificate { name: name.into(), expires_at: Instant::now() + left, credential }))
+}
+
+#[cfg(test)]
+mod tests {
+    use rcgen::{CertificateParams, KeyPair};
+
+    use super::*;
+
+    fn issued() -> (String, Pair) {
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new(vec!["localhost".to_owned()]).unwrap().self_signed(&key).unwrap();
+        let der = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        (certificate.pem(), Pair { chain: vec![certificate.der().clone()], key: der })
+    }
+
+    /// Also beside a certificate that is in no file.
+    #[test]
+    fn the_authorities_of_clients_are_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("authorities.pem");
+        std::fs::write(&file, issued().0).unwrap();
+        let settings = TlsSettings { certificate: None, key: None, client_ca: Some(file.clone()) };
+        let authorities = Arc::new(Authorities::default());
+        let tls = Tls::new(&settings, true, Duration::from_secs(1), Arc::clone(&authorities)).unwrap().unwrap();
+        let credential = || tls.configs.read().as_ref().map(|configs| configs.credential);
+        tls.reload().unwrap();
+        assert_eq!(credential(), None, "there is no certificate yet");
+        tls.give(issued().1).unwrap();
+        let first = credential().unwrap();
+        tls.reload().unwrap();
+        assert_eq!(credential(), Some(first));
+        assert!(authorities.takes(first));
+        std::fs::write(&file, issued().0).unwrap();
+        tls.reload().unwrap();
+        assert!(!authorities.takes(first) && authorities.takes(credential().unwrap()));
+        std::fs::write(&file, "nonsense").unwrap();
+        tls.reload().unwrap_err();
+        assert!(authorities.takes(credential().unwrap()), "a mistake changes nothing");
+    }
+
+    #[test]
+    fn a_certificate_says_who_and_until_when() {
+        let shown_of = |names: &[&str], left_s: i64| {
+            let mut params = CertificateParams::new(Vec::new()).unwrap();
+            params.distinguished_name = rcgen::DistinguishedName::new();
+            if let [name] = names {
+                params.distinguished_name.push(rcgen::DnType::CommonName, *name);
+            }
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            let until_s = i64::try_from(now.as_secs()).unwrap() + left_s;
+            params.not_after = (UNIX_EPOCH + Duration::from_secs(until_s.try_into().unwrap())).into();
+            let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+            shown(certificate.der(), Credential(7))
+        };
+        let bob = shown_of(&["bob"], 60).unwrap().unwrap();
+        let left = bob.expires_at.saturating_duration_since(Instant::now());
+        assert_eq!((&*bob.name, bob.credential), ("bob", Credential(7)));
+        assert!((55..=61).contains(&left.as_secs()), "{left:?}");
+        assert_eq!(shown_of(&[], 60), Ok(None));
+        for names in [&["bob"][..], &[]] {
+            assert_eq!(shown_of(names, -2), Err("the client's certificate has expired"));
+        }
+    }
 }
