@@ -158,7 +158,7 @@ async fn passwd_add_undoes_nothing_that_was_done_while_it_asked() {
     let mut asking = command.spawn().unwrap();
     let stat = format!("/proc/{}/stat", asking.id().unwrap());
     // It sleeps when it waits for the password. Where that cannot be seen there is less to see here.
-    let waits = async || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains("(chatd) S "));
+    let waits = async || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S "));
     if cfg!(target_os = "linux") {
         eventually("it waits for the password", PATIENCE, waits).await;
     }
