@@ -32,7 +32,7 @@ use crate::rate::Pacing;
 use crate::registry::{ConnectionNumber, Registry};
 use crate::service::{
     Identity, Observation, Peer, PublishRoute, Refusal, RefusalCode, Service, ServiceError, SessionKey, SessionRecord,
-    StoredSession, SubscribeRoute, SubscriptionRecord,
+    ShownCertificate, StoredSession, SubscribeRoute, SubscriptionRecord,
 };
 use crate::session::{Queued, UnderWay};
 use crate::topics::filter::{self, TopicError};
@@ -304,7 +304,7 @@ impl<S: Service> Broker<S> {
     pub fn serve_opened<T>(
         &self,
         address: SocketAddr,
-        opening: impl Future<Output = io::Result<(T, Option<Arc<str>>)>> + Send + 'static,
+        opening: impl Future<Output = io::Result<(T, Option<ShownCertificate>)>> + Send + 'static,
     ) where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
@@ -317,8 +317,8 @@ impl<S: Service> Broker<S> {
         let broker = self.clone();
         self.shared.tasks.spawn(async move {
             match opening.await {
-                Ok((io, certificate_name)) => {
-                    broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate_name });
+                Ok((io, certificate)) => {
+                    broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate });
                 }
                 Err(error) => {
                     if error.kind() == io::ErrorKind::TimedOut {

@@ -454,7 +454,7 @@ impl Engine {
                 let mut receive_maximum = None;
                 let mut request_response_information = false;
                 let mut authentication = Authentication::default();
-                let mut has_method = false;
+                let (mut has_method, mut has_data) = (false, false);
                 for property in p.props() {
                     match property {
                         Property::SessionExpiryInterval(value) => session_expiry_s = value.val(),
@@ -468,9 +468,17 @@ impl Engine {
                             has_method = true;
                             authentication.method = method.val().to_owned();
                         }
-                        Property::AuthenticationData(data) => authentication.data = data.val().to_vec(),
+                        Property::AuthenticationData(data) => {
+                            has_data = true;
+                            authentication.data = data.val().to_vec();
+                        }
                         _ => {}
                     }
+                }
+                if has_data && !has_method {
+                    // [MQTT-3.1.2.11.10]: no authentication data without a method.
+                    self.fault.get_or_insert(MqttError::ProtocolError);
+                    return None;
                 }
                 Incoming::Connect(Box::new(Connect {
                     client_id: p.client_id().to_owned(),
@@ -595,6 +603,11 @@ impl Engine {
                     })
                 }),
             },
+            // Nothing that we begin takes more than one packet, so there is nothing to continue; and only the server says that it is done.
+            Packet::V5_0Auth(p) if p.reason_code() != Some(AuthReasonCode::ReAuthenticate) => {
+                self.fault.get_or_insert(MqttError::ProtocolError);
+                return None;
+            }
             Packet::V5_0Auth(p) => {
                 let mut authentication = Authentication::default();
                 for property in p.props().iter().flatten() {

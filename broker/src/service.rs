@@ -35,7 +35,7 @@ pub struct SessionKey {
 pub struct Roles(pub u32);
 
 /// What a connection proved itself with, as the service tells them apart. The broker carries it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Credential(pub u64);
 
 /// Who a connection is.
@@ -58,8 +58,19 @@ pub struct Identity {
 pub struct Peer {
     /// Its address, if it has one.
     pub address: Option<SocketAddr>,
-    /// The common name of the certificate that it showed and proved to own.
-    pub certificate_name: Option<Arc<str>>,
+    /// The certificate that it showed and proved to own.
+    pub certificate: Option<ShownCertificate>,
+}
+
+/// A client's certificate, as far as it says who that is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShownCertificate {
+    /// Its common name.
+    pub name: Arc<str>,
+    /// It proves nothing from then on.
+    pub expires_at: Instant,
+    /// By whom it was taken: those who were trusted in the handshake.
+    pub credential: Credential,
 }
 
 impl fmt::Display for Peer {

@@ -24,6 +24,8 @@ use crate::session::{Queued, Session, Subscription, UnderWay};
 const WINDOW_MAX: u16 = 1_024;
 /// How long a session's new connection waits for the old one to give back what is under way.
 const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
+/// What whoever is nobody any more is told.
+const NOT_ANY_MORE: &str = "you may not be here any more: log in again";
 
 impl<S, T> Connection<S, T>
 where
@@ -66,7 +68,7 @@ where
     }
 
     pub(super) fn refuse_connect(&mut self, refusal: &ConnectRefusal) {
-        tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused a connect");
+        tracing::info!(peer = %self.peer, reason = %Escaped(&refusal.reason), "refused a connect");
         self.shared.service.observe(Observation::ConnectRefused);
         self.engine.refuse(refusal.code, &refusal.reason);
     }
@@ -128,6 +130,11 @@ where
                     refuse(ConnectRefusalCode::QuotaExceeded, &format!("you have {max} connections, which is the most"))
                 }
             })?;
+        // Rights may have changed since the service was asked, while nobody could find this connection. From here on it is found.
+        let Some(identity) = self.shared.service.recheck(&identity) else {
+            self.shared.registry.detach(&key, self.number);
+            return Err(refuse(ConnectRefusalCode::NotAuthorized, NOT_ANY_MORE));
+        };
         departure.key = Some(key.clone());
         if let Some(previous) = previous
             && tokio::time::timeout(SETTLE_TIMEOUT, previous.settled()).await.is_err()
@@ -268,8 +275,7 @@ where
             Some(identity) => self.take_identity(identity, departure).await,
             None => {
                 session.will = None;
-                self.engine
-                    .disconnect(DisconnectReasonCode::NotAuthorized, "you may not be here any more: log in again");
+                self.engine.disconnect(DisconnectReasonCode::NotAuthorized, NOT_ANY_MORE);
             }
         }
     }
