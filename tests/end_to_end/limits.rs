@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use end_to_end::packet::{self, Packet, Properties, Publish, Version, Will, id};
 use end_to_end::{Chatd, Client, Connect, Options, PATIENCE, eventually};
+use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -751,4 +752,49 @@ fn one_users_flood_is_not_felt_by_others() {
             assert_well(chatd).await;
         });
     });
+}
+
+/// Whoever is refused again and again does not fill the log: a few lines a second and how many there were besides, and nothing for limits, which are counted.
+#[tokio::test]
+async fn refusals_do_not_fill_the_log() {
+    const REFUSED: usize = 3_000;
+    let chatd = with("connections_per_user", 1).await;
+    let _first = Connect::v5("alice", "phone").to(&chatd).await.unwrap();
+    let began = Instant::now();
+    let refuse = async |connect: &Connect| {
+        let mut client = connect.open(&chatd).await.unwrap();
+        assert!(matches!(client.receive().await.unwrap(), Some(Packet::Connack { code: 0x80.., .. })));
+    };
+    let nobody = Connect::v5("No+Body", "phone");
+    for _ in 0..REFUSED {
+        refuse(&nobody).await;
+    }
+    let lines_of = |what: &str| -> Vec<Value> {
+        let log = chatd.log().unwrap();
+        let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.filter(|line| line["message"].as_str().is_some_and(|text| text.contains(what))).collect()
+    };
+    // All of them are told in the end, when there is another line.
+    let told = || {
+        let left_out = lines_of("more refusals").iter().map(|line| line["left_out"].as_u64().unwrap()).sum::<u64>();
+        usize::try_from(left_out).unwrap() + lines_of("refused a connect").len()
+    };
+    let until = Instant::now() + PATIENCE;
+    let mut refused = REFUSED;
+    loop {
+        refuse(&nobody).await;
+        refused += 1;
+        if told() == refused {
+            break;
+        }
+        assert!(Instant::now() < until, "{} told of {refused}", told());
+    }
+    let lines = lines_of("refused a connect").len();
+    let lines_max = 5 * (usize::try_from(began.elapsed().as_secs()).unwrap() + 2);
+    println!("{lines} lines for {refused} refusals in {:?}", began.elapsed());
+    assert!(lines <= lines_max && lines_max < REFUSED / 2, "{lines} lines in {:?}", began.elapsed());
+    assert_refused(&chatd, &Connect::v5("alice", "laptop"), "connections_per_user").await;
+    assert_eq!(chatd.limited("connections_per_user").await.unwrap(), 1.0);
+    let about_limits = lines_of("refused a connect").into_iter().filter(|line| line.to_string().contains("the most"));
+    assert_eq!(about_limits.count(), 0);
 }
