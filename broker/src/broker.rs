@@ -35,6 +35,7 @@ use crate::service::{
     ShownCertificate, StoredSession, SubscribeRoute, SubscriptionRecord,
 };
 use crate::session::{Queued, UnderWay};
+use crate::sparing::{CLOSED, WILLS};
 use crate::topics::filter::{self, TopicError};
 use crate::topics::message::{Message, MessageProperties};
 use crate::topics::retained::{Retained, RetainedFull, RetainedMessage};
@@ -276,7 +277,7 @@ impl<S: Service> Broker<S> {
     {
         let Ok(permit) = Arc::clone(&self.shared.permits).try_acquire_owned() else {
             self.shared.service.observe(Observation::Limited("connections"));
-            tracing::warn!(%peer, "refused a connection: limits.connections is reached");
+            warn_no_room(&peer);
             return;
         };
         self.serve_with(permit, io, peer);
@@ -311,7 +312,7 @@ impl<S: Service> Broker<S> {
         let Some(place) = self.admit(address) else { return };
         let Ok(permit) = Arc::clone(&self.shared.permits).try_acquire_owned() else {
             self.shared.service.observe(Observation::Limited("connections"));
-            tracing::warn!(peer = %address, "refused a connection: limits.connections is reached");
+            warn_no_room(&address);
             return;
         };
         let broker = self.clone();
@@ -392,6 +393,12 @@ impl<S: Service> Broker<S> {
             }
         }
         drained
+    }
+}
+
+fn warn_no_room(peer: &dyn std::fmt::Display) {
+    if CLOSED.may_say() {
+        tracing::warn!(%peer, "refused a connection: limits.connections is reached");
     }
 }
 
@@ -589,11 +596,16 @@ impl<S: Service> Shared<S> {
                     number: 0,
                     properties: will.properties,
                 };
-                if let Err(full) = self.publish_ordinary(message, Some(Arc::clone(identity))) {
+                if let Err(full) = self.publish_ordinary(message, Some(Arc::clone(identity)))
+                    && WILLS.may_say()
+                {
                     tracing::warn!(reason = %full, "a will was not published");
                 }
             }
-            Err(refusal) => tracing::warn!(reason = %Escaped(&refusal.reason), "a will was not published"),
+            Err(refusal) if WILLS.may_say() => {
+                tracing::warn!(reason = %Escaped(&refusal.reason), "a will was not published");
+            }
+            Err(_) => {}
         }
     }
 

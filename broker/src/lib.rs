@@ -25,6 +25,7 @@ mod rate;
 mod registry;
 pub mod service;
 mod session;
+pub mod sparing;
 mod stream;
 pub mod topics;
 pub mod websocket;

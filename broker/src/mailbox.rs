@@ -194,6 +194,10 @@ impl Mailbox {
         self.on_settled.notify_waiters();
     }
 
+    pub(crate) fn is_settled(&self) -> bool {
+        self.settled.load(Ordering::Acquire)
+    }
+
     /// Returns once [`Mailbox::settle`] was called.
     pub(crate) async fn settled(&self) {
         let mut told = std::pin::pin!(self.on_settled.notified());

@@ -240,6 +240,13 @@ impl Pace {
         }
         Verdict::Pass
     }
+
+    /// For work that turned out to be more than what was asked for: what comes next waits for it.
+    pub(crate) fn charge_bytes(&mut self, bytes: u64, now: Instant) {
+        let (cost, now_ns) = (Cost { publishes: 0, bytes }, self.shared.ns(now));
+        self.own.passed.take(self.shared.connection, cost, now_ns);
+        self.of_user.lock().passed.take(self.shared.user, cost, now_ns);
+    }
 }
 
 impl Drop for Pace {
@@ -258,6 +265,21 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn what_is_charged_later_is_waited_for() {
+        let (pacing, now) =
+            (Pacing::new(&Limits { publish_bytes_per_s: 1_000, ..limits() }, Instant::now()), Instant::now());
+        let mut pace = pacing.connection(&Arc::from("alice"), now);
+        let cost = Cost { publishes: 1, bytes: 1 };
+        assert_eq!(pace.judge(cost, false, now), Verdict::Pass);
+        pace.charge_bytes(10_000, now);
+        let Verdict::Wait { until, limit: "publish_bytes_per_s" } = pace.judge(cost, false, now) else {
+            panic!("it is free")
+        };
+        let waits = until - now;
+        assert!(waits > Duration::from_secs(8) && waits < Duration::from_secs(11), "{waits:?}");
+    }
 
     fn limits() -> Limits {
         Limits {

@@ -318,6 +318,13 @@ pub struct SubscriptionRecord {
     pub identifier: Option<u32>,
 }
 
+impl SubscriptionRecord {
+    /// About what it takes where it is stored.
+    pub(crate) fn bytes(&self) -> usize {
+        self.filter.len() + 8
+    }
+}
+
 /// The service cannot answer now; the sentence is for the log.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -373,6 +380,16 @@ impl Subscriber {
     /// Hands it a message of a live topic that it subscribes to. Dropped if too many wait there already.
     pub fn send(&self, message: LiveMessage) {
         self.mailbox.push_live(&Arc::new(message));
+    }
+
+    /// Whether both are the way to one connection.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.mailbox, &other.mailbox)
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_gone(&self) -> bool {
+        self.mailbox.is_settled()
     }
 }
 

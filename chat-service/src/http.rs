@@ -20,6 +20,7 @@ use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use broker::admission::Admission;
 use broker::service::Peer;
+use broker::sparing::CLOSED;
 use broker::websocket::Scheme;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -38,6 +39,9 @@ use crate::tls::{Spoken, Tls};
 
 /// Pause after a failed accept (no file descriptors left): connections that end meanwhile free some.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// Headers of a request, together. A client holds so much memory before anybody knows it.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
 
 /// For [`Options::answer_timeout`]: no answer is large, but networks can be slow.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -216,7 +220,9 @@ pub async fn run(
         };
         let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
             options.metrics.limited("connections");
-            tracing::warn!(limit = options.connections, "http connection closed: limits.connections is reached");
+            if CLOSED.may_say() {
+                tracing::warn!(limit = options.connections, "http connection closed: limits.connections is reached");
+            }
             continue;
         };
         if let Err(error) = socket.set_nodelay(true) {
@@ -305,6 +311,7 @@ async fn serve<T>(
         http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(options.header_timeout)
+            .max_buf_size(HEAD_BYTES_MAX)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades()
     );

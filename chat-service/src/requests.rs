@@ -37,7 +37,10 @@ const BLOCKED_MAX: usize = 5_000;
 /// Locks that conversations share.
 const CHANGE_LOCKS: usize = 256;
 
-/// Who blocked whom, as far as it changed since the server began: what the log says besides may have been read before.
+/// Changes of who blocked whom that are remembered, before everything that was read before them is forgotten.
+const CHANGED_BLOCKS_MAX: usize = 10_000;
+
+/// Who blocked whom, as far as it changed since what the log says of it was read.
 #[derive(Debug, Default)]
 pub struct Blocks {
     /// By who blocks and who is blocked.
@@ -51,6 +54,16 @@ impl Blocks {
         if changed.is_empty() { None } else { changed.get(&(user.clone(), other.clone())).copied() }
     }
 
+    /// Forgets the changes if they are many. If so, what the log says has to be read again: it has them all.
+    pub fn forget_many(&self) -> bool {
+        if self.changed.read().len() < CHANGED_BLOCKS_MAX {
+            return false;
+        }
+        *self.changed.write() = FxHashMap::default();
+        true
+    }
+
+    /// The log has it already.
     fn set(&self, user: UserId, other: UserId, blocks: bool) {
         self.changed.write().insert((user, other), blocks);
     }
@@ -400,4 +413,23 @@ impl<L: Log> Room<L> {
 fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp::from_ms(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_remembered_until_they_are_many() {
+        let blocks = Blocks::default();
+        let name = |name: &str| UserId::parse(name).unwrap();
+        for other in 0..CHANGED_BLOCKS_MAX {
+            assert!(!blocks.forget_many());
+            blocks.set(name("alice"), name(&format!("user-{other}")), other % 2 == 0);
+        }
+        assert_eq!(blocks.changed(&name("alice"), &name("user-7")), Some(false));
+        assert!(blocks.forget_many());
+        assert_eq!(blocks.changed(&name("alice"), &name("user-7")), None);
+        assert!(!blocks.forget_many());
+    }
 }

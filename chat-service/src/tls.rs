@@ -4,9 +4,12 @@
 //! connection counts it first: a handshake has a deadline of its own, and the costly part of it takes its turn, so that a crowd at the door is
 //! no burden for those inside.
 
+use std::future::poll_fn;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::ready;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use broker::service::{Credential, ShownCertificate};
@@ -275,7 +278,7 @@ impl Tls {
         // Waiting for a client costs nobody a turn.
         let hello = LazyConfigAcceptor::new(Acceptor::default(), io).await?;
         if let Some(challenge) = self.challenge(&hello.client_hello()) {
-            let mut stream = hello.into_stream(challenge).await?;
+            let mut stream = self.in_turns(async move { hello.into_stream(challenge).await }).await?;
             stream.shutdown().await?;
             return Err(io::Error::other("it was an ACME challenge, and is answered"));
         }
@@ -287,12 +290,7 @@ impl Tls {
             Spoken::Mqtt => configs.mqtt,
             Spoken::Http => configs.http,
         };
-        let accepting = {
-            let _turn = self.turns.acquire().await.map_err(io::Error::other)?;
-            // Keys are agreed on and the signature is made in here.
-            hello.into_stream(config)
-        };
-        let mut stream = accepting.await?;
+        let mut stream = self.in_turns(async move { hello.into_stream(config).await }).await?;
         let leaf = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
         let shown = match leaf.map(|leaf| shown(leaf, configs.credential)).transpose() {
             Ok(shown) => shown.flatten(),
@@ -302,6 +300,22 @@ impl Tls {
             }
         };
         Ok((stream, shown))
+    }
+
+    /// Whatever is worked on is worked on in a turn: keys are agreed on and signatures are made or checked after the first hello, after a second one
+    /// that the client was asked for, or when its certificate comes. Waiting for a client in between costs nobody a turn.
+    async fn in_turns<F: Future>(&self, work: F) -> F::Output {
+        let mut work = pin!(work);
+        let mut turn = pin!(self.turns.acquire());
+        poll_fn(|cx| {
+            // Nobody closes the semaphore.
+            let taken = ready!(turn.as_mut().poll(cx));
+            let worked = work.as_mut().poll(cx);
+            drop(taken);
+            turn.set(self.turns.acquire());
+            worked
+        })
+        .await
     }
 
     /// `None` if it is a client like any other.
@@ -381,7 +395,14 @@ fn shown(certificate: &CertificateDer<'_>, credential: Credential) -> Result<Opt
 
 #[cfg(test)]
 mod tests {
+    use std::io::{Cursor, Write};
+    use std::task::Poll;
+
     use rcgen::{CertificateParams, KeyPair};
+    use rustls::crypto::{ActiveKeyExchange, SharedSecret, SupportedKxGroup};
+    use rustls::pki_types::{PrivatePkcs8KeyDer, ServerName};
+    use rustls::{ClientConfig, ClientConnection, NamedGroup};
+    use tokio::io::{AsyncReadExt, DuplexStream};
 
     use super::*;
 
@@ -439,5 +460,105 @@ mod tests {
         for names in [&["bob"][..], &[]] {
             assert_eq!(shown_of(names, -2), Err("the client's certificate has expired"));
         }
+    }
+
+    /// A group that no server here has: whoever offers it first is asked for a second hello.
+    #[derive(Debug)]
+    struct Unknown;
+
+    impl SupportedKxGroup for Unknown {
+        fn start(&self) -> Result<Box<dyn ActiveKeyExchange>, rustls::Error> {
+            Ok(Box::new(Unknown))
+        }
+
+        fn name(&self) -> NamedGroup {
+            NamedGroup::X448
+        }
+    }
+
+    impl ActiveKeyExchange for Unknown {
+        fn complete(self: Box<Self>, _: &[u8]) -> Result<SharedSecret, rustls::Error> {
+            Err(rustls::Error::General("nobody has this group".to_owned()))
+        }
+
+        fn pub_key(&self) -> &[u8] {
+            &[7; 56]
+        }
+
+        fn group(&self) -> NamedGroup {
+            NamedGroup::X448
+        }
+    }
+
+    /// A server with a certificate, and a client that believes it and asks for a second round of hellos.
+    fn ends() -> (Arc<Tls>, ClientConnection) {
+        let signed = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let key = PrivatePkcs8KeyDer::from(signed.signing_key.serialize_der());
+        let settings = TlsSettings { certificate: None, key: None, client_ca: None };
+        let tls = Tls::new(&settings, true, Duration::from_secs(3_600), Arc::default()).unwrap().unwrap();
+        tls.give(Pair { chain: vec![signed.cert.der().clone()], key: key.into() }).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(signed.cert.der().clone()).unwrap();
+        let mut groups: Vec<&'static dyn SupportedKxGroup> = vec![&Unknown];
+        groups.extend(&rustls::crypto::ring::default_provider().kx_groups);
+        let provider = CryptoProvider { kx_groups: groups, ..rustls::crypto::ring::default_provider() };
+        let config = ClientConfig::builder_with_provider(provider.into())
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").unwrap();
+        (tls, ClientConnection::new(config.into(), name).unwrap())
+    }
+
+    async fn send(client: &mut ClientConnection, socket: &mut DuplexStream) {
+        let mut bytes = Vec::new();
+        while client.wants_write() {
+            client.write_tls(&mut bytes).unwrap();
+        }
+        socket.write_all(&bytes).await.unwrap();
+    }
+
+    /// `false` if the server says nothing though everybody has done what there was to do.
+    async fn hear(client: &mut ClientConnection, socket: &mut DuplexStream) -> bool {
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        let mut bytes = [0; 4_096];
+        let mut reading = pin!(socket.read(&mut bytes));
+        let Poll::Ready(read) = poll_fn(|cx| Poll::Ready(reading.as_mut().poll(cx))).await else { return false };
+        let mut bytes = Cursor::new(&bytes[..read.unwrap()]);
+        while client.read_tls(&mut bytes).unwrap() > 0 {}
+        client.process_new_packets().unwrap();
+        true
+    }
+
+    #[tokio::test]
+    async fn each_hello_waits_for_its_turn() {
+        let (tls, mut client) = ends();
+        let turns = u32::try_from(tls.turns.available_permits()).unwrap();
+        let (mut socket, server) = tokio::io::duplex(1 << 16);
+        let accepting = tokio::spawn({
+            let tls = Arc::clone(&tls);
+            async move { tls.accept(server, Spoken::Mqtt).await }
+        });
+        for hello in ["first", "second"] {
+            let others = tls.turns.acquire_many(turns).await.unwrap();
+            send(&mut client, &mut socket).await;
+            assert!(!hear(&mut client, &mut socket).await, "the {hello} hello was worked on out of turn");
+            drop(others);
+            assert!(hear(&mut client, &mut socket).await, "the {hello} hello was not answered");
+        }
+        while client.is_handshaking() {
+            assert!(hear(&mut client, &mut socket).await);
+        }
+        // Waiting for the client has no turn.
+        assert_eq!(tls.turns.available_permits(), usize::try_from(turns).unwrap());
+        client.writer().write_all(b"hello").unwrap();
+        send(&mut client, &mut socket).await;
+        let (mut stream, _) = accepting.await.unwrap().unwrap();
+        let mut heard = [0; 5];
+        stream.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"hello");
     }
 }

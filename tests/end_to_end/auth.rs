@@ -274,6 +274,42 @@ async fn a_crowd_of_names_from_one_address_leaves_room_for_others() {
     crowd.shutdown().await;
 }
 
+/// Whoever guesses at many users, a little at each, is stopped as well: by the address, with passwords and tokens together.
+#[tokio::test]
+async fn a_hundred_failures_lock_an_address() {
+    const GUESSES: usize = 100;
+    let (folder, file) = users().await;
+    let key = folder.path().join("key");
+    std::fs::write(&key, SECRET).unwrap();
+    // Those of loopback do not count at first.
+    let options = required()
+        .set("auth.password_file", file.display())
+        .set("auth.jwt_key_file", key.display())
+        .set("limits.uncounted_addresses", "192.0.2.1");
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let guess = |nth: usize| {
+        let claims = json!({"sub": format!("user-{nth}"), "exp": now_s() + 600});
+        let forged = encode(&Header::new(Algorithm::HS256), &claims, &EncodingKey::from_secret(&[b'x'; 32])).unwrap();
+        let connect = Connect::v5(&format!("user-{nth}"), "phone").password(forged).coming_from("127.0.0.2");
+        let chatd = &chatd;
+        async move { refused(chatd, connect).await.0 }
+    };
+    let bob = |from: &str| Connect::v5("bob", "phone").password("bob-pw").coming_from(from);
+    let codes = futures_util::future::join_all((1..GUESSES).map(guess)).await;
+    assert_eq!(codes, [0x86; GUESSES - 1]);
+    // One less is not too many; and a right password forgives nothing of it.
+    bob("127.0.0.2").to(&chatd).await.unwrap().leave().await.unwrap();
+    let (code, _) = refused(&chatd, alice(Version::V5).password("guess").coming_from("127.0.0.2")).await;
+    assert_eq!(code, 0x86);
+    let token = token(json!({"sub": "alice", "exp": now_s() + 600}));
+    for right in [bob("127.0.0.2"), alice(Version::V5).password(token).coming_from("127.0.0.2")] {
+        let (code, properties) = refused(&chatd, right).await;
+        assert_eq!(code, 0x9f);
+        assert!(properties.reason().unwrap().contains("try again in"), "{properties:?}");
+    }
+    bob("127.0.0.3").to(&chatd).await.unwrap();
+}
+
 pub(crate) fn now_s() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs()
 }

@@ -19,6 +19,7 @@ use crate::service::{
     Service, ServiceError, SessionKey, SubscriptionRecord,
 };
 use crate::session::{Queued, Session, Subscription, UnderWay};
+use crate::sparing::REFUSALS;
 
 /// The most messages in flight to a client that names a larger receive maximum.
 const WINDOW_MAX: u16 = 1_024;
@@ -54,7 +55,10 @@ where
                 self.take_identity(identity, departure).await;
             }
             Err(refusal) => {
-                tracing::info!(peer = %self.peer, reason = %Escaped(&refusal.reason), "refused to authenticate again");
+                if REFUSALS.may_say() {
+                    let reason = Escaped(&refusal.reason);
+                    tracing::info!(peer = %self.peer, %reason, "refused to authenticate again");
+                }
                 self.engine.disconnect(DisconnectReasonCode::NotAuthorized, &refusal.reason);
             }
         }
@@ -68,7 +72,15 @@ where
     }
 
     pub(super) fn refuse_connect(&mut self, refusal: &ConnectRefusal) {
-        tracing::info!(peer = %self.peer, reason = %Escaped(&refusal.reason), "refused a connect");
+        use ConnectRefusalCode::{ConnectionRateExceeded, QuotaExceeded, ServerUnavailable};
+        // Limits are counted when they bite; whoever comes too often must not fill the log as well.
+        let is_limit = matches!(refusal.code, ConnectionRateExceeded | QuotaExceeded | ServerUnavailable);
+        let reason = Escaped(&refusal.reason);
+        if !is_limit && REFUSALS.may_say() {
+            tracing::info!(peer = %self.peer, %reason, "refused a connect");
+        } else {
+            tracing::debug!(peer = %self.peer, %reason, "refused a connect");
+        }
         self.shared.service.observe(Observation::ConnectRefused);
         self.engine.refuse(refusal.code, &refusal.reason);
     }

@@ -1,6 +1,7 @@
 //! SUBSCRIBE and UNSUBSCRIBE.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use mqtt_protocol_core::mqtt::result_code::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -34,6 +35,10 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
+        if filters.len() > self.shared.limits.subscriptions_per_session {
+            self.refuse_too_many(packet_id, filters.len());
+            return;
+        }
         let who = Arc::clone(&session.identity);
         let mut granted = Vec::with_capacity(filters.len());
         let mut first_reason: Option<String> = None;
@@ -60,6 +65,16 @@ where
                 session.queue.push_back(Queued::Retained(wanted));
             }
         }
+    }
+
+    /// More filters than a session may have are not looked at one by one.
+    fn refuse_too_many(&mut self, packet_id: u16, filters: usize) {
+        self.limited("subscriptions_per_session");
+        self.shared.service.observe(Observation::Refused(RefusalCode::QuotaExceeded));
+        let most = self.shared.limits.subscriptions_per_session;
+        let sentence = format!("a SUBSCRIBE has at most {most} filters, as a session has");
+        let refusal = self.refusal(RefusalCode::QuotaExceeded, &sentence);
+        self.engine.suback(packet_id, &vec![Granted::Refused(refusal.code); filters], Some(&refusal.reason));
     }
 
     pub(super) fn add_subscription(
@@ -196,7 +211,13 @@ where
         if let Some(session) = &self.session
             && session.is_persistent()
         {
-            self.shared.service.save_session(&session.key, session.record()).await?;
+            let record = session.record();
+            // The whole record is stored anew, however little has changed.
+            let bytes: usize = record.subscriptions.iter().map(SubscriptionRecord::bytes).sum();
+            if let Some(pace) = &mut self.pace {
+                pace.charge_bytes(u64::try_from(bytes).unwrap_or(u64::MAX), Instant::now());
+            }
+            self.shared.service.save_session(&session.key, record).await?;
         }
         Ok(())
     }

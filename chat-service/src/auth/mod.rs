@@ -25,6 +25,7 @@ use broker::service::{
     Authentication, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Credential, Identity, Peer, Roles,
     ShownCertificate,
 };
+use broker::sparing::REFUSALS;
 use chat_protocol::UserId;
 use parking_lot::{Mutex, RwLock};
 use sha2::{Digest, Sha256};
@@ -534,7 +535,9 @@ impl Auth {
         if matches!(error, TokenError::Forged { .. }) {
             self.guesses.lock().failed(&caller, Instant::now());
         }
-        tracing::info!(address = %caller.address, reason = ?error.to_string(), "a token was refused");
+        if REFUSALS.may_say() {
+            tracing::info!(address = %caller.address, reason = ?error.to_string(), "a token was refused");
+        }
         answer_late(began).await;
         Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, &format!("the token was not taken: {error}")))
     }
@@ -576,7 +579,9 @@ impl Auth {
             return Ok((user, found));
         }
         self.guesses.lock().failed(&caller, Instant::now());
-        tracing::info!(address = %caller.address, "a login failed");
+        if REFUSALS.may_say() {
+            tracing::info!(address = %caller.address, "a login failed");
+        }
         answer_late(began).await;
         Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, "user name or password are wrong"))
     }
