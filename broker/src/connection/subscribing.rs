@@ -19,6 +19,9 @@ use crate::session::{LiveTopic, Queued, RetainedWanted, Slot, Subscribed, Subscr
 use crate::stream::DurableStream;
 use crate::topics::filter;
 
+/// So many filters of a SUBSCRIBE are looked at, even if a session may have fewer: each is told what is wrong with it.
+const FILTERS_LOOKED_AT: usize = 1_000;
+
 impl<S, T> Connection<S, T>
 where
     S: Service,
@@ -35,7 +38,7 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
-        if filters.len() > self.shared.limits.subscriptions_per_session {
+        if filters.len() > self.shared.limits.subscriptions_per_session.max(FILTERS_LOOKED_AT) {
             self.refuse_too_many(packet_id, filters.len());
             return;
         }
@@ -67,12 +70,12 @@ where
         }
     }
 
-    /// More filters than a session may have are not looked at one by one.
+    /// So many more filters than a session may have are not looked at one by one.
     fn refuse_too_many(&mut self, packet_id: u16, filters: usize) {
         self.limited("subscriptions_per_session");
         self.shared.service.observe(Observation::Refused(RefusalCode::QuotaExceeded));
-        let most = self.shared.limits.subscriptions_per_session;
-        let sentence = format!("a SUBSCRIBE has at most {most} filters, as a session has");
+        let most = self.shared.limits.subscriptions_per_session.max(FILTERS_LOOKED_AT);
+        let sentence = format!("a SUBSCRIBE has at most {most} filters");
         let refusal = self.refusal(RefusalCode::QuotaExceeded, &sentence);
         self.engine.suback(packet_id, &vec![Granted::Refused(refusal.code); filters], Some(&refusal.reason));
     }
