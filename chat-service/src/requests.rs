@@ -1,6 +1,7 @@
 //! Requests: what a client asks on `chat/{me}/req/{method}`, carried out and answered.
 //!
-//! Each runs in a task of its own, at most so many at a time; a publish beyond that is refused, not queued. What changes a message goes
+//! Each runs in a task of its own, at most so many at a time; a publish beyond that is refused, not queued, and so is one while many answers
+//! wait for whoever asks: an answer is never lost for want of room. What changes a message goes
 //! through the sequencer like a message, and two changes of one conversation never overlap: the second sees what the first did.
 
 use std::collections::hash_map::RandomState;
@@ -160,13 +161,17 @@ impl<L: Log> Requests<L> {
         Some(Permit { _of_all: of_all, under_way: Arc::clone(&self.under_way), user: user.clone() })
     }
 
-    /// Begins to carry out a request; `false` if too many are under way.
+    /// Begins to carry out a request; `false` if too many are under way, or their answers wait to be taken.
     pub fn begin(&self, asked: Asked) -> bool {
+        if !self.shared.announcer.takes_answers(&asked.answer_topic) {
+            return false;
+        }
         let Some(permit) = self.permit(&asked.me) else { return false };
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
             let answer = shared.answer(&asked).await;
-            let message = LiveMessage::event(asked.answer_topic, answer).with_correlation(asked.correlation);
+            let message =
+                LiveMessage::event(asked.answer_topic, answer).with_correlation(asked.correlation).answering();
             shared.announcer.announce(vec![message]);
             drop(permit);
         });
