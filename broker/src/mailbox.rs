@@ -329,3 +329,101 @@ impl Mail {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use bytes::Bytes;
+
+    use super::*;
+    use crate::queues;
+    use crate::topics::message::MessageProperties;
+
+    fn mailbox(queues: &Arc<Queues>) -> Mailbox {
+        let mailbox = Mailbox::new(Arc::clone(queues));
+        mailbox.belong_to(&"bob".into());
+        mailbox
+    }
+
+    fn ordinary(payload_bytes: usize, identifiers: usize) -> Ordinary {
+        Ordinary {
+            message: Arc::new(Message {
+                topic: "t".into(),
+                payload: vec![0; payload_bytes].into(),
+                qos: 1,
+                retain: false,
+                publisher: 1,
+                number: 1,
+                properties: MessageProperties::default(),
+            }),
+            qos: 1,
+            retain: false,
+            identifiers: vec![1; identifiers],
+            since: Instant::now(),
+            share: None,
+            charge: None,
+        }
+    }
+
+    /// There is room for 10 messages and 10,000 bytes.
+    #[test]
+    fn what_was_taken_from_a_mailbox_goes_on_counting() {
+        let queues = queues::tests::queues();
+        let first = mailbox(&queues);
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!((0..10).all(|_| first.push_ordinary(ordinary(1, 0))));
+        let Poll::Ready(mail) = first.poll(&mut cx, true) else { panic!("there is mail") };
+        assert!(!first.push_ordinary(ordinary(1, 0)), "they lie elsewhere now, and wait as before");
+        let second = mailbox(&queues);
+        second.succeed(&first);
+        assert!(!second.push_ordinary(ordinary(1, 0)), "the session's next connection has no queue of its own");
+        drop((first, mail));
+        assert!(second.push_ordinary(ordinary(1, 0)));
+        drop(second);
+        assert_eq!((queues.bytes(), queues.users()), ((0, 0), 0));
+    }
+
+    #[test]
+    fn subscription_identifiers_count() {
+        let mailbox = mailbox(&queues::tests::queues());
+        assert!((0..2).all(|_| mailbox.push_ordinary(ordinary(1, 1_000))));
+        assert!(!mailbox.push_ordinary(ordinary(1, 1_000)), "a thousand take 4,000 bytes");
+        assert!(mailbox.push_ordinary(ordinary(1, 10)));
+    }
+
+    #[test]
+    fn events_that_find_no_room_are_counted_and_the_log_is_not_read_for_them() {
+        let mailbox = mailbox(&queues::tests::queues());
+        let event = Arc::new(LiveMessage::event("presence".into(), Bytes::from_static(b"x")));
+        for _ in 0..queues::LIVE_MESSAGES_MAX + 3 {
+            mailbox.push_live(&event);
+        }
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        let Poll::Ready(mail) = mailbox.poll(&mut cx, false) else { panic!("there is mail") };
+        assert_eq!((mail.events.len(), mail.events_dropped, mail.missed), (queues::LIVE_MESSAGES_MAX, 3, false));
+        mailbox.push_live(&event);
+        let Poll::Ready(more) = mailbox.poll(&mut cx, false) else { panic!("there is mail") };
+        assert_eq!((more.events.len(), more.events_dropped), (0, 1), "those that were taken wait as before");
+        drop(mail);
+        mailbox.push_live(&event);
+        assert!(matches!(mailbox.poll(&mut cx, false), Poll::Ready(mail) if mail.events.len() == 1));
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_is_waited_for_too_long_has_the_session_no_more() {
+        let wait = Duration::from_secs(1);
+        let queues = queues::tests::queues();
+        let slow = mailbox(&queues);
+        assert!(slow.holds());
+        assert!(!slow.settled_within(wait).await);
+        assert!(!slow.holds() && !slow.begin_to_settle());
+        let quick = mailbox(&queues);
+        assert!(quick.begin_to_settle());
+        // It has begun in time, so it is waited for.
+        let settle = async {
+            tokio::time::sleep(2 * wait).await;
+            quick.settle();
+        };
+        assert!(tokio::join!(quick.settled_within(wait), settle).0);
+        assert!(quick.settled_within(wait).await, "it has settled before");
+    }
+}

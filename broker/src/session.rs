@@ -348,6 +348,30 @@ mod tests {
         prop::collection::vec(step, 1..200)
     }
 
+    #[test]
+    fn packet_identifiers_of_what_does_not_come_again_are_free() {
+        let identity = Identity {
+            user: "bob".into(),
+            client_id: "phone".into(),
+            roles: Default::default(),
+            credential: Default::default(),
+            expires_at: None,
+        };
+        let key = SessionKey { user: "bob".into(), client_id: "phone".into() };
+        let mailbox = Arc::new(crate::mailbox::Mailbox::new(crate::queues::tests::queues()));
+        let mut session = Session::new(key, Receiver::new(mailbox, Arc::new(identity), true), 0, 10);
+        let resend =
+            |topic: &str, position, packet_id| Resend { topic: topic.into(), position: Position(position), packet_id };
+        session.resend =
+            vec![resend("inbox", 1, 11), resend("sent", 2, 12), resend("inbox", 3, 13), resend("inbox", 5, 15)];
+        assert_eq!(session.take_resend("inbox", Position(3)), Some(13));
+        assert_eq!(session.take_passed("inbox", Position(3)).collect::<Vec<_>>(), [11]);
+        let stream = DurableStream::new(Position(0), Position(0));
+        session.slots.push(Slot { topic: "inbox".into(), qos: 1, identifiers: Vec::new(), stream });
+        assert_eq!(session.take_unread().collect::<Vec<_>>(), [12]);
+        assert_eq!(session.resend, [resend("inbox", 5, 15)]);
+    }
+
     proptest! {
         #[test]
         fn messages_of_two_topics_come_in_one_order(steps in steps(), before in prop::collection::vec(0_usize..2, 0..20)) {
