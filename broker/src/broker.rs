@@ -107,6 +107,7 @@ trait AnnounceTo: Send + Sync {
     fn announce(&self, messages: Vec<LiveMessage>);
     fn has_subscribers(&self, topic: &str) -> bool;
     fn takes_answers(&self, topic: &str) -> bool;
+    fn has_room(&self, bytes: usize) -> bool;
     fn is_connected(&self, user: &str) -> bool;
     fn now_us(&self, at: Instant) -> u64;
 }
@@ -128,6 +129,11 @@ impl Announcer {
     /// answers wait in memory, and one that finds no room is lost.
     pub fn takes_answers(&self, topic: &str) -> bool {
         self.inner.get().is_none_or(|inner| inner.takes_answers(topic))
+    }
+
+    /// Whether an announcement of so many bytes is sure to reach who subscribes, and leaves room to others: for those that no log has.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.inner.get().is_none_or(|inner| inner.has_room(bytes))
     }
 
     /// Whether any device of this user is connected.
@@ -156,6 +162,10 @@ impl<S: Service> AnnounceTo for Arc<Shared<S>> {
 
     fn takes_answers(&self, topic: &str) -> bool {
         self.registry.takes_answers(topic)
+    }
+
+    fn has_room(&self, bytes: usize) -> bool {
+        self.live_bus.get().is_none_or(|bus| bus.has_room(bytes))
     }
 
     fn is_connected(&self, user: &str) -> bool {

@@ -7,7 +7,7 @@
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use broker::Announcer;
 use broker::live::LiveMessage;
@@ -35,6 +35,9 @@ const UNDER_WAY_MAX: usize = 4_096;
 const UNDER_WAY_OF_USER_MAX: usize = 64;
 /// Users that one user may have blocked.
 const BLOCKED_MAX: usize = 5_000;
+/// How often the bus is asked for room, and how long at most for one answer.
+const BUS_RETRY: Duration = Duration::from_millis(2);
+const BUS_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Locks that conversations share.
 const CHANGE_LOCKS: usize = 256;
 
@@ -109,6 +112,8 @@ struct Shared<L> {
     receipts: Arc<Receipts<L>>,
     auth: Arc<Auth>,
     message_bytes_max: usize,
+    /// Answers leave one after another.
+    leaving: Mutex<()>,
     change_locks: Vec<Mutex<()>>,
     hasher: RandomState,
 }
@@ -140,6 +145,7 @@ impl<L: Log> Requests<L> {
             receipts,
             auth,
             message_bytes_max,
+            leaving: Mutex::new(()),
             change_locks: (0..CHANGE_LOCKS).map(|_| Mutex::new(())).collect(),
             hasher: RandomState::new(),
         };
@@ -172,7 +178,7 @@ impl<L: Log> Requests<L> {
             let answer = shared.answer(&asked).await;
             let message =
                 LiveMessage::event(asked.answer_topic, answer).with_correlation(asked.correlation).answering();
-            shared.announcer.announce(vec![message]);
+            shared.let_leave(message).await;
             drop(permit);
         });
         true
@@ -186,6 +192,21 @@ fn refused<T>(code: ErrorCode, message: impl Into<String>) -> Outcome<T> {
 }
 
 impl<L: Log> Shared<L> {
+    /// Announces an answer when the bus has room for it: it is large, many come at once, and what the bus has no room for is lost.
+    async fn let_leave(&self, answer: LiveMessage) {
+        let turn = self.leaving.lock().await;
+        let waited_for = async {
+            while !self.announcer.has_room(answer.payload.len()) {
+                tokio::time::sleep(BUS_RETRY).await;
+            }
+        };
+        if tokio::time::timeout(BUS_WAIT_MAX, waited_for).await.is_err() {
+            tracing::warn!("the bus has no room for an answer");
+        }
+        self.announcer.announce(vec![answer]);
+        drop(turn);
+    }
+
     async fn answer(&self, asked: &Asked) -> Vec<u8> {
         let Request { reference, call } = Request::parse(&asked.method, &asked.payload);
         let reference = reference.as_ref();
