@@ -218,6 +218,13 @@ impl Pace {
         if wait_ns == 0 { Verdict::Pass } else { Verdict::Wait { until: now + Duration::from_nanos(wait_ns), limit } }
     }
 
+    /// What was worked on took more than could be known before: what comes after waits for it.
+    pub(crate) fn charge(&mut self, cost: Cost, now: Instant) {
+        let now_ns = self.shared.ns(now);
+        self.own.passed.take(self.shared.connection, cost, now_ns);
+        self.of_user.lock().passed.take(self.shared.user, cost, now_ns);
+    }
+
     /// Whether it may be worked on. Charged already, unless it is refused: who was told to wait does not ask again.
     pub(crate) fn judge(&mut self, cost: Cost, may_refuse: bool, now: Instant) -> Verdict {
         let (connection, user, now_ns) = (self.shared.connection, self.shared.user, self.shared.ns(now));
@@ -365,6 +372,16 @@ mod tests {
         let until = now + ms(3_000);
         assert_eq!(pace.judge(one(3_000), false, now), Verdict::Wait { until, limit: "publish_bytes_per_s" });
         assert_eq!(pace.judge(one(3_000), true, until + ms(3_000)), Verdict::Pass);
+    }
+
+    #[test]
+    fn what_took_more_is_paid_for_later() {
+        let now = Instant::now();
+        let mut pace = Pacing::new(&limits(), now).connection(&"alice".into(), now);
+        assert_eq!(pace.judge(one(1), true, now), Verdict::Pass);
+        pace.charge(Cost { publishes: 29, bytes: 0 }, now);
+        assert_eq!(pace.judge(one(1), true, now + ms(2_099)), Verdict::Refuse { limit: "publishes_per_s" });
+        assert_eq!(pace.judge(one(1), true, now + ms(2_100)), Verdict::Pass);
     }
 
     #[test]

@@ -442,6 +442,7 @@ pub(crate) fn broker_limits(limits: &settings::Limits) -> broker::Limits {
         topic_levels: limits.topic_levels,
         subscriptions_per_session: limits.subscriptions_per_session,
         filters_per_user: limits.filters_per_user,
+        subscriptions_per_user: limits.subscriptions_per_user,
         session_expiry_max_s: limits.session_expiry_max_s,
         keep_alive_max_s: limits.keep_alive_max_s,
         publishes_per_s: limits.publishes_per_s,
@@ -450,9 +451,12 @@ pub(crate) fn broker_limits(limits: &settings::Limits) -> broker::Limits {
         user_publish_bytes_per_s: limits.user_publish_bytes_per_s,
         queue_messages: limits.queue_messages,
         queue_bytes: limits.queue_bytes,
+        user_queues_bytes: limits.user_queues_bytes,
         queues_bytes: limits.queues_bytes,
         retained_messages: limits.retained_messages,
         retained_bytes: limits.retained_bytes,
+        user_retained_messages: limits.user_retained_messages,
+        user_retained_bytes: limits.user_retained_bytes,
         idle_timeout: limits.idle_timeout,
     }
 }

@@ -267,6 +267,9 @@ pub struct Limits {
     #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
     pub filters_per_user: usize,
     /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
+    pub subscriptions_per_user: usize,
+    /// Zero: no limit.
     #[serde(deserialize_with = "within::<_, _, 0, 10_000_000>")]
     pub sessions_per_user: usize,
     /// `u32::MAX`: for ever, as in MQTT 5.
@@ -300,10 +303,19 @@ pub struct Limits {
     pub retained_messages: usize,
     #[serde(deserialize_with = "within::<_, _, 0, 1_099_511_627_776>")]
     pub retained_bytes: usize,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
+    pub user_retained_messages: usize,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 1_099_511_627_776>")]
+    pub user_retained_bytes: usize,
     #[serde(deserialize_with = "within::<_, _, 1, 1_000_000>")]
     pub queue_messages: usize,
     #[serde(deserialize_with = "within::<_, _, 1, 1_073_741_824>")]
     pub queue_bytes: usize,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 1_099_511_627_776>")]
+    pub user_queues_bytes: usize,
     #[serde(deserialize_with = "within::<_, _, 1, 1_099_511_627_776>")]
     pub queues_bytes: usize,
 }

@@ -114,7 +114,7 @@ where
             record.qos = record.qos.min(1);
         }
         if ordinary && let Err(full) = self.insert_ordinary(&record, departure) {
-            self.limited("filters_per_user");
+            self.limited(full.limit());
             return Err(self.refusal(RefusalCode::QuotaExceeded, &full.to_string()));
         }
         let Some(session) = &mut self.session else { return Ok(0) };
@@ -236,6 +236,7 @@ where
         let Some(session) = &mut self.session else { return Ok(()) };
         let wanted = session.wanted();
         session.slots.retain(|slot| wanted.iter().any(|wanted| wanted.topic.name == slot.topic));
+        session.take_unread().for_each(|packet_id| self.engine.release(packet_id));
         session.live_topics.clear();
         departure.bound.retain(|name| {
             let keep = wanted.iter().any(|wanted| wanted.topic.name == *name);
