@@ -11,6 +11,8 @@ mod auth;
 #[cfg(test)]
 mod chat;
 #[cfg(test)]
+mod chat_command;
+#[cfg(test)]
 mod churn;
 #[cfg(test)]
 mod classes;
@@ -60,6 +62,8 @@ mod sharing;
 mod slow;
 #[cfg(test)]
 mod storage;
+#[cfg(test)]
+mod terminal;
 #[cfg(test)]
 mod tls;
 #[cfg(test)]

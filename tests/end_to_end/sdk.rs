@@ -293,6 +293,31 @@ fn read_outbox(path: &Path) -> Vec<chat_client::Unsent> {
     chat_client::Outbox::load(&mut FileOutbox::open(path).unwrap()).unwrap()
 }
 
+/// Work that may be done again sends under ids of its own: once is enough for the server, and in the outbox there is room for one.
+#[tokio::test]
+async fn ids_of_the_callers_making() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let (alice, _events) = connect(&chatd, "alice", "laptop").await;
+    let (_bob, mut to_bob) = connect(&chatd, "bob", "phone").await;
+    let (bob, id) = (user("bob"), chat_client::MessageId::parse("invoice-17").unwrap());
+    for _ in 0..2 {
+        let stored = alice.queue_as(id.clone(), &bob, "paid").await.unwrap().await.unwrap();
+        assert_eq!((stored.id, stored.seq.get()), (id.clone(), 1));
+    }
+    let Event::Message(delivery) = next_where_message(&mut to_bob).await else { panic!("a message") };
+    let payload: serde_json::Value = serde_json::from_slice(delivery.payload()).unwrap();
+    assert_eq!((payload["id"].as_str(), payload["text"].as_str()), (Some("invoice-17"), Some("paid")));
+    delivery.acknowledge();
+
+    chatd.kill9().await.unwrap();
+    let waits = alice.queue_as(id.clone(), &bob, "paid").await.unwrap();
+    assert_eq!(alice.queue_as(id.clone(), &bob, "paid").await.unwrap_err(), SendError::SameId(id.clone()));
+    chatd.restart_on_same_ports().await.unwrap();
+    assert_eq!(waits.await.unwrap().seq.get(), 1);
+    let other = alice.queue_as(id, &bob, "not paid").await.unwrap().await.unwrap_err();
+    assert!(matches!(other, SendError::Refused(refusal) if refusal.code == Some(ErrorCode::IdConflict)));
+}
+
 /// What the server will never take is given back to somebody, once.
 #[tokio::test]
 async fn a_refusal_finds_somebody() {

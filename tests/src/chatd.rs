@@ -151,6 +151,16 @@ impl Chatd {
         Ok(kill_process(self.pid()?, Signal::HUP)?)
     }
 
+    /// SIGSTOP: it does nothing until it is told to go on.
+    pub fn signal_stop(&self) -> Result<()> {
+        Ok(kill_process(self.pid()?, Signal::STOP)?)
+    }
+
+    /// SIGCONT.
+    pub fn signal_continue(&self) -> Result<()> {
+        Ok(kill_process(self.pid()?, Signal::CONT)?)
+    }
+
     /// SIGINT, without waiting.
     pub fn signal_interrupt(&self) -> Result<()> {
         Ok(kill_process(self.pid()?, Signal::INT)?)
@@ -371,21 +381,30 @@ pub async fn command() -> Result<Command> {
 /// `CHATD_BIN`, or `chatd` beside the folder of the test executable; built once if it is not there or older than its sources.
 async fn binary() -> Result<PathBuf> {
     static BINARY: OnceCell<PathBuf> = OnceCell::const_new();
-    let find = || async {
-        if let Some(path) = std::env::var_os("CHATD_BIN") {
-            let path = PathBuf::from(path);
-            ensure!(path.is_file(), "CHATD_BIN={} is no file", path.display());
-            return Ok(std::path::absolute(path)?);
-        }
-        let profile = profile()?;
-        let path = profile.join("chatd");
-        if path.metadata().and_then(|built| built.modified()).ok() < newest_source()? {
-            build(profile.ends_with("release")).await?;
-            ensure!(path.is_file(), "cargo build made no {}", path.display());
-        }
-        Ok(path)
-    };
-    BINARY.get_or_try_init(find).await.cloned()
+    let sources = ["protocol/src", "broker/src", "chat-service/src", "config"];
+    BINARY.get_or_try_init(|| find("chatd", "CHATD_BIN", &sources)).await.cloned()
+}
+
+/// `CHAT_BIN`, or `chat` beside the folder of the test executable, built like chatd.
+pub(crate) async fn chat_binary() -> Result<PathBuf> {
+    static BINARY: OnceCell<PathBuf> = OnceCell::const_new();
+    let sources = ["protocol/src", "clients/rust/src", "clients/cli/src"];
+    BINARY.get_or_try_init(|| find("chat", "CHAT_BIN", &sources)).await.cloned()
+}
+
+async fn find(name: &str, variable: &str, sources: &[&str]) -> Result<PathBuf> {
+    if let Some(path) = std::env::var_os(variable) {
+        let path = PathBuf::from(path);
+        ensure!(path.is_file(), "{variable}={} is no file", path.display());
+        return Ok(std::path::absolute(path)?);
+    }
+    let profile = profile()?;
+    let path = profile.join(name);
+    if path.metadata().and_then(|built| built.modified()).ok() < newest_source(sources)? {
+        build(name, profile.ends_with("release")).await?;
+        ensure!(path.is_file(), "cargo build made no {}", path.display());
+    }
+    Ok(path)
 }
 
 /// Where cargo puts what belongs to the test executable: `target/debug` of `target/debug/deps/end_to_end-0123`. The tests in documentation
@@ -404,12 +423,11 @@ fn root() -> Result<&'static Path> {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("tests/ lies in the repository")
 }
 
-/// When the sources of chatd were changed last.
-fn newest_source() -> Result<Option<SystemTime>> {
+/// When sources were changed last.
+fn newest_source(sources: &[&str]) -> Result<Option<SystemTime>> {
     let root = root()?;
     let mut newest = None;
-    let mut folders: Vec<PathBuf> =
-        ["protocol/src", "broker/src", "chat-service/src", "config"].map(|path| root.join(path)).into();
+    let mut folders: Vec<PathBuf> = sources.iter().map(|path| root.join(path)).collect();
     while let Some(folder) = folders.pop() {
         for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
             let entry = entry?;
@@ -424,16 +442,16 @@ fn newest_source() -> Result<Option<SystemTime>> {
     Ok(newest)
 }
 
-async fn build(release: bool) -> Result<()> {
+async fn build(name: &str, release: bool) -> Result<()> {
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let building = Command::new(cargo)
         // With the whole workspace's features, as the tests are built: else most of it would be built twice.
-        .args(["build", "--workspace", "--bin", "chatd"])
+        .args(["build", "--workspace", "--bin", name])
         .args(release.then_some("--release"))
         .current_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/.."))
         .kill_on_drop(true)
         .status();
-    let status = timeout(Duration::from_secs(1_200), building).await.context("building chatd")??;
-    ensure!(status.success(), "building chatd failed");
+    let status = timeout(Duration::from_secs(1_200), building).await.with_context(|| format!("building {name}"))??;
+    ensure!(status.success(), "building {name} failed");
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! something happen; it waits for what has to happen, with a deadline.
 
 pub mod chatd;
+pub mod command;
 pub mod contract;
 pub mod dice;
 pub mod packet;
@@ -11,6 +12,7 @@ pub mod programs;
 pub mod proxy;
 pub mod raw;
 pub mod receiver;
+pub mod terminal;
 pub mod tls;
 pub mod wait;
 

@@ -110,8 +110,17 @@ impl Client {
     /// # Errors
     /// If the outbox does not take it: then it is not sent.
     pub async fn queue(&self, to: &UserId, text: impl Into<String>) -> Result<Queued, SendError> {
+        self.queue_as(driver::new_id(), to, text).await
+    }
+
+    /// The same under an id of the caller's making: for as long as the server remembers it (seven days at least) the message is stored once,
+    /// however often a program says so, in whichever run and on whichever device.
+    ///
+    /// # Errors
+    /// As [`queue`](Self::queue), and [`SendError::SameId`] if a message of this id is in the outbox already.
+    pub async fn queue_as(&self, id: MessageId, to: &UserId, text: impl Into<String>) -> Result<Queued, SendError> {
         let (reply, queued) = oneshot::channel();
-        let command = Command::Queue { to: to.clone(), text: text.into(), reply };
+        let command = Command::Queue { id, to: to.clone(), text: text.into(), reply };
         self.commands.send(command).await.map_err(|_| self.closed.get())?;
         let (id, outcome) = queued.await.map_err(|_| self.closed.get())??;
         Ok(Queued { id, outcome, closed: Arc::clone(&self.closed) })

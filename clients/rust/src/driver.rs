@@ -47,7 +47,7 @@ type Outcomes = oneshot::Receiver<Result<Stored, SendError>>;
 
 /// What a handle asks.
 pub(crate) enum Command {
-    Queue { to: UserId, text: String, reply: oneshot::Sender<Result<(MessageId, Outcomes), SendError>> },
+    Queue { id: MessageId, to: UserId, text: String, reply: oneshot::Sender<Result<(MessageId, Outcomes), SendError>> },
     Read { with: UserId, seq: Seq, reply: oneshot::Sender<Result<(), RequestError>> },
     Typing { to: UserId, state: TypingState },
     Ask { method: Method, members: Value, reply: oneshot::Sender<Result<Value, RequestError>> },
@@ -370,8 +370,12 @@ impl Driver {
 
     fn command(&mut self, command: Command) {
         match command {
-            Command::Queue { to, text, reply } => {
-                let id = new_id();
+            Command::Queue { id, to, text, reply } => {
+                if self.queuing.contains_key(&id) || self.sending.has(&id) {
+                    // Whoever does not wait any more does not care.
+                    drop(reply.send(Err(SendError::SameId(id))));
+                    return;
+                }
                 let (waiter, outcome) = oneshot::channel();
                 let queued_at = Timestamp::from_ms(now_ms());
                 self.changes.push(Change::Add(Unsent { id: id.clone(), to, text, queued_at }));
@@ -610,7 +614,8 @@ impl Driver {
         match self.deliveries.arrived(key.clone(), incoming.packet) {
             Arrived::New => {
                 let ticket = Ticket::new(key, &self.returns);
-                self.events.tell(Event::Message(Delivery { message, waited: incoming.waited, ticket }));
+                let (payload, waited) = (incoming.payload, incoming.waited);
+                self.events.tell(Event::Message(Delivery { message, waited, payload, ticket }));
             }
             Arrived::Known => {}
         }

@@ -72,10 +72,16 @@ pub struct Delivery {
     pub message: Envelope,
     /// It waited for this device, and is not live.
     pub waited: bool,
+    pub(crate) payload: Vec<u8>,
     pub(crate) ticket: Ticket,
 }
 
 impl Delivery {
+    /// The envelope as it came: JSON, with members that this version does not know too.
+    pub fn payload(&self) -> &[u8] {
+        &self.payload
+    }
+
     /// The program has taken it. Acknowledgements leave in the order of arrival.
     pub fn acknowledge(self) {
         self.ticket.acknowledge();

@@ -16,6 +16,11 @@
 //! A device that has been used once has a place on the server for as long as the server keeps it: choose a name per program and machine, and use
 //! it again.
 
+/// Compiles what the page says.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/sdk.md")]
+struct Page;
+
 mod answer;
 mod client;
 mod deliveries;

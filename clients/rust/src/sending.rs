@@ -43,6 +43,11 @@ impl Sending {
         self.waiting.push_back(unsent);
     }
 
+    /// Whether it waits.
+    pub(crate) fn has(&self, id: &MessageId) -> bool {
+        self.waiting.iter().any(|unsent| unsent.id == *id)
+    }
+
     /// A connection is there. It takes so many publishes a second, if it said so.
     pub(crate) fn connected(&mut self, publishes_per_s: Option<u32>, now: Instant) {
         self.disconnected();

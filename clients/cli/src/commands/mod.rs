@@ -1,0 +1,51 @@
+//! The commands, a file for each that is more than a request and its answer.
+
+mod bot;
+mod follow;
+mod history;
+mod pages;
+mod requests;
+mod send;
+
+use chat_client::{Client, Events, Listen};
+use clap::CommandFactory as _;
+
+use crate::arguments::{Arguments, Bot, Command};
+use crate::failure::Failure;
+use crate::login;
+use crate::safe;
+use crate::settings::Settings;
+
+/// Does what the command line says.
+pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
+    let Arguments { flags, command } = arguments;
+    match &command {
+        Some(Command::Completions { shell }) => return pages::completions(&mut Arguments::command(), *shell).await,
+        Some(Command::Man { dir }) => return pages::manual(Arguments::command(), dir.as_deref()).await,
+        _ => {}
+    }
+    let mut settings = Settings::load(&flags)?;
+    for warning in &settings.warnings {
+        note(warning);
+    }
+    match command {
+        None => requests::terminal(&mut settings).await,
+        Some(Command::Send(send)) => send::run(&mut settings, send).await,
+        Some(Command::Listen(listen)) => follow::listen(&mut settings, listen).await,
+        Some(Command::Tail(tail)) => follow::tail(&mut settings, tail).await,
+        Some(Command::History(history)) => history::run(&mut settings, history).await,
+        Some(Command::Bot(Bot::Echo)) => bot::echo(&mut settings).await,
+        Some(command) => requests::run(&mut settings, command).await,
+    }
+}
+
+/// For people, on the standard error.
+pub(crate) fn note(sentence: impl std::fmt::Display) {
+    // It may quote what others wrote.
+    eprintln!("chat: {}", safe::line(&sentence.to_string()));
+}
+
+/// Connects to send and to ask, without a place of its own.
+async fn connect_once(settings: &mut Settings) -> Result<(Client, Events), Failure> {
+    login::connect(settings, |settings| Ok(settings.temporary()?.listen(Listen::Nothing))).await
+}

@@ -1,0 +1,353 @@
+//! Brings keys, events and answers to the model, and does what it says; the only file here that touches the terminal, the network and the clock.
+//!
+//! Invariants: the terminal is given back as it was, however this ends (end, error, panic, SIGTERM, SIGHUP); a delivery is acknowledged after the model has it;
+//! messages reach the outbox in the order in which they were written.
+
+use std::io::stdout;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, bail};
+use chat_client::{
+    Change, Client, Closed, ConnectionState, Event, Events, Options, Outbox, OutboxError, SendError, TypingState,
+    Unsent, UserId,
+};
+use crossterm::event::{
+    DisableBracketedPaste, DisableFocusChange, DisableMouseCapture, EnableBracketedPaste, EnableFocusChange,
+    EnableMouseCapture, EventStream,
+};
+use crossterm::execute;
+use futures_util::StreamExt;
+use jiff::tz::TimeZone;
+use ratatui::DefaultTerminal;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::mpsc;
+use tokio::task::JoinSet;
+
+use super::Now;
+use super::model::{App, Effect, Input, OUTGOING_MAX};
+use super::view;
+
+/// Orders to the courier that wait: as many as there can be messages.
+const ORDERS_MAX: usize = OUTGOING_MAX + 64;
+/// What the courier has to tell.
+const NEWS_MAX: usize = 256;
+/// How long the outbox may take at the end.
+const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
+/// Events that are taken in before the screen is drawn again.
+const BATCH_MAX: usize = 256;
+
+/// Opens the chat, and returns when the user quits. What waits in the outbox is shown from the beginning.
+///
+/// # Errors
+/// If there is no terminal, it is lost, or there is no connection and will be none for a reason that more tries do not help ([`Closed`]).
+pub(crate) async fn run(options: Options, mut outbox: impl Outbox) -> anyhow::Result<()> {
+    let mut signals = Signals::new()?;
+    let waiting = outbox.load()?;
+    let (client, mut events) = Client::start(options.outbox(Loaded { outbox, waiting: waiting.clone() })).await?;
+    let restore = Restore::new();
+    let mut terminal = ratatui::try_init().context("this needs a terminal")?;
+    execute!(stdout(), EnableBracketedPaste, EnableMouseCapture, EnableFocusChange)?;
+    let size = terminal.size()?;
+    let app = App::new(client.user().clone(), zone(), (size.width, size.height), waiting, now());
+    let mut work = Work::new(client.clone());
+    let outcome = chat(&mut terminal, app, &mut events, &mut work, &mut signals).await;
+    drop(restore);
+    work.finish().await;
+    client.close().await;
+    outcome
+}
+
+/// An outbox that was read already: it may be read once.
+struct Loaded<T> {
+    outbox: T,
+    waiting: Vec<Unsent>,
+}
+
+impl<T: Outbox> Outbox for Loaded<T> {
+    fn load(&mut self) -> Result<Vec<Unsent>, OutboxError> {
+        Ok(std::mem::take(&mut self.waiting))
+    }
+
+    fn apply(&mut self, changes: &[Change]) -> Result<(), OutboxError> {
+        self.outbox.apply(changes)
+    }
+}
+
+/// Gives the terminal back when it is dropped. (A panic does so before it prints, by ratatui's hook.)
+struct Restore;
+
+impl Restore {
+    fn new() -> Self {
+        let hook = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            Self::modes();
+            hook(panic);
+        }));
+        Self
+    }
+
+    fn modes() {
+        // There is nobody left to tell.
+        drop(execute!(stdout(), DisableFocusChange, DisableMouseCapture, DisableBracketedPaste));
+    }
+}
+
+impl Drop for Restore {
+    fn drop(&mut self) {
+        Self::modes();
+        ratatui::restore();
+    }
+}
+
+/// What asks for the end from outside.
+struct Signals {
+    terminate: Signal,
+    hang_up: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn new() -> std::io::Result<Self> {
+        Ok(Self {
+            terminate: signal(SignalKind::terminate())?,
+            hang_up: signal(SignalKind::hangup())?,
+            interrupt: signal(SignalKind::interrupt())?,
+        })
+    }
+
+    async fn any(&mut self) {
+        tokio::select! {
+            _ = self.terminate.recv() => {}
+            _ = self.hang_up.recv() => {}
+            _ = self.interrupt.recv() => {}
+        }
+    }
+}
+
+async fn chat(
+    terminal: &mut DefaultTerminal,
+    mut app: App,
+    events: &mut Events,
+    work: &mut Work,
+    signals: &mut Signals,
+) -> anyhow::Result<()> {
+    let mut keys = EventStream::new();
+    let (mut was_connected, mut has_events) = (false, true);
+    loop {
+        terminal.draw(|frame| view::draw(frame, &app))?;
+        let wake_at = app.wake_at();
+        let timer = async {
+            match wake_at {
+                Some(at) => tokio::time::sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        };
+        let input = tokio::select! {
+            key = keys.next() => match key {
+                Some(key) => Input::Terminal(key.context("the terminal")?),
+                None => return Ok(()),
+            },
+            event = events.next(), if has_events => match event {
+                Some(event) => {
+                    match &event {
+                        Event::Connection(ConnectionState::Connected { .. }) => was_connected = true,
+                        // The caller may know another password.
+                        Event::Connection(ConnectionState::Closed(closed @ Closed::LoginRefused(_))) if !was_connected => {
+                            return Err(closed.clone().into());
+                        }
+                        _ => {}
+                    }
+                    if !take_event(&mut app, work, event) {
+                        return Ok(());
+                    }
+                    for _ in 1..BATCH_MAX {
+                        let Some(event) = events.try_next() else { break };
+                        if !take_event(&mut app, work, event) {
+                            return Ok(());
+                        }
+                    }
+                    continue;
+                }
+                // Why is on the screen; the user leaves when it was read.
+                None if app.is_closed() => {
+                    has_events = false;
+                    continue;
+                }
+                None => bail!("the client has ended without saying why"),
+            },
+            Some(news) = work.news.recv() => news,
+            Some(answer) = work.requests.join_next() => match answer {
+                Ok(Some(answer)) => answer,
+                Ok(None) => continue,
+                Err(error) => return Err(error).context("a request"),
+            },
+            () = timer => Input::Tick,
+            () = signals.any() => return Ok(()),
+        };
+        if !take(&mut app, work, input) {
+            return Ok(());
+        }
+    }
+}
+
+/// Whether it goes on.
+fn take(app: &mut App, work: &mut Work, input: Input) -> bool {
+    app.handle(input, now()).into_iter().all(|effect| work.begin(effect))
+}
+
+fn take_event(app: &mut App, work: &mut Work, event: Event) -> bool {
+    match event {
+        Event::Message(delivery) => {
+            let goes_on = take(app, work, Input::Message(delivery.message.clone()));
+            delivery.acknowledge();
+            goes_on
+        }
+        event => take(app, work, Input::Client(event)),
+    }
+}
+
+fn now() -> Now {
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or(Duration::ZERO);
+    Now { instant: Instant::now(), wall_ms: u64::try_from(since.as_millis()).unwrap_or(u64::MAX) }
+}
+
+fn zone() -> TimeZone {
+    TimeZone::try_system().unwrap_or(TimeZone::UTC)
+}
+
+/// An order to the courier.
+enum Order {
+    Send { to: UserId, key: u64, text: String },
+    Typing { to: UserId, state: TypingState },
+}
+
+/// What is under way.
+struct Work {
+    client: Client,
+    /// Requests, each answered by itself.
+    requests: JoinSet<Option<Input>>,
+    /// To the task that sends, one after the other.
+    orders: mpsc::Sender<Order>,
+    news: mpsc::Receiver<Input>,
+    /// One task; it ends with this.
+    _courier: JoinSet<()>,
+}
+
+impl Work {
+    fn new(client: Client) -> Self {
+        let (orders, received) = mpsc::channel(ORDERS_MAX);
+        let (told, news) = mpsc::channel(NEWS_MAX);
+        let mut task = JoinSet::new();
+        task.spawn(courier(client.clone(), received, told));
+        Self { client, requests: JoinSet::new(), orders, news, _courier: task }
+    }
+
+    /// Waits until what was written is in the outbox.
+    async fn finish(self) {
+        let Self { orders, mut news, _courier, .. } = self;
+        drop(orders);
+        let told = async { while news.recv().await.is_some() {} };
+        if tokio::time::timeout(FINISH_TIMEOUT, told).await.is_err() {
+            tracing::warn!("the outbox did not take everything in time");
+        }
+    }
+
+    /// Begins to do what the model wants. Whether the chat goes on.
+    fn begin(&mut self, effect: Effect) -> bool {
+        let client = self.client.clone();
+        match effect {
+            Effect::Quit => return false,
+            Effect::Send { to, key, text } => {
+                if let Err(error) = self.orders.try_send(Order::Send { to: to.clone(), key, text }) {
+                    let reason = format!("not sent: {error}");
+                    self.requests.spawn(async move { Some(Input::NotStored { to, key, reason }) });
+                }
+            }
+            Effect::Typing { to, state } => {
+                // Typing that is not told does no harm.
+                drop(self.orders.try_send(Order::Typing { to, state }));
+            }
+            Effect::MarkRead { with, seq } => {
+                self.requests.spawn(async move {
+                    if let Err(error) = client.mark_read(&with, seq).await {
+                        tracing::debug!(%error, %with, %seq, "not marked as read");
+                    }
+                    None
+                });
+            }
+            Effect::History { with, ticket, range, limit } => {
+                self.requests.spawn(async move {
+                    let outcome = client.history(&with, range, limit).await;
+                    Some(Input::History { with, ticket, outcome })
+                });
+            }
+            Effect::Conversations { ticket, before, limit } => {
+                self.requests.spawn(async move {
+                    let outcome = client.conversations(before.as_deref(), limit).await;
+                    Some(Input::Conversations { ticket, outcome })
+                });
+            }
+            Effect::Whoami => {
+                self.requests.spawn(async move { Some(Input::Whoami(client.whoami().await)) });
+            }
+            Effect::Edit { with, seq, text } => {
+                self.requests.spawn(async move {
+                    let outcome = client.edit(&with, seq, &text).await.map(|changed| changed.at);
+                    Some(Input::Edited { with, seq, text, outcome })
+                });
+            }
+            Effect::Unsend { with, seq } => {
+                self.requests.spawn(async move {
+                    let outcome = client.unsend(&with, seq).await.map(drop);
+                    Some(Input::Unsent { with, seq, outcome })
+                });
+            }
+            Effect::Delete { with, seq } => {
+                self.requests.spawn(async move {
+                    let outcome = client.delete(&with, seq).await;
+                    Some(Input::Deleted { with, seq, outcome })
+                });
+            }
+        }
+        true
+    }
+}
+
+/// Puts messages into the outbox one after the other, and tells what becomes of each.
+async fn courier(client: Client, mut orders: mpsc::Receiver<Order>, news: mpsc::Sender<Input>) {
+    let mut outcomes = JoinSet::new();
+    loop {
+        let input = tokio::select! {
+            order = orders.recv() => match order {
+                Some(Order::Typing { to, state }) => {
+                    client.typing(&to, state).await;
+                    continue;
+                }
+                Some(Order::Send { to, key, text }) => match client.queue(&to, text).await {
+                    Ok(queued) => {
+                        let id = queued.id().clone();
+                        let peer = to.clone();
+                        outcomes.spawn(async move {
+                            match queued.await {
+                                Ok(stored) => Some(Input::Stored { to: peer, key, stored }),
+                                // It is in the outbox still, for the next run.
+                                Err(SendError::Closed(_)) => None,
+                                Err(error) => Some(Input::NotStored { to: peer, key, reason: error.to_string() }),
+                            }
+                        });
+                        Input::Queued { to, key, id }
+                    }
+                    Err(error) => Input::NotStored { to, key, reason: error.to_string() },
+                },
+                None => return,
+            },
+            Some(outcome) = outcomes.join_next() => match outcome {
+                Ok(Some(outcome)) => outcome,
+                _ => continue,
+            },
+        };
+        if news.send(input).await.is_err() {
+            return;
+        }
+    }
+}
