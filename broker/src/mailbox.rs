@@ -267,8 +267,9 @@ impl Mailbox {
         self.on_settled.notify_waiters();
     }
 
+    /// Whether it has.
     pub(crate) fn is_settled(&self) -> bool {
-        self.settled.load(Ordering::Acquire)
+        *self.hold.lock() == Hold::Settled
     }
 
     /// Returns once [`Mailbox::settle`] was called.
