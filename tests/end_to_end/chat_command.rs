@@ -205,7 +205,9 @@ async fn a_killed_listener_loses_nothing() {
     ok(&alice, &["send", "bob", "1"]).await;
     ok(&bob, &["listen", "-n", "1"]).await;
     let sending = tokio::spawn(async move {
-        let done = alice.run_with(&["send", "bob"], lines(299)).await.unwrap();
+        // So long that a pipe does not hold many.
+        let input: String = (2..=MESSAGES).map(|number| format!("{number:0>1500}\n")).collect();
+        let done = alice.run_with(&["send", "bob"], input).await.unwrap();
         assert_eq!(done.code, Some(0), "{done:?}");
     });
     let (mut last, mut runs) = (1, 0);
@@ -235,7 +237,7 @@ async fn a_killed_listener_loses_nothing() {
         }
     }
     sending.await.unwrap();
-    assert!(runs > 5, "{runs}");
+    assert!(runs >= 3, "{runs}");
 }
 
 /// The server is killed while one sends and the other listens: both go on by themselves.

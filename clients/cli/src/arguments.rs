@@ -38,7 +38,7 @@ pub(crate) struct Arguments {
 /// The strongest source of settings.
 #[derive(Args, Clone, Debug, Default)]
 pub(crate) struct Flags {
-    /// Where: mqtt://HOST[:PORT], mqtts://, ws:// or wss:// [default: mqtt://127.0.0.1:1883]
+    /// Where: `mqtt://HOST:PORT`, `mqtts://`, `ws://` or `wss://` [default: mqtt://127.0.0.1:1883]
     #[arg(long, value_name = "ADDRESS", global = true)]
     pub(crate) server: Option<String>,
     /// As whom

@@ -1,6 +1,6 @@
 //! The chat in the terminal.
 //!
-//! The way of what happens: [`run`] brings keys, events and answers to the [`model`], which decides and says what is to be done; [`layout`] says what goes where,
+//! The way of what happens: [`mod@run`] brings keys, events and answers to the [`model`], which decides and says what is to be done; [`layout`] says what goes where,
 //! [`view`] draws it. Only `run` touches the terminal and the network, and only it knows what time it is.
 
 mod clock;
@@ -9,6 +9,7 @@ mod conversation;
 mod keys;
 mod layout;
 mod model;
+mod repaint;
 mod run;
 mod search;
 #[cfg(test)]
