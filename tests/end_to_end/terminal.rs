@@ -119,7 +119,10 @@ async fn edit_unsend_delete_reply() {
     bob.press(&["Enter"]).await.unwrap();
     let screen =
         alice.shows("the reply", |screen| line(screen, "> hello").is_some() && line(screen, "  hi").is_some()).await;
-    assert_eq!(screen.row_of("  hi "), screen.row_of("> hello").map(|row| row + 1), "{screen}");
+    let quoted = screen.rows.iter().position(|row| row.ends_with("✓✓") && row.contains("hello")).unwrap();
+    let below: Vec<&str> =
+        screen.rows[quoted + 1..quoted + 4].iter().filter_map(|row| row.split("│  ").nth(1)).collect();
+    assert!(below[0] == "bob" && below[1].starts_with("> hello") && below[2] == "hi", "{screen}");
     // It cannot be edited or unsent by alice, but deleted for her alone.
     alice.press(&["M-Up"]).await.unwrap();
     alice.shows_text("r reply").await;
@@ -342,7 +345,7 @@ async fn hostile_texts() {
         "\u{200b}\u{feff}\u{ad}".repeat(100),
         "ｶﾞ".repeat(60),
         "क्ष्म".repeat(40),
-        "x".repeat(16 * 1024),
+        "x".repeat(16 * 1024 - 16),
         "\n".repeat(200),
         "tab\tseparated\tvalues\t".repeat(30),
     ];
@@ -351,12 +354,14 @@ async fn hostile_texts() {
         bob.send(&to, format!("end {number}")).await.unwrap();
         let screen = alice.shows("the end of it", |screen| line(screen, &format!("end {number}")).is_some()).await;
         intact(&screen, number);
-        // And what is above the end.
-        alice.press(&["PPage"]).await.unwrap();
-        let screen = alice.shows("a page up", |screen| screen.has("Ctrl-End: newest")).await;
-        intact(&screen, number);
-        alice.press(&["C-End"]).await.unwrap();
-        alice.shows("the end again", |screen| !screen.has("Ctrl-End: newest")).await;
+        if number > 3 {
+            // And what is above the end, when there is enough of it.
+            alice.press(&["PPage"]).await.unwrap();
+            let screen = alice.shows("a page up", |screen| screen.has("Ctrl-End: newest")).await;
+            intact(&screen, number);
+            alice.press(&["C-End"]).await.unwrap();
+            alice.shows("the end again", |screen| !screen.has("Ctrl-End: newest")).await;
+        }
     }
     assert!(!alice.about("pane_title").await.unwrap().contains("owned"));
     let screen = alice.screen().await.unwrap();

@@ -53,7 +53,7 @@ impl Terminal {
             tmux.args(["-e", &format!("{folder}={home}")]);
         }
         // What runs in it sees how it ended, and the screen stays.
-        tmux.args(["-e", "TZ=UTC", "-e", "LC_ALL=C.UTF-8", "--"]).args(command);
+        tmux.args(["-c", home, "-e", "TZ=UTC", "-e", "LC_ALL=C.UTF-8", "--"]).args(command);
         tmux.args([";", "set-option", "-g", "remain-on-exit", "on", ";", "set-option", "-g", "status", "off"]);
         terminal.run(tmux).await?;
         // Without the status line there is a row more.

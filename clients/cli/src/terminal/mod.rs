@@ -9,6 +9,7 @@ mod conversation;
 mod keys;
 mod layout;
 mod model;
+mod repaint;
 mod run;
 mod search;
 #[cfg(test)]

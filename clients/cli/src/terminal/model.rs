@@ -374,26 +374,24 @@ impl App {
 
     /// What is above everything while there is no connection.
     pub(super) fn banner(&self) -> Option<String> {
-        let mut banner = match &self.link {
+        let (state, reason) = match &self.link {
             Link::Connected => return None,
-            Link::Connecting => "Connecting…".to_owned(),
+            Link::Connecting => ("Connecting…".to_owned(), ""),
             Link::Lost { reason, retry_at } => {
                 let left = retry_at.saturating_duration_since(self.now.instant).as_millis().div_ceil(1_000);
-                if left == 0 {
-                    format!("Not connected: {reason}. Trying again…")
-                } else {
-                    format!("Not connected: {reason}. Trying again in {left} s")
-                }
+                let again = if left == 0 { "Trying again…".to_owned() } else { format!("Trying again in {left} s") };
+                (format!("Not connected · {again}"), reason.as_str())
             }
-            Link::Closed { reason } => return Some(format!("Not connected: {reason}. Ctrl-C quits")),
+            Link::Closed { reason } => ("Not connected · Ctrl-C quits".to_owned(), reason.as_str()),
         };
-        let waiting = self.conversations.values().flat_map(|conversation| &conversation.outgoing);
-        match waiting.filter(|outgoing| outgoing.progress == Progress::Waiting).count() {
-            0 => {}
-            1 => banner.push_str(" · 1 message waits"),
-            waiting => banner.push_str(&format!(" · {waiting} messages wait")),
-        }
-        Some(banner)
+        let outgoing = self.conversations.values().flat_map(|conversation| &conversation.outgoing);
+        let waiting = match outgoing.filter(|outgoing| outgoing.progress == Progress::Waiting).count() {
+            0 => String::new(),
+            1 => "1 message waits".to_owned(),
+            waiting => format!("{waiting} messages wait"),
+        };
+        let parts: Vec<&str> = [&state, &waiting, reason].into_iter().filter(|part| !part.is_empty()).collect();
+        Some(parts.join(" · "))
     }
 
     pub(super) fn is_closed(&self) -> bool {

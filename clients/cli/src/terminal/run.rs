@@ -11,11 +11,13 @@ use chat_client::{
     Change, Client, Closed, ConnectionState, Event, Events, Options, Outbox, OutboxError, SendError, TypingState,
     Unsent, UserId,
 };
+use crossterm::cursor::MoveTo;
 use crossterm::event::{
     DisableBracketedPaste, DisableFocusChange, DisableMouseCapture, EnableBracketedPaste, EnableFocusChange,
     EnableMouseCapture, EventStream,
 };
-use crossterm::execute;
+use crossterm::terminal::{BeginSynchronizedUpdate, Clear, ClearType, EndSynchronizedUpdate};
+use crossterm::{execute, queue};
 use futures_util::StreamExt;
 use jiff::tz::TimeZone;
 use ratatui::DefaultTerminal;
@@ -25,6 +27,7 @@ use tokio::task::JoinSet;
 
 use super::Now;
 use super::model::{App, Effect, Input, OUTGOING_MAX};
+use super::repaint::Repaint;
 use super::view;
 
 /// Orders to the courier that wait: as many as there can be messages.
@@ -133,8 +136,9 @@ async fn chat(
 ) -> anyhow::Result<()> {
     let mut keys = EventStream::new();
     let (mut was_connected, mut has_events) = (false, true);
+    let mut repaint = Repaint::default();
     loop {
-        terminal.draw(|frame| view::draw(frame, &app))?;
+        draw(terminal, &app, &mut repaint)?;
         let wake_at = app.wake_at();
         let timer = async {
             match wake_at {
@@ -188,6 +192,20 @@ async fn chat(
             return Ok(());
         }
     }
+}
+
+fn draw(terminal: &mut DefaultTerminal, app: &App, repaint: &mut Repaint) -> anyhow::Result<()> {
+    queue!(stdout(), BeginSynchronizedUpdate)?;
+    let mut cleared = Ok(());
+    terminal.draw(|frame| {
+        view::draw(frame, app);
+        // It reaches the terminal before what is drawn: both go the same way.
+        let mut rows = repaint.rows(frame.buffer_mut()).into_iter();
+        cleared = rows.try_for_each(|row| queue!(stdout(), MoveTo(0, row), Clear(ClearType::CurrentLine)));
+    })?;
+    cleared?;
+    execute!(stdout(), EndSynchronizedUpdate)?;
+    Ok(())
 }
 
 /// Whether it goes on.

@@ -519,7 +519,7 @@ fn a_lost_connection_is_told_and_counted_down() {
     chat.handle(Input::Client(Event::Presence(online)));
     assert!(chat.shows("● bob  online") && !chat.shows("Not connected"));
     chat.lose();
-    assert!(chat.shows("Not connected: gone. Trying again in 4 s") && !chat.shows("●"), "{:#?}", chat.screen());
+    assert!(chat.shows("Not connected · Trying again in 4 s · gone") && !chat.shows("●"), "{:#?}", chat.screen());
     chat.pass(Duration::from_secs(1));
     assert!(chat.shows("in 3 s"));
     chat.say("meanwhile");

@@ -261,7 +261,8 @@ fn line(buffer: &mut Buffer, area: Rect, y: u16, word: &str, style: Style) {
     }
     let word = format!(" {word} ");
     let columns = narrow(wrap::columns(&word));
-    put(buffer, area.x + area.width.saturating_sub(columns) / 2, y, &word, columns.min(area.width), style);
+    let x = area.x + MARGIN + area.width.saturating_sub(MARGIN + 1 + columns) / 2;
+    put(buffer, x, y, &word, columns.min(area.width), style);
 }
 
 fn text_row(
