@@ -13,6 +13,7 @@ use futures_util::task::AtomicWaker;
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
+use crate::escaped::Escaped;
 use crate::live::LiveMessage;
 use crate::ordinary::Group;
 use crate::queues::{Charge, Queues, SessionQueue};
@@ -198,7 +199,12 @@ impl Mailbox {
                             let message = Arc::clone(message);
                             inner.mail.events.push(Event { message, _charge: charge });
                         }
-                        None => inner.mail.events_dropped += 1,
+                        None => {
+                            inner.mail.events_dropped += 1;
+                            if message.is_answer() {
+                                tracing::warn!(topic = %Escaped(&message.topic), "an answer to a request found no room");
+                            }
+                        }
                     }
                 }
             }

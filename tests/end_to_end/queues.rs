@@ -179,7 +179,8 @@ async fn every_request_that_is_taken_is_answered() {
                 taken.push(nth);
             }
         }
-        assert!(taken.len() > 10, "{taken:?}");
+        // So many there are before 2 MiB wait, at least.
+        assert!(taken.len() >= 8, "{taken:?}");
         let mut answered = Vec::new();
         while answered.len() < taken.len() {
             answered.push(reference(&alice.acked_message().await.unwrap()));
@@ -223,6 +224,7 @@ async fn who_does_not_take_the_answers_is_not_answered_on_and_on() {
     bob.subscribe("chat/bob/res", 1).await.unwrap();
     assert_eq!(bob.publish(Publish::new("chat/bob/req/whoami", "{}", 1)).await.unwrap().code, 0);
     assert_eq!(bob.acked_message().await.unwrap().json()["ok"]["user"], "bob");
+    assert_eq!(chatd.limited("queue_messages").await.unwrap(), 0.0, "nothing was dropped");
     for (alice, _, taken) in &mut alices {
         let mut answered: Vec<usize> = alice.acked_messages(*taken).await.unwrap().iter().map(reference).collect();
         answered.sort_unstable();
