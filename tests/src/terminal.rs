@@ -130,6 +130,22 @@ impl Terminal {
         Ok(self.tmux(&["display-message", "-p", &format!("#{{{variable}}}")]).await?.trim().to_owned())
     }
 
+    /// Waits for the end of what runs in it: its exit code.
+    pub async fn ended(&self) -> Result<i32> {
+        let end = Instant::now() + PATIENCE;
+        loop {
+            if self.about("pane_dead").await? == "1" {
+                return Ok(self.about("pane_dead_status").await?.parse()?);
+            }
+            ensure!(
+                Instant::now() < end,
+                "it has not ended within {PATIENCE:?}; on the screen is\n{}",
+                self.screen().await?
+            );
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+
     /// Waits until the screen is as it has to be; panics with what is there instead.
     pub async fn shows(&self, what: &str, predicate: impl Fn(&Screen) -> bool) -> Screen {
         self.look(what, || self.screen(), predicate).await

@@ -16,7 +16,8 @@ use crossterm::event::{
     DisableBracketedPaste, DisableFocusChange, DisableMouseCapture, EnableBracketedPaste, EnableFocusChange,
     EnableMouseCapture, EventStream,
 };
-use crossterm::terminal::{BeginSynchronizedUpdate, Clear, ClearType, EndSynchronizedUpdate};
+use crossterm::style::Print;
+use crossterm::terminal::{BeginSynchronizedUpdate, EndSynchronizedUpdate};
 use crossterm::{execute, queue};
 use futures_util::StreamExt;
 use jiff::tz::TimeZone;
@@ -102,11 +103,12 @@ impl Drop for Restore {
     }
 }
 
-/// What asks for the end from outside.
+/// What asks for the end from outside, and what says that the terminal has another size.
 struct Signals {
     terminate: Signal,
     hang_up: Signal,
     interrupt: Signal,
+    window_change: Signal,
 }
 
 impl Signals {
@@ -115,15 +117,16 @@ impl Signals {
             terminate: signal(SignalKind::terminate())?,
             hang_up: signal(SignalKind::hangup())?,
             interrupt: signal(SignalKind::interrupt())?,
+            window_change: signal(SignalKind::window_change())?,
         })
     }
+}
 
-    async fn any(&mut self) {
-        tokio::select! {
-            _ = self.terminate.recv() => {}
-            _ = self.hang_up.recv() => {}
-            _ = self.interrupt.recv() => {}
-        }
+async fn any(one: &mut Signal, two: &mut Signal, three: &mut Signal) {
+    tokio::select! {
+        _ = one.recv() => {}
+        _ = two.recv() => {}
+        _ = three.recv() => {}
     }
 }
 
@@ -138,6 +141,10 @@ async fn chat(
     let (mut was_connected, mut has_events) = (false, true);
     let mut repaint = Repaint::default();
     loop {
+        let size = terminal.size()?;
+        if app.size != (size.width, size.height) {
+            take(&mut app, work, Input::Terminal(crossterm::event::Event::Resize(size.width, size.height)));
+        }
         draw(terminal, &app, &mut repaint)?;
         let wake_at = app.wake_at();
         let timer = async {
@@ -186,7 +193,9 @@ async fn chat(
                 Err(error) => return Err(error).context("a request"),
             },
             () = timer => Input::Tick,
-            () = signals.any() => return Ok(()),
+            // The stream of events may miss it when a key is pressed at the same time; the size is looked at above.
+            _ = signals.window_change.recv() => continue,
+            () = any(&mut signals.terminate, &mut signals.hang_up, &mut signals.interrupt) => return Ok(()),
         };
         if !take(&mut app, work, input) {
             return Ok(());
@@ -196,14 +205,14 @@ async fn chat(
 
 fn draw(terminal: &mut DefaultTerminal, app: &App, repaint: &mut Repaint) -> anyhow::Result<()> {
     queue!(stdout(), BeginSynchronizedUpdate)?;
-    let mut cleared = Ok(());
+    let mut emptied = Ok(());
     terminal.draw(|frame| {
         view::draw(frame, app);
         // It reaches the terminal before what is drawn: both go the same way.
-        let mut rows = repaint.rows(frame.buffer_mut()).into_iter();
-        cleared = rows.try_for_each(|row| queue!(stdout(), MoveTo(0, row), Clear(ClearType::CurrentLine)));
+        let mut cells = repaint.cells(frame.buffer_mut()).into_iter();
+        emptied = cells.try_for_each(|(column, row)| queue!(stdout(), MoveTo(column, row), Print(' ')));
     })?;
-    cleared?;
+    emptied?;
     execute!(stdout(), EndSynchronizedUpdate)?;
     Ok(())
 }
