@@ -48,12 +48,25 @@ impl AbsentSession {
         self.subscriptions.iter().map(|record| record.filter.as_str())
     }
 
+    /// Goes on with what waited for an older one of the same name, under packet identifiers of its own.
+    fn absorb(&mut self, older: Self) {
+        let UnderWay { received, queue, .. } = older.under_way;
+        self.under_way.received.extend(received);
+        let again = queue.into_iter().filter_map(|queued| match queued {
+            Queued::Ordinary(ordinary) | Queued::Again(ordinary, _) => Some(ordinary),
+            Queued::Release(_) | Queued::Retained(_) | Queued::Live(..) => None,
+        });
+        let waited = again.chain(older.receiver.mailbox.take_ordinary()).map(Queued::Ordinary);
+        let newer = std::mem::take(&mut self.under_way.queue);
+        self.under_way.queue = waited.chain(newer).collect();
+    }
+
     fn next(&self) -> Option<Instant> {
         [self.expires_at, self.will.as_ref().map(|will| will.due)].into_iter().flatten().min()
     }
 
     /// Rights have changed: the filters that it may subscribe to no longer.
-    fn recheck(&mut self, service: &impl Service) -> Vec<String> {
+    pub(crate) fn recheck(&mut self, service: &impl Service) -> Vec<String> {
         let identity = service.recheck(&self.receiver.identity()).map(Arc::new);
         match &identity {
             Some(identity) => self.receiver.set_identity(Arc::clone(identity)),
@@ -96,13 +109,11 @@ struct Sessions {
 }
 
 impl Sessions {
-    fn put(&mut self, key: SessionKey, session: AbsentSession) -> Option<AbsentSession> {
-        let replaced = self.remove(&key);
+    fn put(&mut self, key: SessionKey, session: AbsentSession) {
         if let Some(next) = session.next() {
             self.timers.insert((next, session.number), key.clone());
         }
         self.sessions.insert(key, session);
-        replaced
     }
 
     fn remove(&mut self, key: &SessionKey) -> Option<AbsentSession> {
@@ -122,11 +133,27 @@ pub(crate) struct Absent {
 }
 
 impl Absent {
-    /// Gives the one that was here under the same key, which a bug alone can cause.
-    pub(crate) fn put(&self, key: SessionKey, session: AbsentSession) -> Option<AbsentSession> {
-        let replaced = self.sessions.lock().put(key, session);
+    /// `look` looks at it while nothing else is done to sessions without a connection. Goes on with what waited for the one that was here
+    /// under the same key, which a bug alone can cause, and gives its number and its filters.
+    pub(crate) fn put(
+        &self,
+        key: SessionKey,
+        mut session: AbsentSession,
+        look: impl FnOnce(&mut AbsentSession),
+    ) -> Option<(u64, Vec<String>)> {
+        let mut sessions = self.sessions.lock();
+        let older = sessions.remove(&key).map(|older| {
+            let subscriptions = (older.number, older.filters().map(str::to_owned).collect());
+            session.absorb(older);
+            subscriptions
+        });
+        look(&mut session);
+        if session.matters() {
+            sessions.put(key, session);
+        }
+        drop(sessions);
         self.changed.notify_one();
-        replaced
+        older
     }
 
     /// The session's next connection is there.
@@ -202,8 +229,9 @@ mod tests {
     use bytes::Bytes;
 
     use super::*;
-    use crate::mailbox::{Mailbox, QueueBudget};
-    use crate::topics::message::MessageProperties;
+    use crate::mailbox::{Mailbox, Ordinary};
+    use crate::queues;
+    use crate::topics::message::{Message, MessageProperties};
 
     fn key(client_id: &str) -> SessionKey {
         SessionKey { user: "bob".into(), client_id: client_id.into() }
@@ -217,7 +245,8 @@ mod tests {
             credential: crate::service::Credential(0),
             expires_at: None,
         };
-        let mailbox = Arc::new(Mailbox::new(10, 1_000, Arc::new(QueueBudget::new(1_000))));
+        let mailbox = Arc::new(Mailbox::new(queues::tests::queues()));
+        mailbox.belong_to(&identity.user);
         let will = |due| DelayedWill {
             will: Will {
                 topic: "will".to_owned(),
@@ -239,13 +268,17 @@ mod tests {
         }
     }
 
+    fn put(absent: &Absent, client_id: &str, session: AbsentSession) -> Option<(u64, Vec<String>)> {
+        absent.put(key(client_id), session, |_| {})
+    }
+
     #[test]
     fn wills_and_ends_come_in_the_order_of_their_times() {
         let (absent, begin) = (Absent::default(), Instant::now());
         let after = |seconds| begin + Duration::from_secs(seconds);
-        absent.put(key("a"), session(1, Some(after(2)), Some(after(3))));
-        absent.put(key("b"), session(2, None, Some(after(1))));
-        absent.put(key("c"), session(3, Some(after(9)), None));
+        put(&absent, "a", session(1, Some(after(2)), Some(after(3))));
+        put(&absent, "b", session(2, None, Some(after(1))));
+        put(&absent, "c", session(3, Some(after(9)), None));
         assert!(absent.take(&key("c")).is_some() && absent.take(&key("c")).is_none());
         assert!(matches!(absent.take_due(begin), Err(Some(next)) if next == after(1)));
         assert!(matches!(absent.take_due(after(2)), Ok(Due::Expired(of, _)) if of == key("b")));
@@ -260,10 +293,61 @@ mod tests {
     #[test]
     fn a_session_that_ends_with_its_will_has_it_still() {
         let (absent, now) = (Absent::default(), Instant::now());
-        absent.put(key("a"), session(1, Some(now), Some(now)));
+        put(&absent, "a", session(1, Some(now), Some(now)));
         assert!(matches!(absent.take_due(now), Ok(Due::Expired(_, session)) if session.will.is_some()));
-        assert!(absent.put(key("a"), session(2, None, Some(now))).is_none());
-        assert!(absent.put(key("a"), session(3, None, None)).is_some(), "there is one session of a name");
+        assert!(put(&absent, "a", session(2, None, Some(now))).is_none());
+        let mut without_end = session(3, None, None);
+        without_end.under_way.received.insert(1);
+        assert!(put(&absent, "a", without_end).is_some(), "there is one session of a name");
         assert!(matches!(absent.take_due(now), Err(None)), "the timer went with the session");
+    }
+
+    #[test]
+    fn what_waited_for_an_older_one_of_the_same_name_still_comes() {
+        let absent = Absent::default();
+        let ordinary = |text: &str| Ordinary {
+            message: Arc::new(Message {
+                topic: "t".into(),
+                payload: Bytes::copy_from_slice(text.as_bytes()),
+                qos: 1,
+                retain: false,
+                publisher: 1,
+                number: 1,
+                properties: MessageProperties::default(),
+            }),
+            qos: 1,
+            retain: false,
+            identifiers: Vec::new(),
+            since: Instant::now(),
+            share: None,
+            charge: None,
+        };
+        let mut older = session(1, None, None);
+        older.under_way.received.insert(7);
+        older.under_way.queue.extend([
+            Queued::Again(ordinary("1"), 1),
+            Queued::Release(2),
+            Queued::Ordinary(ordinary("2")),
+        ]);
+        assert!(older.receiver.mailbox.push_ordinary(ordinary("3")));
+        put(&absent, "a", older);
+        let mut newer = session(2, None, None);
+        newer.under_way.queue.push_back(Queued::Again(ordinary("4"), 1));
+        assert_eq!(put(&absent, "a", newer), Some((1, Vec::new())));
+        let merged = absent.take(&key("a")).expect("it is there");
+        assert!(merged.under_way.received.contains(&7));
+        let texts = merged.under_way.queue.iter().map(|queued| match queued {
+            Queued::Ordinary(ordinary) | Queued::Again(ordinary, _) => ordinary.message.payload.clone(),
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(texts.collect::<Vec<_>>(), ["1", "2", "3", "4"]);
+    }
+
+    /// Rights that change while a connection ends are looked at under the same lock as those of all who are absent.
+    #[test]
+    fn what_does_not_matter_after_a_look_is_not_kept() {
+        let absent = Absent::default();
+        absent.put(key("a"), session(1, Some(Instant::now()), None), |session| session.will = None);
+        assert_eq!(absent.len(), 0);
     }
 }

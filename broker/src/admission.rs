@@ -23,12 +23,18 @@ pub struct Network {
     prefix_bits: u8,
 }
 
+/// Where an IPv4 address begins in an IPv6 address that stands for it.
+const IPV4_AT_BITS: u8 = 96;
+
 /// What is not a network.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NetworkError {
     /// The address cannot be read.
     #[error("it is not an IP address with the bits that count, such as 192.0.2.0/24 or 2001:db8::/32")]
     Malformed,
+    /// An IPv4 address written as IPv6, with fewer bits than make it one.
+    #[error("of an IPv4 address in IPv6 at least 96 bits count; write it as IPv4, such as 192.0.2.0/24")]
+    TooFewBits,
     /// More bits than an address has.
     #[error("an address has at most {max} bits")]
     TooManyBits {
@@ -76,7 +82,17 @@ impl FromStr for Network {
             Some(bits) => bits.parse().map_err(|_| NetworkError::Malformed)?,
             None => max,
         };
-        if prefix_bits > max { Err(NetworkError::TooManyBits { max }) } else { Ok(Self { address, prefix_bits }) }
+        if prefix_bits > max {
+            return Err(NetworkError::TooManyBits { max });
+        }
+        match address.to_canonical() {
+            // In its own clothes, in which it is compared.
+            IpAddr::V4(own) if address.is_ipv6() => {
+                let prefix_bits = prefix_bits.checked_sub(IPV4_AT_BITS).ok_or(NetworkError::TooFewBits)?;
+                Ok(Self { address: own.into(), prefix_bits })
+            }
+            _ => Ok(Self { address, prefix_bits }),
+        }
     }
 }
 
@@ -240,6 +256,8 @@ mod tests {
         }
         assert_eq!(network("192.0.2.7"), network("192.0.2.7/32"));
         assert_eq!(network("::1"), network("::1/128"));
+        assert_eq!(network("::ffff:10.0.0.0/104"), network("10.0.0.0/8"));
+        assert_eq!(network("::ffff:192.0.2.7"), network("192.0.2.7"));
         for (text, error) in [
             ("", NetworkError::Malformed),
             ("localhost", NetworkError::Malformed),
@@ -247,6 +265,7 @@ mod tests {
             ("10.0.0.0/-1", NetworkError::Malformed),
             ("10.0.0.0/8/8", NetworkError::Malformed),
             ("10.0.0.0/33", NetworkError::TooManyBits { max: 32 }),
+            ("::ffff:10.0.0.0/95", NetworkError::TooFewBits),
             ("::/129", NetworkError::TooManyBits { max: 128 }),
         ] {
             assert_eq!(text.parse::<Network>(), Err(error), "{text:?}");

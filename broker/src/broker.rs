@@ -26,18 +26,20 @@ use crate::engine::Will;
 use crate::escaped::Escaped;
 use crate::limits::Limits;
 use crate::live::LiveMessage;
-use crate::mailbox::{Mailbox, QueueBudget};
+use crate::mailbox::Mailbox;
 use crate::ordinary::{Matched, Receiver, Subscriptions};
+use crate::queues::{QueueLimits, Queues};
 use crate::rate::Pacing;
 use crate::registry::{ConnectionNumber, Registry};
 use crate::service::{
     Identity, Observation, Peer, PublishRoute, Refusal, RefusalCode, Service, ServiceError, SessionKey, SessionRecord,
-    StoredSession, SubscribeRoute, SubscriptionRecord,
+    ShownCertificate, StoredSession, SubscribeRoute, SubscriptionRecord,
 };
 use crate::session::{Queued, UnderWay};
+use crate::sparing::{CLOSED, WILLS};
 use crate::topics::filter::{self, TopicError};
 use crate::topics::message::{Message, MessageProperties};
-use crate::topics::retained::{Retained, RetainedFull, RetainedMessage};
+use crate::topics::retained::{Retained, RetainedFull, RetainedLimits, RetainedMessage};
 
 /// The one topic under which messages cross their router: rumqttd never forgets a topic it has seen, and clients choose some of theirs.
 const LIVE_BUS_TOPIC: &str = "chat";
@@ -59,7 +61,7 @@ pub(crate) struct Shared<S> {
     pub(crate) retained: Mutex<Retained>,
     /// In memory: after a restart a message may come again under another packet identifier.
     pub(crate) absent: Absent,
-    queue_budget: Arc<QueueBudget>,
+    queues: Arc<Queues>,
     ordinary_bus: OnceBus,
     live_bus: OnceBus,
     next_connection: AtomicU64,
@@ -67,6 +69,8 @@ pub(crate) struct Shared<S> {
     tasks: TaskTracker,
     permits: Arc<Semaphore>,
     stopping: CancellationToken,
+    /// How often rights have changed.
+    rights: AtomicU64,
     began: Instant,
 }
 
@@ -103,6 +107,8 @@ pub struct Announcer {
 trait AnnounceTo: Send + Sync {
     fn announce(&self, messages: Vec<LiveMessage>);
     fn has_subscribers(&self, topic: &str) -> bool;
+    fn takes_answers(&self, topic: &str) -> bool;
+    fn has_room(&self, bytes: usize) -> bool;
     fn is_connected(&self, user: &str) -> bool;
     fn now_us(&self, at: Instant) -> u64;
 }
@@ -118,6 +124,17 @@ impl Announcer {
     /// Whether any connection subscribes to this bound topic. Whoever subscribes later reads the log.
     pub fn has_subscribers(&self, topic: &str) -> bool {
         self.inner.get().is_some_and(|inner| inner.has_subscribers(topic))
+    }
+
+    /// Whether the answer to a request will have room with somebody who subscribes to this bound topic. Asked before a request is taken:
+    /// answers wait in memory, and one that finds no room is lost.
+    pub fn takes_answers(&self, topic: &str) -> bool {
+        self.inner.get().is_none_or(|inner| inner.takes_answers(topic))
+    }
+
+    /// Whether an announcement of so many bytes is sure to reach who subscribes, and leaves room to others: for those that no log has.
+    pub fn has_room(&self, bytes: usize) -> bool {
+        self.inner.get().is_none_or(|inner| inner.has_room(bytes))
     }
 
     /// Whether any device of this user is connected.
@@ -142,6 +159,14 @@ impl<S: Service> AnnounceTo for Arc<Shared<S>> {
 
     fn has_subscribers(&self, topic: &str) -> bool {
         self.registry.has_subscribers(topic)
+    }
+
+    fn takes_answers(&self, topic: &str) -> bool {
+        self.registry.takes_answers(topic)
+    }
+
+    fn has_room(&self, bytes: usize) -> bool {
+        self.live_bus.get().is_none_or(|bus| bus.has_room(bytes))
     }
 
     fn is_connected(&self, user: &str) -> bool {
@@ -205,10 +230,24 @@ impl<S: Service> Broker<S> {
             pacing: Pacing::new(&limits, began),
             admission: Admission::new(limits.connections_per_address, limits.uncounted_addresses.clone()),
             registry: Registry::new(),
-            subscriptions: Subscriptions::new(limits.filters_per_user),
-            retained: Mutex::new(Retained::new(limits.retained_messages, limits.retained_bytes)),
+            subscriptions: Subscriptions::new(limits.filters_per_user, limits.subscriptions_per_user),
+            retained: Mutex::new(Retained::new(RetainedLimits {
+                messages: limits.retained_messages,
+                bytes: limits.retained_bytes,
+                user_messages: if limits.user_retained_messages == 0 {
+                    usize::MAX
+                } else {
+                    limits.user_retained_messages
+                },
+                user_bytes: if limits.user_retained_bytes == 0 { usize::MAX } else { limits.user_retained_bytes },
+            })),
             absent: Absent::default(),
-            queue_budget: Arc::new(QueueBudget::new(limits.queues_bytes)),
+            queues: Queues::new(QueueLimits {
+                session_messages: limits.queue_messages,
+                session_bytes: limits.queue_bytes,
+                user_bytes: if limits.user_queues_bytes == 0 { usize::MAX } else { limits.user_queues_bytes },
+                all_bytes: limits.queues_bytes,
+            }),
             ordinary_bus: OnceBus::new(),
             live_bus: OnceBus::new(),
             next_connection: AtomicU64::new(1),
@@ -216,6 +255,7 @@ impl<S: Service> Broker<S> {
             tasks: TaskTracker::new(),
             permits,
             stopping: CancellationToken::new(),
+            rights: AtomicU64::new(0),
             began,
             limits,
         });
@@ -276,7 +316,7 @@ impl<S: Service> Broker<S> {
     {
         let Ok(permit) = Arc::clone(&self.shared.permits).try_acquire_owned() else {
             self.shared.service.observe(Observation::Limited("connections"));
-            tracing::warn!(%peer, "refused a connection: limits.connections is reached");
+            warn_no_room(&peer);
             return;
         };
         self.serve_with(permit, io, peer);
@@ -304,21 +344,21 @@ impl<S: Service> Broker<S> {
     pub fn serve_opened<T>(
         &self,
         address: SocketAddr,
-        opening: impl Future<Output = io::Result<(T, Option<Arc<str>>)>> + Send + 'static,
+        opening: impl Future<Output = io::Result<(T, Option<ShownCertificate>)>> + Send + 'static,
     ) where
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let Some(place) = self.admit(address) else { return };
         let Ok(permit) = Arc::clone(&self.shared.permits).try_acquire_owned() else {
             self.shared.service.observe(Observation::Limited("connections"));
-            tracing::warn!(peer = %address, "refused a connection: limits.connections is reached");
+            warn_no_room(&address);
             return;
         };
         let broker = self.clone();
         self.shared.tasks.spawn(async move {
             match opening.await {
-                Ok((io, certificate_name)) => {
-                    broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate_name });
+                Ok((io, certificate)) => {
+                    broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate });
                 }
                 Err(error) => {
                     if error.kind() == io::ErrorKind::TimedOut {
@@ -347,6 +387,8 @@ impl<S: Service> Broker<S> {
 
     /// Rights have changed: every session is looked at again (see [`Service::recheck`]).
     pub fn rights_changed(&self) {
+        // A connection that just ends is with neither, and looks at this when it gives back its session.
+        self.shared.rights.fetch_add(1, Ordering::AcqRel);
         self.shared.registry.recheck();
         for (number, filters) in self.shared.absent.recheck(&*self.shared.service) {
             self.shared.subscriptions.unsubscribe(filters.iter().map(String::as_str), number);
@@ -362,7 +404,9 @@ impl<S: Service> Broker<S> {
             let retained = shared.retained.lock();
             sizes.extend([("retained", retained.len()), ("retained_bytes", retained.bytes())]);
         }
-        sizes.extend([("absent", shared.absent.len()), ("queue_bytes", shared.queue_budget.bytes())]);
+        let (queue_bytes, live_queue_bytes) = shared.queues.bytes();
+        sizes.extend([("queue_bytes", queue_bytes), ("live_queue_bytes", live_queue_bytes)]);
+        sizes.extend([("absent", shared.absent.len()), ("user_queues", shared.queues.users())]);
         sizes.push(("tasks", shared.tasks.len()));
         sizes
     }
@@ -392,6 +436,12 @@ impl<S: Service> Broker<S> {
             }
         }
         drained
+    }
+}
+
+fn warn_no_room(peer: &dyn std::fmt::Display) {
+    if CLOSED.may_say() {
+        tracing::warn!(%peer, "refused a connection: limits.connections is reached");
     }
 }
 
@@ -439,15 +489,27 @@ impl<S: Service> Shared<S> {
         self.ordinary_bus.get().is_none_or(|bus| bus.has_room(message_bytes))
     }
 
-    /// A session's connection has ended and the session goes on.
-    pub(crate) fn park(&self, key: SessionKey, session: AbsentSession) {
+    /// Tells whether rights have changed since it was something else.
+    pub(crate) fn rights(&self) -> u64 {
+        self.rights.load(Ordering::Acquire)
+    }
+
+    /// A session's connection has ended and the session goes on. `rights_seen`: when it was looked at last.
+    pub(crate) fn park(&self, key: SessionKey, session: AbsentSession, rights_seen: u64) {
         let only_under_way = session.subscriptions.is_empty() && session.will.is_none() && session.expires_at.is_none();
         if !session.matters() || (only_under_way && self.absent.len() >= UNDER_WAY_SESSIONS_MAX) {
             return;
         }
-        if let Some(replaced) = self.absent.put(key, session) {
+        let (number, mut ended) = (session.number, Vec::new());
+        let older = self.absent.put(key, session, |session| {
+            if self.rights() != rights_seen {
+                ended = session.recheck(&*self.service);
+            }
+        });
+        self.subscriptions.unsubscribe(ended.iter().map(String::as_str), number);
+        if let Some((number, filters)) = older {
             tracing::error!("a session was without connection twice");
-            self.subscriptions.unsubscribe(replaced.filters(), replaced.number);
+            self.subscriptions.unsubscribe(filters.iter().map(String::as_str), number);
         }
     }
 
@@ -470,11 +532,11 @@ impl<S: Service> Shared<S> {
             expires_at: expires_in.and_then(|left| Instant::now().checked_add(left)),
         };
         self.subscriptions.replace([], number, &session.subscriptions, number, &receiver);
-        self.park(key, session);
+        self.park(key, session, self.rights());
     }
 
     pub(crate) fn mailbox(&self) -> Mailbox {
-        Mailbox::new(self.limits.queue_messages, self.limits.queue_bytes, Arc::clone(&self.queue_budget))
+        Mailbox::new(Arc::clone(&self.queues))
     }
 
     /// Publishes wills when their delay is over, and ends sessions that expire.
@@ -513,7 +575,7 @@ impl<S: Service> Shared<S> {
             if let Some(group) = &ordinary.share
                 && ordinary.message.qos > 0
             {
-                group.deliver_again(&ordinary.message, ordinary.since, &*self.service);
+                self.subscriptions.deliver_again(group, &ordinary.message, ordinary.since, &*self.service);
             }
         }
     }
@@ -555,8 +617,14 @@ impl<S: Service> Shared<S> {
         self.refusal(code, &error.to_string())
     }
 
-    /// Where a publish goes; wildcards, `$` topics and unreasonable names go nowhere.
-    pub(crate) fn route(&self, who: &Identity, topic: &str) -> Result<PublishRoute, Refusal> {
+    /// Where a publish goes, a will too; wildcards, `$` topics and unreasonable names go nowhere. Whoever answers to a response topic does so
+    /// with rights of their own: it has to be one that the publisher may listen to.
+    pub(crate) fn route(
+        &self,
+        who: &Identity,
+        topic: &str,
+        response_topic: Option<&str>,
+    ) -> Result<PublishRoute, Refusal> {
         self.judge_topic_bytes(topic, RefusalCode::TopicNameInvalid)?;
         filter::validate_topic_name(topic, self.limits.topic_levels)
             .map_err(|error| self.refuse_topic(RefusalCode::TopicNameInvalid, error))?;
@@ -565,13 +633,26 @@ impl<S: Service> Shared<S> {
         }
         match self.service.route_publish(who, topic) {
             PublishRoute::Refused(refusal) => Err(refusal),
-            route => Ok(route),
+            PublishRoute::Ordinary => {
+                response_topic.map_or(Ok(()), |topic| self.judge_response_topic(who, topic))?;
+                Ok(PublishRoute::Ordinary)
+            }
+            PublishRoute::Bound => Ok(PublishRoute::Bound),
+        }
+    }
+
+    fn judge_response_topic(&self, who: &Identity, topic: &str) -> Result<(), Refusal> {
+        filter::validate_topic_name(topic, self.limits.topic_levels)
+            .map_err(|error| self.refusal(RefusalCode::TopicNameInvalid, &format!("the response topic: {error}")))?;
+        match self.service.route_subscribe(who, topic) {
+            SubscribeRoute::Refused(refusal) => Err(refusal),
+            SubscribeRoute::Bound(_) | SubscribeRoute::Ordinary => Ok(()),
         }
     }
 
     /// Publishes a will, if whose it is may still do so.
     pub(crate) async fn publish_will(&self, identity: &Arc<Identity>, will: Will) {
-        match self.route(identity, &will.topic) {
+        match self.route(identity, &will.topic, will.properties.response_topic.as_deref()) {
             Ok(PublishRoute::Bound) => {
                 let mut publishes = vec![will.as_publish(identity)];
                 while let Err(unsent) = self.service.submit(publishes) {
@@ -589,11 +670,16 @@ impl<S: Service> Shared<S> {
                     number: 0,
                     properties: will.properties,
                 };
-                if let Err(full) = self.publish_ordinary(message, Some(Arc::clone(identity))) {
+                if let Err(full) = self.publish_ordinary(message, Some(Arc::clone(identity)))
+                    && WILLS.may_say()
+                {
                     tracing::warn!(reason = %full, "a will was not published");
                 }
             }
-            Err(refusal) => tracing::warn!(reason = %Escaped(&refusal.reason), "a will was not published"),
+            Err(refusal) if WILLS.may_say() => {
+                tracing::warn!(reason = %Escaped(&refusal.reason), "a will was not published");
+            }
+            Err(_) => {}
         }
     }
 

@@ -19,6 +19,9 @@
 //!   to make it forget. So publish under few topics, and none that a client chooses: the broker uses one for each bus.
 //! - A stale `ready` panics, a stale number disconnects a stranger: only the reading thread calls `ready`, links live as long as
 //!   their router, client identifiers come from a process-wide counter and are never used again.
+//! - Its log keeps what was read until newer messages push it out, and it counts bytes, so the smaller messages are the more memory they take: 300
+//!   bytes each besides. An idle bus would be full of heartbeats after three days. So the log of a bus on which little happens is emptied: by
+//!   heartbeats that are as long as a segment, all with the same bytes, which nobody ever wrote to.
 //! - The router holds a sender to itself, so its thread never ends but by a panic. A stopped bus leaves it parked with its last
 //!   segments; a bus is meant to live as long as the process.
 //! - `LinkTx::send` blocks when 1,000 events wait. A batch is put into the link's buffer, and the router is told only if the buffer
@@ -51,6 +54,10 @@ const BATCH_MESSAGES_MAX: usize = 1_024;
 const READ_MESSAGES_MAX: u64 = 1_000;
 /// Two links; rumqttd reserves this many slots.
 const LINKS_MAX: usize = 2;
+/// The log is emptied when it may have so many messages, heartbeats among them (150 KB)...
+const EMPTIED_MESSAGES_MIN: u64 = 512;
+/// ...and no more than so many came between two heartbeats.
+const QUIET_MESSAGES_MAX: u64 = 64;
 /// Levels in a bus topic or filter.
 const LEVELS_MAX: usize = 128;
 
@@ -86,7 +93,7 @@ pub struct BusOptions {
     pub heartbeat_interval: Duration,
     /// Without any answer for so long (counted in unanswered heartbeats), the router is taken for dead and replaced.
     pub heartbeat_timeout: Duration,
-    /// Size of a log segment in rumqttd, at least 1 KiB. The log keeps read messages too, until newer ones push them out.
+    /// Size of a log segment in rumqttd, at least 1 KiB. The log keeps read messages too, until newer ones push them out or the bus is quiet.
     pub segment_bytes: usize,
     /// Segments that rumqttd keeps, at least 3. Two less of them bound the bytes under way between `publish` and the sink.
     pub segments: usize,
@@ -96,7 +103,8 @@ pub struct BusOptions {
 
 impl BusOptions {
     /// 6 segments of 1 MiB: 4 MiB and 65,536 messages may be under way, some 15 ms at the fastest measured. Full, such a router
-    /// takes 15 MB of memory with messages of 1,000 bytes, 18 MB with 250, 29 MB with 60: about 300 bytes are rumqttd's own for each.
+    /// takes 15 MB of memory with messages of 1,000 bytes, 18 MB with 250, 29 MB with 60: about 300 bytes are rumqttd's own for each. They are
+    /// given back, within some seconds, when there is next to nothing to carry.
     pub fn new(name: &'static str) -> Self {
         Self {
             name,
@@ -192,6 +200,8 @@ struct Handle {
 struct Shared {
     options: BusOptions,
     publisher: Mutex<Publisher>,
+    /// Zeros that are a segment long. They were never written to, so they take no memory.
+    segment: Bytes,
     /// Of those let in to this router, handed to the sink. Written by the reading thread only.
     read_messages: AtomicU64,
     read_bytes: AtomicU64,
@@ -210,6 +220,39 @@ struct Publisher {
     let_in_messages: u64,
     let_in_bytes: u64,
     dropping: bool,
+    emptying: Emptying,
+}
+
+/// How far the log is from being empty. Counted for one router.
+#[derive(Debug, Default)]
+struct Emptying {
+    /// What the log may have, at most.
+    kept_messages: u64,
+    /// At the last heartbeat.
+    let_in_messages: u64,
+    /// Heartbeats of a segment's length that are still to be sent.
+    segments_left: usize,
+}
+
+impl Emptying {
+    /// Once for each heartbeat: whether it is to be one that pushes a segment out.
+    fn pushes_out(&mut self, let_in_messages: u64, under_way: u64, segments: usize) -> bool {
+        let came = let_in_messages.saturating_sub(std::mem::replace(&mut self.let_in_messages, let_in_messages));
+        self.kept_messages = self.kept_messages.saturating_add(came).saturating_add(1);
+        if under_way != 0 || came > QUIET_MESSAGES_MAX {
+            return false;
+        }
+        if self.segments_left == 0 {
+            if self.kept_messages < EMPTIED_MESSAGES_MIN {
+                return false;
+            }
+            // One more ends the segment that others are still in. What comes in between is counted for the next time.
+            self.segments_left = segments + 1;
+            self.kept_messages = 0;
+        }
+        self.segments_left -= 1;
+        true
+    }
 }
 
 /// A numbered payload to be, without its number.
@@ -265,6 +308,7 @@ impl Bus {
         }
         let router = OpenRouter::open(&options)?;
         let name = format!("bus-{}", options.name);
+        let segment = Bytes::from(vec![0; options.segment_bytes]);
         let shared = Arc::new(Shared {
             options,
             publisher: Mutex::new(Publisher {
@@ -273,7 +317,9 @@ impl Bus {
                 let_in_messages: 0,
                 let_in_bytes: 0,
                 dropping: false,
+                emptying: Emptying::default(),
             }),
+            segment,
             read_messages: AtomicU64::new(0),
             read_bytes: AtomicU64::new(0),
             counters: Counters::default(),
@@ -468,6 +514,23 @@ impl Shared {
         }
     }
 
+    /// A heartbeat, and what it may be used for.
+    fn beat(&self) {
+        self.send_heartbeat();
+        let mut publisher = self.publisher.lock();
+        let let_in = publisher.let_in_messages;
+        let under_way = let_in.saturating_sub(self.read_messages.load(Ordering::Acquire));
+        if publisher.link.is_none() || !publisher.emptying.pushes_out(let_in, under_way, self.options.segments) {
+            return;
+        }
+        let topic = Bytes::from_static(HEARTBEAT_TOPIC.as_bytes());
+        // The reader must not fall behind by it.
+        publisher.let_in_bytes += kept_bytes(&topic, self.segment.len());
+        if !publisher.send(vec![(topic, self.segment.clone())]) {
+            tracing::debug!(bus = self.options.name, "the router was dead when its log should have been emptied");
+        }
+    }
+
     fn stopping(&self) -> bool {
         self.stopping.load(Ordering::Acquire)
     }
@@ -597,7 +660,7 @@ impl<S: BusSink> Reader<S> {
                 self.replace_router();
             }
             if Instant::now() >= next_heartbeat {
-                self.shared.send_heartbeat();
+                self.shared.beat();
                 self.unanswered = self.unanswered.saturating_add(1);
                 next_heartbeat = Instant::now() + interval;
             }
@@ -647,8 +710,12 @@ impl<S: BusSink> Reader<S> {
             return;
         }
         self.unanswered = 0;
+        // What pushes a segment out is 0, which says nothing, and is the only heartbeat whose bytes were let in.
         let number = payload.get_u64();
         if topic == HEARTBEAT_TOPIC {
+            if !payload.is_empty() {
+                self.shared.read_bytes.fetch_add(kept_bytes, Ordering::Release);
+            }
             if number >= self.expected {
                 self.gap();
                 self.expected = number + 1;
@@ -739,6 +806,7 @@ impl<S: BusSink> Reader<S> {
             self.shared.read_bytes.store(0, Ordering::Release);
             publisher.let_in_messages = 0;
             publisher.let_in_bytes = 0;
+            publisher.emptying = Emptying::default();
             publisher.link = Some(router.publishing);
             self.expected = publisher.last_number + 1;
         }
@@ -867,6 +935,38 @@ mod tests {
         let counters = bus.counters();
         assert_eq!((counters.published, counters.dropped, counters.gaps), (total, 0, 0));
         bus.stop();
+    }
+
+    #[test]
+    fn the_log_of_a_quiet_bus_is_emptied() {
+        let (bus, hears, _gate) = start(options(&["+"]));
+        let topic: Arc<str> = Arc::from("t");
+        let of = |n: u64| BusMessage { topic: Arc::clone(&topic), payload: n.to_string().into() };
+        let messages: Vec<BusMessage> = (0..EMPTIED_MESSAGES_MIN).map(of).collect();
+        for _ in 0..3 {
+            bus.publish(messages.clone());
+            expect_messages(&hears, messages.iter().cloned());
+            // Whatever rumqttd keeps of them holds their topic.
+            eventually("they are let go", || Arc::strong_count(&topic) == 1 + messages.len());
+        }
+        let counters = bus.counters();
+        assert_eq!((counters.delivered, counters.dropped, counters.gaps), (3 * EMPTIED_MESSAGES_MIN, 0, 0));
+        bus.stop();
+    }
+
+    #[test]
+    fn only_a_quiet_bus_is_emptied() {
+        let mut emptying = Emptying::default();
+        // As many as there are, all the time, and then some under way.
+        for tick in 1..100 {
+            assert!(!emptying.pushes_out(tick * (QUIET_MESSAGES_MAX + 1), 0, 6));
+        }
+        assert!(!emptying.pushes_out(99 * (QUIET_MESSAGES_MAX + 1), 1, 6));
+        let pushed = (0..600).map(|_| emptying.pushes_out(99 * (QUIET_MESSAGES_MAX + 1), 0, 6));
+        let pushed: Vec<bool> = pushed.collect();
+        // At once, and again when there are only heartbeats.
+        assert_eq!(pushed[..8], [true, true, true, true, true, true, true, false]);
+        assert_eq!(pushed.iter().filter(|pushed| **pushed).count(), 14);
     }
 
     #[test]

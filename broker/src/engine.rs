@@ -120,7 +120,8 @@ pub(crate) enum Incoming {
     Puback(u16),
     /// `true`: the receiver goes on with PUBREL.
     Pubrec(u16, bool),
-    Pubrel(u16),
+    /// `true`: it releases a publish that was taken.
+    Pubrel(u16, bool),
     Pubcomp(u16),
     Subscribe {
         packet_id: u16,
@@ -140,6 +141,10 @@ pub(crate) enum Incoming {
     Auth(Authentication),
     /// It has more user properties than `limits.user_properties`; they were not copied.
     Overfull(Overfull),
+    /// A QoS 2 publish that was taken and not released. It was answered again where it had been answered, and is nothing new.
+    Repeated {
+        bytes: usize,
+    },
 }
 
 /// What has too many user properties, as far as it takes to refuse it.
@@ -170,11 +175,12 @@ impl Incoming {
             Self::Overfull(Overfull::Subscribe { filters, .. }) => cost(*filters, 0),
             Self::Subscribe { filters, .. } => cost(filters.len(), 0),
             Self::Unsubscribe { filters, .. } => cost(filters.len(), 0),
-            Self::Pingreq | Self::Auth(_) => cost(1, 0),
+            Self::Pingreq | Self::Auth(_) | Self::Pubrel(_, false) => cost(1, 0),
+            Self::Repeated { bytes } => cost(1, *bytes),
             Self::Connect(_)
             | Self::Puback(_)
             | Self::Pubrec(..)
-            | Self::Pubrel(_)
+            | Self::Pubrel(_, true)
             | Self::Pubcomp(_)
             | Self::Disconnect { .. }
             | Self::Overfull(Overfull::Connect | Overfull::Other) => None,
@@ -262,6 +268,10 @@ pub(crate) struct Engine {
     user_properties_max: usize,
     /// QoS 2 publishes that wait for their outcome.
     unanswered_qos2: Vec<u16>,
+    /// QoS 2 publishes that were not released, those that wait among them.
+    unreleased_qos2: HashSet<u16>,
+    /// Bytes of the packet that is being read.
+    packet_bytes: usize,
     receive_maximum: u16,
     packet_bytes_max: u32,
     problem_information: bool,
@@ -296,6 +306,8 @@ impl Engine {
             overstepped: None,
             user_properties_max: if limits.user_properties == 0 { usize::MAX } else { limits.user_properties },
             unanswered_qos2: Vec::new(),
+            unreleased_qos2: HashSet::new(),
+            packet_bytes: 0,
             receive_maximum: limits.receive_maximum,
             packet_bytes_max,
             problem_information: true,
@@ -338,6 +350,11 @@ impl Engine {
             };
             let received = &bytes[taken..taken + len];
             taken += len;
+            self.packet_bytes += len;
+            let packet_bytes = self.packet_bytes;
+            if self.framing.is_between_packets() {
+                self.packet_bytes = 0;
+            }
             let events = if let Some(connecting) = &mut self.connecting {
                 connecting.extend_from_slice(received);
                 if !self.framing.is_between_packets() {
@@ -368,6 +385,10 @@ impl Engine {
                             connect |= matches!(packet, Incoming::Connect(_) | Incoming::Overfull(Overfull::Connect));
                             packets.push_back(packet);
                         }
+                    }
+                    Event::RequestSendPacket { packet: Packet::V3_1_1Pubrec(_) | Packet::V5_0Pubrec(_), .. } => {
+                        packets.push_back(Incoming::Repeated { bytes: packet_bytes });
+                        self.on_event(event);
                     }
                     // To what is no CONNECT there is no answer in MQTT 3.1.1 [MQTT-3.1.4-1].
                     Event::RequestSendPacket { packet: Packet::V3_1_1Connack(_), .. } => {}
@@ -454,7 +475,7 @@ impl Engine {
                 let mut receive_maximum = None;
                 let mut request_response_information = false;
                 let mut authentication = Authentication::default();
-                let mut has_method = false;
+                let (mut has_method, mut has_data) = (false, false);
                 for property in p.props() {
                     match property {
                         Property::SessionExpiryInterval(value) => session_expiry_s = value.val(),
@@ -468,9 +489,17 @@ impl Engine {
                             has_method = true;
                             authentication.method = method.val().to_owned();
                         }
-                        Property::AuthenticationData(data) => authentication.data = data.val().to_vec(),
+                        Property::AuthenticationData(data) => {
+                            has_data = true;
+                            authentication.data = data.val().to_vec();
+                        }
                         _ => {}
                     }
+                }
+                if has_data && !has_method {
+                    // [MQTT-3.1.2.11.10]: no authentication data without a method.
+                    self.fault.get_or_insert(MqttError::ProtocolError);
+                    return None;
                 }
                 Incoming::Connect(Box::new(Connect {
                     client_id: p.client_id().to_owned(),
@@ -527,8 +556,8 @@ impl Engine {
             Packet::V5_0Pubrec(p) => {
                 Incoming::Pubrec(p.packet_id(), p.reason_code().is_none_or(|code| code.is_success()))
             }
-            Packet::V3_1_1Pubrel(p) => Incoming::Pubrel(p.packet_id()),
-            Packet::V5_0Pubrel(p) => Incoming::Pubrel(p.packet_id()),
+            Packet::V3_1_1Pubrel(p) => Incoming::Pubrel(p.packet_id(), self.unreleased_qos2.remove(&p.packet_id())),
+            Packet::V5_0Pubrel(p) => Incoming::Pubrel(p.packet_id(), self.unreleased_qos2.remove(&p.packet_id())),
             Packet::V3_1_1Pubcomp(p) => Incoming::Pubcomp(p.packet_id()),
             Packet::V5_0Pubcomp(p) => Incoming::Pubcomp(p.packet_id()),
             Packet::V3_1_1Subscribe(p) => Incoming::Subscribe {
@@ -595,6 +624,11 @@ impl Engine {
                     })
                 }),
             },
+            // Nothing that we begin takes more than one packet, so there is nothing to continue; and only the server says that it is done.
+            Packet::V5_0Auth(p) if p.reason_code() != Some(AuthReasonCode::ReAuthenticate) => {
+                self.fault.get_or_insert(MqttError::ProtocolError);
+                return None;
+            }
             Packet::V5_0Auth(p) => {
                 let mut authentication = Authentication::default();
                 for property in p.props().iter().flatten() {
@@ -640,6 +674,7 @@ impl Engine {
             && let Some(packet_id) = packet_id
         {
             self.unanswered_qos2.push(packet_id);
+            self.unreleased_qos2.insert(packet_id);
         }
     }
 
@@ -756,7 +791,14 @@ impl Engine {
         let packet_id = match (message.qos, message.again) {
             (0, _) => None,
             (_, Some(again)) => Some(again),
-            (_, None) => Some(self.inner.acquire_packet_id().map_err(|_| NotSent::Closed)?),
+            (_, None) => match self.inner.acquire_packet_id() {
+                Ok(packet_id) => Some(packet_id),
+                Err(error) => {
+                    tracing::debug!(?error, "no packet identifier is free");
+                    self.closing = true;
+                    return Err(NotSent::Closed);
+                }
+            },
         };
         let dup = message.again.is_some() && message.qos > 0;
         let mut topic = message.topic;
@@ -888,7 +930,13 @@ impl Engine {
 
     /// PUBACK or PUBREC.
     pub(crate) fn acknowledge(&mut self, packet_id: u16, qos: u8, ack: &Ack<'_>) {
-        self.unanswered_qos2.retain(|waiting| *waiting != packet_id || qos != 2);
+        if qos == 2 {
+            self.on_qos2_taken(packet_id);
+            if self.is_v5() && matches!(ack, Ack::Refused { .. }) {
+                // [MQTT-4.3.3-9]: the packet identifier is free.
+                self.unreleased_qos2.remove(&packet_id);
+            }
+        }
         let sent = if self.is_v5() {
             let mut properties = Vec::new();
             if self.problem_information {
@@ -957,15 +1005,21 @@ impl Engine {
 
     /// QoS 2 publishes that were answered with PUBREC and not released yet.
     pub(crate) fn qos2_received(&self) -> HashSet<u16> {
-        let mut received: HashSet<u16> = self.inner.get_qos2_publish_handled().into_iter().collect();
+        let mut received = self.unreleased_qos2.clone();
         for unanswered in &self.unanswered_qos2 {
             received.remove(unanswered);
         }
         received
     }
 
+    /// The outcome of a QoS 2 publish is known.
+    pub(crate) fn on_qos2_taken(&mut self, packet_id: u16) {
+        self.unanswered_qos2.retain(|waiting| *waiting != packet_id);
+    }
+
     /// Takes up what [`Engine::qos2_received`] gave in the session's last connection.
     pub(crate) fn restore_qos2_received(&mut self, received: HashSet<u16>) {
+        self.unreleased_qos2.extend(&received);
         self.inner.restore_qos2_publish_handled(received.into_iter().collect());
     }
 

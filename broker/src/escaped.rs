@@ -28,7 +28,7 @@ impl fmt::Display for Escaped<'_> {
 /// Neither ends a line, nor changes how a terminal shows what is around it.
 fn is_safe(shown: char) -> bool {
     let turns_text_around =
-        matches!(shown, '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
+        matches!(shown, '\u{61c}' | '\u{200e}' | '\u{200f}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}');
     let ends_a_line = matches!(shown, '\u{2028}' | '\u{2029}');
     !shown.is_control() && !turns_text_around && !ends_a_line && shown != '\\'
 }
@@ -41,8 +41,8 @@ mod tests {
 
     #[test]
     fn what_would_forge_a_line_is_escaped() {
-        let shown = Escaped("a\nb\r\u{1b}[31m\u{0}\u{85}\u{9b}\u{202e}\u{2028}\\ é").to_string();
-        assert_eq!(shown, "a\\nb\\r\\u{1b}[31m\\u{0}\\u{85}\\u{9b}\\u{202e}\\u{2028}\\\\ é");
+        let shown = Escaped("a\nb\r\u{1b}[31m\u{0}\u{85}\u{9b}\u{202e}\u{61c}\u{2028}\\ é").to_string();
+        assert_eq!(shown, "a\\nb\\r\\u{1b}[31m\\u{0}\\u{85}\\u{9b}\\u{202e}\\u{61c}\\u{2028}\\\\ é");
         let long = Escaped(&"x".repeat(100_000)).to_string();
         assert_eq!(long.chars().count(), SHOWN_MAX + 1);
     }

@@ -38,6 +38,8 @@ pub struct Limits {
     pub subscriptions_per_session: usize,
     /// Distinct filters on ordinary topics of all a user's sessions together (SUBACK 0x97 or 0x80).
     pub filters_per_user: usize,
+    /// Subscriptions to ordinary topics of all a user's sessions together (SUBACK 0x97 or 0x80).
+    pub subscriptions_per_user: usize,
     /// The longest session expiry granted, in seconds; `u32::MAX` for ever.
     pub session_expiry_max_s: u32,
     /// Longest keep alive, in seconds: MQTT 5 is told it where it asked for more or for none.
@@ -54,12 +56,18 @@ pub struct Limits {
     pub queue_messages: usize,
     /// Bytes of them.
     pub queue_bytes: usize,
+    /// Bytes of ordinary messages that may wait for all sessions of one user; further ones are dropped and counted.
+    pub user_queues_bytes: usize,
     /// Bytes of ordinary messages that may wait for all clients together; further ones are dropped and counted.
     pub queues_bytes: usize,
     /// Retained messages in all (PUBACK 0x97).
     pub retained_messages: usize,
     /// Bytes of them.
     pub retained_bytes: usize,
+    /// Of those, published by one user (PUBACK 0x97).
+    pub user_retained_messages: usize,
+    /// Bytes of them.
+    pub user_retained_bytes: usize,
     /// A client that asked for no keep alive is closed after so long without a packet; zero for never.
     pub idle_timeout: Duration,
 }
@@ -88,6 +96,7 @@ impl Default for Limits {
             topic_levels: 128,
             subscriptions_per_session: 1_000,
             filters_per_user: 5_000,
+            subscriptions_per_user: 10_000,
             session_expiry_max_s: u32::MAX,
             keep_alive_max_s: 3_600,
             publishes_per_s: 5_000,
@@ -96,9 +105,12 @@ impl Default for Limits {
             user_publish_bytes_per_s: 16 * 1024 * 1024,
             queue_messages: 1_000,
             queue_bytes: 4 * 1024 * 1024,
+            user_queues_bytes: 32 * 1024 * 1024,
             queues_bytes: 256 * 1024 * 1024,
             retained_messages: 100_000,
             retained_bytes: 256 * 1024 * 1024,
+            user_retained_messages: 25_000,
+            user_retained_bytes: 64 * 1024 * 1024,
             idle_timeout: Duration::from_secs(86_400),
         }
     }

@@ -5,14 +5,13 @@
 use std::future::Future;
 use std::io;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 
 use crate::broker::Broker;
-use crate::service::{Peer, Service};
+use crate::service::{Peer, Service, ShownCertificate};
 
 /// How long to wait when the process has no more file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
@@ -21,13 +20,13 @@ const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 pub async fn run<S: Service>(listener: TcpListener, broker: Broker<S>, shutdown: impl Future<Output = ()> + Send) {
     let serve = |socket, peer| {
         if let Some(place) = broker.admit(peer) {
-            broker.serve(place.hold(socket), Peer { address: Some(peer), certificate_name: None });
+            broker.serve(place.hold(socket), Peer { address: Some(peer), certificate: None });
         }
     };
     accept(&listener, serve, shutdown).await;
 }
 
-/// The same for sockets that have to be opened first, as by a TLS handshake, which gives the common name of the client's certificate too.
+/// The same for sockets that have to be opened first, as by a TLS handshake, which gives the client's certificate too.
 pub async fn run_opened<S, O, F, T>(
     listener: TcpListener,
     broker: Broker<S>,
@@ -36,7 +35,7 @@ pub async fn run_opened<S, O, F, T>(
 ) where
     S: Service,
     O: Fn(TcpStream) -> F + Send + Sync,
-    F: Future<Output = io::Result<(T, Option<Arc<str>>)>> + Send + 'static,
+    F: Future<Output = io::Result<(T, Option<ShownCertificate>)>> + Send + 'static,
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     accept(&listener, |socket, peer| broker.serve_opened(peer, open(socket)), shutdown).await;

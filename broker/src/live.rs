@@ -35,6 +35,8 @@ const RETAIN: u8 = 1;
 const AT_MOST_ONCE: u8 = 2;
 /// Earlier messages of its topic are not what they were.
 const CHANGES_EARLIER: u8 = 4;
+/// It answers a request.
+const ANSWER: u8 = 8;
 /// Bytes of what comes before the topic, the properties and the correlation data.
 const HEADER_BYTES: usize = 8 + 8 + 1 + 4 + 4 + 4;
 
@@ -92,6 +94,17 @@ impl LiveMessage {
     pub fn at_most_once(mut self) -> Self {
         self.flags |= AT_MOST_ONCE;
         self
+    }
+
+    /// It answers a request that was taken while [`crate::Announcer::takes_answers`]: there is room for it.
+    #[must_use]
+    pub fn answering(mut self) -> Self {
+        self.flags |= ANSWER;
+        self
+    }
+
+    pub(crate) fn is_answer(&self) -> bool {
+        self.flags & ANSWER != 0
     }
 
     /// With it earlier messages of its topic have changed in the log: whoever was not sent them yet gets them as they are now.

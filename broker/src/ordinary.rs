@@ -28,6 +28,7 @@ pub(crate) struct Receiver {
 
 impl Receiver {
     pub(crate) fn new(mailbox: Arc<Mailbox>, identity: Arc<Identity>, present: bool) -> Arc<Self> {
+        mailbox.belong_to(&identity.user);
         Arc::new(Self { mailbox, identity: RwLock::new(identity), present: AtomicBool::new(present) })
     }
 
@@ -81,6 +82,8 @@ impl OrdinarySubscription {
 
 /// A shared subscription: each message goes to one of its members.
 pub(crate) struct Group {
+    /// The whole filter, with `$share` and the group's name.
+    filter: Box<str>,
     members: Mutex<Members>,
 }
 
@@ -101,11 +104,6 @@ impl Group {
     /// To the next member in turn that has room; to one without a connection only if no other takes it.
     fn deliver(self: &Arc<Self>, message: &Arc<Message>, since: Instant, service: &impl Service) {
         self.hand_out(message, since, service, |subscription| message.number > subscription.after);
-    }
-
-    /// A message that a member was given and has not acknowledged when its session ended.
-    pub(crate) fn deliver_again(self: &Arc<Self>, message: &Arc<Message>, since: Instant, service: &impl Service) {
-        self.hand_out(message, since, service, |_| true);
     }
 
     fn hand_out(
@@ -136,6 +134,7 @@ impl Group {
                     identifiers: subscription.identifier.into_iter().collect(),
                     since,
                     share: Some(Arc::clone(self)),
+                    charge: None,
                 });
                 if taken {
                     members.next = (at + 1) % count;
@@ -179,7 +178,7 @@ impl Tries {
         let group = match self.groups.get(filter) {
             Some((_, group)) => Arc::clone(group),
             None => {
-                let group = Arc::new(Group { members: Mutex::default() });
+                let group = Arc::new(Group { filter: filter.into(), members: Mutex::default() });
                 self.next_group += 1;
                 self.groups.insert(filter.into(), (self.next_group, Arc::clone(&group)));
                 self.shared.insert(shared.filter, self.next_group, Arc::clone(&group));
@@ -218,9 +217,9 @@ impl Tries {
 pub(crate) type Matched = Vec<(u64, OrdinarySubscription)>;
 
 impl Subscriptions {
-    /// `filters_per_user`: zero for no limit.
-    pub(crate) fn new(filters_per_user: usize) -> Self {
-        Self { tries: RwLock::default(), filters: UserFilters::new(filters_per_user) }
+    /// Zero for no limit.
+    pub(crate) fn new(filters_per_user: usize, subscriptions_per_user: usize) -> Self {
+        Self { tries: RwLock::default(), filters: UserFilters::new(filters_per_user, subscriptions_per_user) }
     }
 
     /// `true` if the subscriber had none to this filter.
@@ -274,6 +273,23 @@ impl Subscriptions {
         }
     }
 
+    /// A message that a member of this group was given and has not acknowledged when its session ended: to another. The group may have been
+    /// left by all and begun anew since then.
+    pub(crate) fn deliver_again(&self, group: &Group, message: &Arc<Message>, since: Instant, service: &impl Service) {
+        let tries = self.tries.read();
+        if let Some((_, group)) = tries.groups.get(&group.filter) {
+            group.hand_out(message, since, service, |_| true);
+        }
+    }
+
+    /// How many subscriptions are looked at for a message of this topic, about. Cheaper than looking at them.
+    pub(crate) fn work(&self, topic: &str) -> usize {
+        let tries = self.tries.read();
+        let mut shared = tries.shared.work(topic);
+        tries.shared.matching(topic, &mut |_: &u64, group: &Arc<Group>| shared += group.members.lock().list.len());
+        tries.plain.work(topic) + shared
+    }
+
     /// Hands a message to everybody who subscribes and may see it. `matched` is room to work in.
     pub(crate) fn deliver(&self, message: &Arc<Message>, service: &impl Service, matched: &mut Matched) {
         let since = Instant::now();
@@ -299,6 +315,7 @@ impl Subscriptions {
                 identifiers: same.iter().filter_map(|(_, subscription)| subscription.identifier).collect(),
                 since,
                 share: None,
+                charge: None,
             });
             if !delivered {
                 service.observe(Observation::QueueFull);

@@ -218,6 +218,13 @@ impl Pace {
         if wait_ns == 0 { Verdict::Pass } else { Verdict::Wait { until: now + Duration::from_nanos(wait_ns), limit } }
     }
 
+    /// What was worked on took more than could be known before: what comes after waits for it.
+    pub(crate) fn charge(&mut self, cost: Cost, now: Instant) {
+        let now_ns = self.shared.ns(now);
+        self.own.passed.take(self.shared.connection, cost, now_ns);
+        self.of_user.lock().passed.take(self.shared.user, cost, now_ns);
+    }
+
     /// Whether it may be worked on. Charged already, unless it is refused: who was told to wait does not ask again.
     pub(crate) fn judge(&mut self, cost: Cost, may_refuse: bool, now: Instant) -> Verdict {
         let (connection, user, now_ns) = (self.shared.connection, self.shared.user, self.shared.ns(now));
@@ -240,6 +247,13 @@ impl Pace {
         }
         Verdict::Pass
     }
+
+    /// For work that turned out to be more than what was asked for: what comes next waits for it.
+    pub(crate) fn charge_bytes(&mut self, bytes: u64, now: Instant) {
+        let (cost, now_ns) = (Cost { publishes: 0, bytes }, self.shared.ns(now));
+        self.own.passed.take(self.shared.connection, cost, now_ns);
+        self.of_user.lock().passed.take(self.shared.user, cost, now_ns);
+    }
 }
 
 impl Drop for Pace {
@@ -258,6 +272,21 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn what_is_charged_later_is_waited_for() {
+        let (pacing, now) =
+            (Pacing::new(&Limits { publish_bytes_per_s: 1_000, ..limits() }, Instant::now()), Instant::now());
+        let mut pace = pacing.connection(&Arc::from("alice"), now);
+        let cost = Cost { publishes: 1, bytes: 1 };
+        assert_eq!(pace.judge(cost, false, now), Verdict::Pass);
+        pace.charge_bytes(10_000, now);
+        let Verdict::Wait { until, limit: "publish_bytes_per_s" } = pace.judge(cost, false, now) else {
+            panic!("it is free")
+        };
+        let waits = until - now;
+        assert!(waits > Duration::from_secs(8) && waits < Duration::from_secs(11), "{waits:?}");
+    }
 
     fn limits() -> Limits {
         Limits {
@@ -343,6 +372,16 @@ mod tests {
         let until = now + ms(3_000);
         assert_eq!(pace.judge(one(3_000), false, now), Verdict::Wait { until, limit: "publish_bytes_per_s" });
         assert_eq!(pace.judge(one(3_000), true, until + ms(3_000)), Verdict::Pass);
+    }
+
+    #[test]
+    fn what_took_more_is_paid_for_later() {
+        let now = Instant::now();
+        let mut pace = Pacing::new(&limits(), now).connection(&"alice".into(), now);
+        assert_eq!(pace.judge(one(1), true, now), Verdict::Pass);
+        pace.charge(Cost { publishes: 29, bytes: 0 }, now);
+        assert_eq!(pace.judge(one(1), true, now + ms(2_099)), Verdict::Refuse { limit: "publishes_per_s" });
+        assert_eq!(pace.judge(one(1), true, now + ms(2_100)), Verdict::Pass);
     }
 
     #[test]

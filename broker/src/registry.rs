@@ -34,6 +34,8 @@ pub(crate) enum NotAttached {
 struct Holder {
     number: ConnectionNumber,
     mailbox: Arc<Mailbox>,
+    /// A connection; otherwise somebody who has something to do with the session while it has none.
+    counts: bool,
 }
 
 #[derive(Debug, Default)]
@@ -78,14 +80,15 @@ impl Registry {
         if sessions.closed {
             return Err(NotAttached::Stopping);
         }
-        if !sessions.holders.contains_key(key) {
+        if !sessions.holders.get(key).is_some_and(|holder| holder.counts) {
             let count = sessions.connections_by_user.get(&key.user).copied().unwrap_or_default();
             if user_max > 0 && count >= user_max {
                 return Err(NotAttached::TooMany);
             }
             sessions.connections_by_user.insert(Arc::clone(&key.user), count + 1);
         }
-        let previous = sessions.holders.insert(key.clone(), Holder { number, mailbox: Arc::clone(mailbox) });
+        let holder = Holder { number, mailbox: Arc::clone(mailbox), counts: true };
+        let previous = sessions.holders.insert(key.clone(), holder);
         drop(sessions);
         Ok(previous.map(|previous| {
             previous.mailbox.end(Ending::TakenOver);
@@ -115,7 +118,7 @@ impl Registry {
         if sessions.closed || sessions.holders.contains_key(key) {
             return false;
         }
-        sessions.holders.insert(key.clone(), Holder { number, mailbox: Arc::clone(mailbox) });
+        sessions.holders.insert(key.clone(), Holder { number, mailbox: Arc::clone(mailbox), counts: false });
         true
     }
 
@@ -195,6 +198,12 @@ impl Registry {
         [("sessions", sessions), ("users", users), ("bound_topics", bound_topics), ("gathering_topics", gathering)]
     }
 
+    /// Whether answers on this topic will have room with somebody who subscribes to it, or nobody does.
+    pub(crate) fn takes_answers(&self, topic: &str) -> bool {
+        let shard = self.shard(topic).read();
+        shard.get(topic).is_none_or(|subscribers| subscribers.iter().any(|(_, mailbox)| mailbox.takes_answers()))
+    }
+
     pub(crate) fn has_subscribers(&self, topic: &str) -> bool {
         self.shard(topic).read().contains_key(topic)
     }
@@ -236,7 +245,9 @@ mod tests {
     }
 
     fn mailbox() -> Arc<Mailbox> {
-        Arc::new(Mailbox::new(10, 1000, Arc::new(crate::mailbox::QueueBudget::new(1000))))
+        let mailbox = Arc::new(Mailbox::new(crate::queues::tests::queues()));
+        mailbox.belong_to(&"bob".into());
+        mailbox
     }
 
     #[test]
@@ -275,6 +286,28 @@ mod tests {
         assert_eq!(attach("bob", "tablet", 7), Ok(false));
     }
 
+    /// Somebody holds a session whose client comes back meanwhile: that is a connection as any other.
+    #[test]
+    fn who_takes_over_from_no_connection_is_counted() {
+        let registry = Registry::new();
+        let attach = |client_id: &str, number| {
+            let key = SessionKey { user: "bob".into(), client_id: client_id.into() };
+            registry.attach(&key, ConnectionNumber(number), &mailbox(), 2).map(|previous| previous.is_some())
+        };
+        assert_eq!(attach("laptop", 1), Ok(false));
+        assert!(registry.hold(&key("bob"), ConnectionNumber(2), &mailbox()));
+        assert_eq!(attach("phone", 3), Ok(true), "it waits for who holds the session");
+        registry.let_go(&key("bob"), ConnectionNumber(2));
+        assert_eq!(attach("tablet", 4), Err(NotAttached::TooMany));
+        assert!(registry.detach(&key("bob"), ConnectionNumber(3)));
+        assert!(registry.is_connected("bob"), "the laptop is");
+        assert!(registry.hold(&key("bob"), ConnectionNumber(5), &mailbox()));
+        assert_eq!(attach("tablet", 6), Ok(false));
+        assert_eq!(attach("phone", 7), Err(NotAttached::TooMany), "a hold is no way round the limit");
+        registry.let_go(&key("bob"), ConnectionNumber(5));
+        assert_eq!(attach("phone", 8), Err(NotAttached::TooMany));
+    }
+
     #[test]
     fn a_topic_may_gather_the_messages_of_many() {
         let registry = Registry::new();
@@ -289,7 +322,7 @@ mod tests {
         let mut got = |mailbox: &Mailbox| match mailbox.poll(&mut cx, true) {
             std::task::Poll::Ready(mail) => {
                 let of = |one: &Arc<LiveMessage>| format!("{} for {}", one.topic, one.bound_topic());
-                mail.live.iter().map(of).collect::<Vec<_>>()
+                mail.events.iter().map(|event| of(&event.message)).collect::<Vec<_>>()
             }
             std::task::Poll::Pending => Vec::new(),
         };

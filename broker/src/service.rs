@@ -35,7 +35,7 @@ pub struct SessionKey {
 pub struct Roles(pub u32);
 
 /// What a connection proved itself with, as the service tells them apart. The broker carries it.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Credential(pub u64);
 
 /// Who a connection is.
@@ -58,8 +58,19 @@ pub struct Identity {
 pub struct Peer {
     /// Its address, if it has one.
     pub address: Option<SocketAddr>,
-    /// The common name of the certificate that it showed and proved to own.
-    pub certificate_name: Option<Arc<str>>,
+    /// The certificate that it showed and proved to own.
+    pub certificate: Option<ShownCertificate>,
+}
+
+/// A client's certificate, as far as it says who that is.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ShownCertificate {
+    /// Its common name.
+    pub name: Arc<str>,
+    /// It proves nothing from then on.
+    pub expires_at: Instant,
+    /// By whom it was taken: those who were trusted in the handshake.
+    pub credential: Credential,
 }
 
 impl fmt::Display for Peer {
@@ -307,6 +318,13 @@ pub struct SubscriptionRecord {
     pub identifier: Option<u32>,
 }
 
+impl SubscriptionRecord {
+    /// About what it takes where it is stored.
+    pub(crate) fn bytes(&self) -> usize {
+        self.filter.len() + 8
+    }
+}
+
 /// The service cannot answer now; the sentence is for the log.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
@@ -362,6 +380,16 @@ impl Subscriber {
     /// Hands it a message of a live topic that it subscribes to. Dropped if too many wait there already.
     pub fn send(&self, message: LiveMessage) {
         self.mailbox.push_live(&Arc::new(message));
+    }
+
+    /// Whether both are the way to one connection.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.mailbox, &other.mailbox)
+    }
+
+    /// Whether the connection has ended.
+    pub fn is_gone(&self) -> bool {
+        self.mailbox.is_settled()
     }
 }
 

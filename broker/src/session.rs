@@ -7,8 +7,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crate::engine::Will;
-use crate::live::LiveMessage;
-use crate::mailbox::Ordinary;
+use crate::mailbox::{Event, Ordinary};
 use crate::ordinary::Receiver;
 use crate::service::{BoundTopic, Identity, Keeping, Position, SessionKey, SessionRecord, SubscriptionRecord};
 use crate::stream::DurableStream;
@@ -61,7 +60,7 @@ pub(crate) enum Queued {
     Again(Ordinary, u16),
     /// The receiver has it, and is still to hear PUBREL.
     Release(u16),
-    Live(Arc<LiveMessage>, u8),
+    Live(Event, u8),
     /// What is retained for a new subscription, taken part by part as the client has room.
     Retained(RetainedWanted),
 }
@@ -76,7 +75,7 @@ pub(crate) struct RetainedWanted {
     pub(crate) after: Option<Arc<str>>,
 }
 
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub(crate) enum Target {
     Stream(Arc<str>, Position),
     Ordinary(Ordinary),
@@ -178,7 +177,10 @@ impl Session {
         self.in_flight.len() < self.window && self.in_flight_bytes < IN_FLIGHT_BYTES_MAX
     }
 
-    pub(crate) fn sent(&mut self, packet_id: u16, target: Target, bytes: usize) {
+    pub(crate) fn sent(&mut self, packet_id: u16, mut target: Target, bytes: usize) {
+        if let Target::Ordinary(ordinary) = &mut target {
+            ordinary.on_sent();
+        }
         self.in_flight_bytes += bytes;
         self.in_flight.push_back(InFlight { packet_id, target, bytes });
     }
@@ -200,6 +202,21 @@ impl Session {
         Some(self.resend.swap_remove(at).packet_id)
     }
 
+    /// Messages of this topic before this one will not come again: the log has them no more. Gives their packet identifiers.
+    pub(crate) fn take_passed(&mut self, topic: &str, position: Position) -> impl Iterator<Item = u16> {
+        let has_passed = |one: &mut Resend| one.position < position && *one.topic == *topic;
+        let passed: Vec<Resend> = self.resend.extract_if(.., has_passed).collect();
+        passed.into_iter().map(|one| one.packet_id)
+    }
+
+    /// The same for messages of topics that are not read any more.
+    pub(crate) fn take_unread(&mut self) -> impl Iterator<Item = u16> {
+        let slots = &self.slots;
+        let is_unread = |one: &mut Resend| !slots.iter().any(|slot| slot.topic == one.topic);
+        let unread: Vec<Resend> = self.resend.extract_if(.., is_unread).collect();
+        unread.into_iter().map(|one| one.packet_id)
+    }
+
     /// The receiver has what this packet identifier carried. `false` if it carried nothing.
     pub(crate) fn released(&mut self, packet_id: u16) -> bool {
         let Some(sent) = self.in_flight.iter_mut().find(|sent| sent.packet_id == packet_id) else { return false };
@@ -214,7 +231,10 @@ impl Session {
         for InFlight { packet_id, target, .. } in self.in_flight.drain(..) {
             match target {
                 Target::Stream(topic, position) => resend.push(Resend { topic, position, packet_id }),
-                Target::Ordinary(ordinary) => queue.push_back(Queued::Again(ordinary, packet_id)),
+                Target::Ordinary(mut ordinary) => {
+                    ordinary.on_returned();
+                    queue.push_back(Queued::Again(ordinary, packet_id));
+                }
                 Target::Released => queue.push_back(Queued::Release(packet_id)),
                 Target::Live => {}
             }
@@ -326,6 +346,30 @@ mod tests {
             3 => (1_usize..8).prop_map(Step::Send),
         ];
         prop::collection::vec(step, 1..200)
+    }
+
+    #[test]
+    fn packet_identifiers_of_what_does_not_come_again_are_free() {
+        let identity = Identity {
+            user: "bob".into(),
+            client_id: "phone".into(),
+            roles: Default::default(),
+            credential: Default::default(),
+            expires_at: None,
+        };
+        let key = SessionKey { user: "bob".into(), client_id: "phone".into() };
+        let mailbox = Arc::new(crate::mailbox::Mailbox::new(crate::queues::tests::queues()));
+        let mut session = Session::new(key, Receiver::new(mailbox, Arc::new(identity), true), 0, 10);
+        let resend =
+            |topic: &str, position, packet_id| Resend { topic: topic.into(), position: Position(position), packet_id };
+        session.resend =
+            vec![resend("inbox", 1, 11), resend("sent", 2, 12), resend("inbox", 3, 13), resend("inbox", 5, 15)];
+        assert_eq!(session.take_resend("inbox", Position(3)), Some(13));
+        assert_eq!(session.take_passed("inbox", Position(3)).collect::<Vec<_>>(), [11]);
+        let stream = DurableStream::new(Position(0), Position(0));
+        session.slots.push(Slot { topic: "inbox".into(), qos: 1, identifiers: Vec::new(), stream });
+        assert_eq!(session.take_unread().collect::<Vec<_>>(), [12]);
+        assert_eq!(session.resend, [resend("inbox", 5, 15)]);
     }
 
     proptest! {

@@ -6,6 +6,7 @@
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use clap::{Args, Parser, Subcommand};
 
@@ -158,8 +159,10 @@ pub fn check_config(flags: &Flags) -> ExitCode {
 
 /// The files that the settings name: users, keys, rights, certificates.
 fn check_files(settings: &Settings) -> Result<(), String> {
-    server::auth(settings).map_err(|error| error.to_string())?;
-    Tls::new(&settings.tls, settings.acme.is_on(), settings.limits.tls_timeout).map_err(|error| error.to_string())?;
+    let authorities = Arc::default();
+    server::auth(settings, &authorities).map_err(|error| error.to_string())?;
+    Tls::new(&settings.tls, settings.acme.is_on(), settings.limits.tls_timeout, authorities)
+        .map_err(|error| error.to_string())?;
     Ok(())
 }
 

@@ -14,12 +14,13 @@ use std::sync::atomic::{AtomicU8, Ordering};
 use std::time::{Duration, Instant};
 
 use axum::Router;
-use axum::extract::State;
+use axum::extract::{Extension, State};
 use axum::http::{StatusCode, header};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::get;
 use broker::admission::Admission;
 use broker::service::Peer;
+use broker::sparing::CLOSED;
 use broker::websocket::Scheme;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -33,10 +34,14 @@ use tokio::task::{JoinError, JoinSet};
 use tokio::time::{sleep, timeout};
 
 use crate::metrics::{self, Metrics};
+use crate::settings::MetricsFor;
 use crate::tls::{Spoken, Tls};
 
 /// Pause after a failed accept (no file descriptors left): connections that end meanwhile free some.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// Headers of a request, together. A client holds so much memory before anybody knows it.
+const HEAD_BYTES_MAX: usize = 16 * 1024;
 
 /// For [`Options::answer_timeout`]: no answer is large, but networks can be slow.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
@@ -125,18 +130,25 @@ struct Probes {
     health: Health,
     readiness: Readiness,
     metrics: Arc<Metrics>,
+    metrics_for: MetricsFor,
     sizes: Sizes,
 }
 
 /// `/`, `/healthz`, `/readyz`, `/metrics`, and 404 for all else.
-pub fn router(health: Health, readiness: Readiness, metrics: Arc<Metrics>, sizes: Sizes) -> Router {
+pub fn router(
+    health: Health,
+    readiness: Readiness,
+    metrics: Arc<Metrics>,
+    metrics_for: MetricsFor,
+    sizes: Sizes,
+) -> Router {
     Router::new()
         .route("/", get(async || Html(FIRST_PAGE)))
         .route("/healthz", get(async |State(probes): State<Probes>| verdict(&(probes.health)())))
         .route("/readyz", get(ready))
         .route("/metrics", get(exposition))
-        .fallback(async || (StatusCode::NOT_FOUND, "there is nothing here; try /\n"))
-        .with_state(Probes { health, readiness, metrics, sizes })
+        .fallback(async || nothing())
+        .with_state(Probes { health, readiness, metrics, metrics_for, sizes })
 }
 
 async fn ready(State(probes): State<Probes>) -> Response {
@@ -145,9 +157,22 @@ async fn ready(State(probes): State<Probes>) -> Response {
     verdict(&parts)
 }
 
-async fn exposition(State(probes): State<Probes>) -> impl IntoResponse {
+fn nothing() -> Response {
+    (StatusCode::NOT_FOUND, "there is nothing here; try /\n").into_response()
+}
+
+async fn exposition(State(probes): State<Probes>, Extension(peer): Extension<Peer>) -> Response {
+    let is_loopback = peer.address.is_some_and(|address| address.ip().to_canonical().is_loopback());
+    match probes.metrics_for {
+        MetricsFor::Off => return nothing(),
+        MetricsFor::Loopback if !is_loopback => {
+            let sentence = "metrics are for this machine alone: see http.metrics in the settings\n";
+            return (StatusCode::FORBIDDEN, sentence).into_response();
+        }
+        MetricsFor::Loopback | MetricsFor::Everybody => {}
+    }
     (probes.sizes)().into_iter().for_each(|(map, entries)| probes.metrics.edge_entries(map, entries));
-    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], probes.metrics.encode())
+    ([(header::CONTENT_TYPE, metrics::CONTENT_TYPE)], probes.metrics.encode()).into_response()
 }
 
 /// 200 if every part is well, else 503; a line for each part.
@@ -195,7 +220,9 @@ pub async fn run(
         };
         let Ok(permit) = Arc::clone(&permits).try_acquire_owned() else {
             options.metrics.limited("connections");
-            tracing::warn!(limit = options.connections, "http connection closed: limits.connections is reached");
+            if CLOSED.may_say() {
+                tracing::warn!(limit = options.connections, "http connection closed: limits.connections is reached");
+            }
             continue;
         };
         if let Err(error) = socket.set_nodelay(true) {
@@ -205,13 +232,13 @@ pub async fn run(
         let (router, options, stopping) = (router.clone(), options.clone(), stopping.subscribe());
         let tls = tls.clone();
         let connection = async move {
-            let peer = Peer { address: Some(address), certificate_name: None };
+            let peer = Peer { address: Some(address), certificate: None };
             let Some(tls) = tls else {
                 return serve(place.hold(socket), (peer, Scheme::Http), router, options, stopping).await;
             };
             match tls.accept(socket, Spoken::Http).await {
-                Ok((stream, certificate_name)) => {
-                    let peer = Peer { certificate_name, ..peer };
+                Ok((stream, certificate)) => {
+                    let peer = Peer { certificate, ..peer };
                     serve(place.hold(stream), (peer, Scheme::Https), router, options, stopping).await;
                 }
                 Err(error) => {
@@ -284,6 +311,7 @@ async fn serve<T>(
         http1::Builder::new()
             .timer(TokioTimer::new())
             .header_read_timeout(options.header_timeout)
+            .max_buf_size(HEAD_BYTES_MAX)
             .serve_connection(TokioIo::new(io), service)
             .with_upgrades()
     );
@@ -365,7 +393,8 @@ mod tests {
                 vec![("bus", Ok(())), ("log", log)]
             });
             let sizes: Sizes = Arc::new(|| vec![("sessions", 3)]);
-            let router = router(health, readiness.clone(), Arc::new(Metrics::new()), sizes).merge(more);
+            let router =
+                router(health, readiness.clone(), Arc::new(Metrics::new()), MetricsFor::Loopback, sizes).merge(more);
             let (stop, stopped) = oneshot::channel();
             let shutdown = async { stopped.await.unwrap_or(()) };
             let running = tokio::spawn(run(listener, None, router, options, shutdown));
@@ -418,6 +447,29 @@ mod tests {
         assert!(metrics.contains("chatd_edge_entries{map=\"sessions\"} 3"), "{metrics}");
         assert!(server.get("/nothing").await.starts_with("HTTP/1.1 404"));
         server.stop().await;
+    }
+
+    #[tokio::test]
+    async fn metrics_are_for_those_who_may_read_them() {
+        let status = async |metrics_for: MetricsFor, from: &str| {
+            let (health, sizes): (Health, Sizes) = (Arc::new(Vec::new), Arc::new(Vec::new));
+            let router = router(health, Readiness::starting(), Arc::new(Metrics::new()), metrics_for, sizes);
+            let address = SocketAddr::new(from.parse().unwrap(), 1);
+            let request = axum::extract::Request::get("/metrics");
+            let request = request.extension(Peer { address: Some(address), certificate: None });
+            let request = request.body(axum::body::Body::empty()).unwrap();
+            hyper::service::Service::call(&TowerToHyperService::new(router), request).await.unwrap().status().as_u16()
+        };
+        for (metrics_for, here, elsewhere) in
+            [(MetricsFor::Loopback, 200, 403), (MetricsFor::Everybody, 200, 200), (MetricsFor::Off, 404, 404)]
+        {
+            for address in ["127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.1"] {
+                assert_eq!(status(metrics_for, address).await, here, "{metrics_for:?}: {address}");
+            }
+            for address in ["192.0.2.1", "2001:db8::1", "::ffff:192.0.2.1"] {
+                assert_eq!(status(metrics_for, address).await, elsewhere, "{metrics_for:?}: {address}");
+            }
+        }
     }
 
     #[tokio::test]

@@ -19,7 +19,7 @@ fn main() -> ExitCode {
             return match (&settings, flags.config) {
                 (Err(error), Some(_)) => fail(EXIT_USAGE, error),
                 (settings, _) => {
-                    let default = settings.as_ref().ok().and_then(|settings| settings.auth.password_file.as_deref());
+                    let default = settings.as_ref().map(|settings| settings.auth.password_file.as_deref());
                     command::run(&passwd, default)
                 }
             };

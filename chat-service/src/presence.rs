@@ -16,7 +16,7 @@ use chat_protocol::topic::Down;
 use chat_protocol::{Timestamp, UserId};
 use parking_lot::Mutex;
 use rustc_hash::FxHashMap;
-use tokio::sync::Notify;
+use tokio::sync::{Notify, Semaphore};
 use tokio::time::Instant;
 
 use crate::log::{Log, LogError};
@@ -28,6 +28,10 @@ const PORTION: usize = 256;
 const PAUSE: Duration = Duration::from_millis(10);
 /// States that a new listener is told at first.
 const FIRST_STATES_MAX: usize = 2_000;
+/// Users whose new listeners are told at a time.
+const TELLING_MAX: usize = 4;
+/// From when a user's listeners were told until those are who came meanwhile: whoever subscribes again and again makes nobody wait.
+const TELL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A user who has or had a device connected.
 #[derive(Debug, Default)]
@@ -56,6 +60,9 @@ pub struct Presence<L> {
     announcer: Announcer,
     grace: Duration,
     state: Mutex<State>,
+    /// Those who began to listen and are to be told the states, of each connection one. A user who is in here has one task, and no more.
+    listeners: Mutex<FxHashMap<UserId, Vec<Subscriber>>>,
+    telling: Semaphore,
     wake: Notify,
     /// Also told there.
     webhook: Option<Arc<PresenceFeed>>,
@@ -69,6 +76,8 @@ impl<L: Log> Presence<L> {
             announcer,
             grace,
             state: Mutex::default(),
+            listeners: Mutex::default(),
+            telling: Semaphore::new(TELLING_MAX),
             wake: Notify::new(),
             webhook,
         }
@@ -109,15 +118,43 @@ impl<L: Log> Presence<L> {
 
     /// A connection of this user listens from now on: it is told the states as they are.
     pub fn listens(self: &Arc<Self>, user: UserId, subscriber: Subscriber) {
-        let presence = Arc::clone(self);
-        tokio::spawn(async move {
-            if let Err(error) = presence.tell_states(&user, &subscriber).await {
-                tracing::error!(%error, "who is there could not be told");
+        {
+            let mut listeners = self.listeners.lock();
+            if let Some(waiting) = listeners.get_mut(&user) {
+                waiting.retain(|other| !other.is_same(&subscriber) && !other.is_gone());
+                waiting.push(subscriber);
+                return;
             }
-        });
+            listeners.insert(user.clone(), vec![subscriber]);
+        }
+        let presence = Arc::clone(self);
+        tokio::spawn(async move { presence.tell_listeners(&user).await });
     }
 
-    async fn tell_states(&self, user: &UserId, subscriber: &Subscriber) -> Result<(), LogError> {
+    /// Tells a user's listeners, until nobody is left to be told.
+    async fn tell_listeners(&self, user: &UserId) {
+        while let Ok(turn) = self.telling.acquire().await {
+            let Some(listeners) = self.next_listeners(user) else { return };
+            if let Err(error) = self.tell_states(user, &listeners).await {
+                tracing::error!(%error, "who is there could not be told");
+            }
+            drop(turn);
+            tokio::time::sleep(TELL_INTERVAL).await;
+        }
+    }
+
+    /// `None`: there are none, and the user is forgotten.
+    fn next_listeners(&self, user: &UserId) -> Option<Vec<Subscriber>> {
+        let mut listeners = self.listeners.lock();
+        let waiting = std::mem::take(listeners.get_mut(user)?);
+        if waiting.is_empty() {
+            listeners.remove(user);
+            return None;
+        }
+        Some(waiting)
+    }
+
+    async fn tell_states(&self, user: &UserId, listeners: &[Subscriber]) -> Result<(), LogError> {
         let topic: Arc<str> = Down::Presence.topic(user).into();
         let peers = self.views.peers(user).await?;
         let (online, offline): (Vec<UserId>, Vec<UserId>) = peers.into_iter().partition(|peer| self.is_online(peer));
@@ -125,9 +162,15 @@ impl<L: Log> Presence<L> {
             if !self.views.blocks(&peer, user).await?
                 && let Some(event) = self.event(&peer).await?
             {
-                subscriber.send(LiveMessage::event(Arc::clone(&topic), encode_event(&event)).retained());
+                let event: bytes::Bytes = encode_event(&event).into();
+                for listener in listeners {
+                    listener.send(LiveMessage::event(Arc::clone(&topic), event.clone()).retained());
+                }
             }
             if told % PORTION == PORTION - 1 {
+                if listeners.iter().all(Subscriber::is_gone) {
+                    break;
+                }
                 tokio::time::sleep(PAUSE).await;
             }
         }

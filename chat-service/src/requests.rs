@@ -1,12 +1,13 @@
 //! Requests: what a client asks on `chat/{me}/req/{method}`, carried out and answered.
 //!
-//! Each runs in a task of its own, at most so many at a time; a publish beyond that is refused, not queued. What changes a message goes
+//! Each runs in a task of its own, at most so many at a time; a publish beyond that is refused, not queued, and so is one while many answers
+//! wait for whoever asks: an answer is never lost for want of room. What changes a message goes
 //! through the sequencer like a message, and two changes of one conversation never overlap: the second sees what the first did.
 
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
 use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use broker::Announcer;
 use broker::live::LiveMessage;
@@ -34,10 +35,16 @@ const UNDER_WAY_MAX: usize = 4_096;
 const UNDER_WAY_OF_USER_MAX: usize = 64;
 /// Users that one user may have blocked.
 const BLOCKED_MAX: usize = 5_000;
+/// How often the bus is asked for room, and how long at most for one answer.
+const BUS_RETRY: Duration = Duration::from_millis(2);
+const BUS_WAIT_MAX: Duration = Duration::from_secs(1);
 /// Locks that conversations share.
 const CHANGE_LOCKS: usize = 256;
 
-/// Who blocked whom, as far as it changed since the server began: what the log says besides may have been read before.
+/// Changes of who blocked whom that are remembered, before everything that was read before them is forgotten.
+const CHANGED_BLOCKS_MAX: usize = 10_000;
+
+/// Who blocked whom, as far as it changed since what the log says of it was read.
 #[derive(Debug, Default)]
 pub struct Blocks {
     /// By who blocks and who is blocked.
@@ -51,6 +58,16 @@ impl Blocks {
         if changed.is_empty() { None } else { changed.get(&(user.clone(), other.clone())).copied() }
     }
 
+    /// Forgets the changes if they are many. If so, what the log says has to be read again: it has them all.
+    pub fn forget_many(&self) -> bool {
+        if self.changed.read().len() < CHANGED_BLOCKS_MAX {
+            return false;
+        }
+        *self.changed.write() = FxHashMap::default();
+        true
+    }
+
+    /// The log has it already.
     fn set(&self, user: UserId, other: UserId, blocks: bool) {
         self.changed.write().insert((user, other), blocks);
     }
@@ -108,6 +125,8 @@ struct Shared<L> {
     receipts: Arc<Receipts<L>>,
     auth: Arc<Auth>,
     message_bytes_max: usize,
+    /// Answers leave one after another.
+    leaving: Mutex<()>,
     change_locks: Vec<Mutex<()>>,
     hasher: RandomState,
 }
@@ -139,6 +158,7 @@ impl<L: Log> Requests<L> {
             receipts,
             auth,
             message_bytes_max,
+            leaving: Mutex::new(()),
             change_locks: (0..CHANGE_LOCKS).map(|_| Mutex::new(())).collect(),
             hasher: RandomState::new(),
         };
@@ -160,14 +180,18 @@ impl<L: Log> Requests<L> {
         Some(Permit { _of_all: of_all, under_way: Arc::clone(&self.under_way), user: user.clone() })
     }
 
-    /// Begins to carry out a request; `false` if too many are under way.
+    /// Begins to carry out a request; `false` if too many are under way, or their answers wait to be taken.
     pub fn begin(&self, asked: Asked) -> bool {
+        if !self.shared.announcer.takes_answers(&asked.answer_topic) {
+            return false;
+        }
         let Some(permit) = self.permit(&asked.me) else { return false };
         let shared = Arc::clone(&self.shared);
         tokio::spawn(async move {
             let answer = shared.answer(&asked).await;
-            let message = LiveMessage::event(asked.answer_topic, answer).with_correlation(asked.correlation);
-            shared.announcer.announce(vec![message]);
+            let message =
+                LiveMessage::event(asked.answer_topic, answer).with_correlation(asked.correlation).answering();
+            shared.let_leave(message).await;
             drop(permit);
         });
         true
@@ -181,6 +205,21 @@ fn refused<T>(code: ErrorCode, message: impl Into<String>) -> Outcome<T> {
 }
 
 impl<L: Log> Shared<L> {
+    /// Announces an answer when the bus has room for it: it is large, many come at once, and what the bus has no room for is lost.
+    async fn let_leave(&self, answer: LiveMessage) {
+        let turn = self.leaving.lock().await;
+        let waited_for = async {
+            while !self.announcer.has_room(answer.payload.len()) {
+                tokio::time::sleep(BUS_RETRY).await;
+            }
+        };
+        if tokio::time::timeout(BUS_WAIT_MAX, waited_for).await.is_err() {
+            tracing::warn!("the bus has no room for an answer");
+        }
+        self.announcer.announce(vec![answer]);
+        drop(turn);
+    }
+
     async fn answer(&self, asked: &Asked) -> Vec<u8> {
         let Request { reference, call } = Request::parse(&asked.method, &asked.payload);
         let reference = reference.as_ref();
@@ -400,4 +439,23 @@ impl<L: Log> Room<L> {
 fn now() -> Timestamp {
     let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
     Timestamp::from_ms(u64::try_from(since.as_millis()).unwrap_or(u64::MAX))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn blocks_are_remembered_until_they_are_many() {
+        let blocks = Blocks::default();
+        let name = |name: &str| UserId::parse(name).unwrap();
+        for other in 0..CHANGED_BLOCKS_MAX {
+            assert!(!blocks.forget_many());
+            blocks.set(name("alice"), name(&format!("user-{other}")), other % 2 == 0);
+        }
+        assert_eq!(blocks.changed(&name("alice"), &name("user-7")), Some(false));
+        assert!(blocks.forget_many());
+        assert_eq!(blocks.changed(&name("alice"), &name("user-7")), None);
+        assert!(!blocks.forget_many());
+    }
 }

@@ -208,6 +208,9 @@ async fn write<L: Log>(
 }
 
 async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &mut [Send]) -> Result<Plan, LogError> {
+    if known.blocks.forget_many() {
+        known.forget_conversations();
+    }
     known.load_usage(log, sends).await?;
     let heads = &known.heads;
     let mut unknown: Vec<ConversationId> = sends

@@ -17,6 +17,7 @@ use tokio::task::JoinHandle;
 
 use crate::acme::Acme;
 use crate::admin;
+use crate::auth::authorities::Authorities;
 use crate::auth::keys::KeyFetch;
 use crate::auth::{Auth, AuthError};
 use crate::core::Quotas;
@@ -106,7 +107,8 @@ impl Server {
             Arc::new(open.await.context("opening the log")??)
         };
         let metrics = Arc::new(Metrics::new());
-        let auth = Arc::new(auth(settings)?);
+        let authorities = Arc::default();
+        let auth = Arc::new(auth(settings, &authorities)?);
         let key_fetch = settings.auth.jwt_key_url.as_ref().map(|url| KeyFetch::new(url, settings.auth.jwt_key_refresh));
         let key_fetch =
             key_fetch.transpose().context("auth.jwt_key_url: the system's certificates, which https needs")?;
@@ -175,7 +177,7 @@ impl Server {
         let http = bind("http.listen", settings.http.listen).await?;
         let mqtt_tls = bind_some("mqtt.tls_listen", settings.mqtt.tls_listen).await?;
         let http_tls = bind_some("http.tls_listen", settings.http.tls_listen).await?;
-        let tls = Tls::new(&settings.tls, settings.acme.is_on(), limits.tls_timeout)?;
+        let tls = Tls::new(&settings.tls, settings.acme.is_on(), limits.tls_timeout, authorities)?;
         let acme = match &tls {
             Some(tls) if settings.acme.is_on() => Some(Acme::new(&settings.acme, &settings.storage.path, tls)?),
             _ => None,
@@ -186,7 +188,7 @@ impl Server {
             let broker = broker.clone();
             Arc::new(move || broker.sizes())
         };
-        let routes = http::router(health, readiness.clone(), Arc::clone(&metrics), sizes)
+        let routes = http::router(health, readiness.clone(), Arc::clone(&metrics), settings.http.metrics, sizes)
             .merge(docs::router())
             .merge(broker::websocket::router(broker.clone(), websocket));
         let http_options = http::Options {
@@ -259,7 +261,8 @@ impl Server {
         let (stop, stopping) = watch::channel(false);
         let mqtt = tokio::spawn(broker::listener::run(self.mqtt, self.broker.clone(), told(stopping.clone())));
         let over_tls = self.tls.as_ref().map(|tls| {
-            drop(tokio::spawn(Arc::clone(tls).watch(stopping.clone())));
+            let broker = self.broker.clone();
+            drop(tokio::spawn(Arc::clone(tls).watch(move || broker.rights_changed(), stopping.clone())));
             let mqtt = self.mqtt_tls.map(|listener| {
                 let (tls, broker) = (Arc::clone(tls), self.broker.clone());
                 let open = move |socket| {
@@ -361,10 +364,11 @@ async fn told(mut flag: watch::Receiver<bool>) {
 ///
 /// # Errors
 /// The first thing that is wrong with them.
-pub fn auth(settings: &Settings) -> Result<Auth, AuthError> {
+pub fn auth(settings: &Settings, authorities: &Arc<Authorities>) -> Result<Auth, AuthError> {
     let uncounted = settings.limits.uncounted_addresses.clone();
     let counts_address = Box::new(move |address| !uncounted.iter().any(|network| network.contains(address)));
-    Auth::new(&settings.auth, settings.tls.client_ca.is_some(), counts_address)
+    let authorities = settings.tls.client_ca.is_some().then(|| Arc::clone(authorities));
+    Auth::new(&settings.auth, authorities, counts_address)
 }
 
 /// On SIGHUP reads the files again that say who may come in, and who may do what.
@@ -386,7 +390,11 @@ async fn reload(
         }
         if let Some(tls) = &tls {
             match tls.reload() {
-                Ok(()) => tracing::info!("read the certificate again"),
+                Ok(()) => {
+                    // Whatever becomes of the other files.
+                    broker.rights_changed();
+                    tracing::info!("read the certificate again");
+                }
                 Err(error) => tracing::error!(%error, "the certificate stays as it was"),
             }
         }
@@ -434,6 +442,7 @@ pub(crate) fn broker_limits(limits: &settings::Limits) -> broker::Limits {
         topic_levels: limits.topic_levels,
         subscriptions_per_session: limits.subscriptions_per_session,
         filters_per_user: limits.filters_per_user,
+        subscriptions_per_user: limits.subscriptions_per_user,
         session_expiry_max_s: limits.session_expiry_max_s,
         keep_alive_max_s: limits.keep_alive_max_s,
         publishes_per_s: limits.publishes_per_s,
@@ -442,9 +451,12 @@ pub(crate) fn broker_limits(limits: &settings::Limits) -> broker::Limits {
         user_publish_bytes_per_s: limits.user_publish_bytes_per_s,
         queue_messages: limits.queue_messages,
         queue_bytes: limits.queue_bytes,
+        user_queues_bytes: limits.user_queues_bytes,
         queues_bytes: limits.queues_bytes,
         retained_messages: limits.retained_messages,
         retained_bytes: limits.retained_bytes,
+        user_retained_messages: limits.user_retained_messages,
+        user_retained_bytes: limits.user_retained_bytes,
         idle_timeout: limits.idle_timeout,
     }
 }

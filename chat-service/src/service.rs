@@ -156,7 +156,13 @@ impl<L: Log> ChatService<L> {
 
     /// Carries out what is no message. `None` if the answer comes later.
     fn carry_out(&self, wanted: Wanted, publish: BoundPublish) -> Option<(Reply, PublishOutcome)> {
-        let busy = || (ErrorCode::Unavailable, "too many requests are under way: send it again".to_owned(), None);
+        let busy = || {
+            (
+                ErrorCode::Unavailable,
+                "too many requests are under way, or their answers not acknowledged: send it again".to_owned(),
+                None,
+            )
+        };
         match wanted {
             Wanted::Send(_) => None,
             Wanted::Typing { me, peer, state } => {

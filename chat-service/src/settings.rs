@@ -68,6 +68,20 @@ pub struct HttpSettings {
     pub tls_listen: Option<SocketAddr>,
     #[serde(deserialize_with = "list", serialize_with = "as_list")]
     pub origins: Vec<AllowedOrigin>,
+    #[serde(deserialize_with = "text")]
+    pub metrics: MetricsFor,
+}
+
+/// Who may read `/metrics`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum MetricsFor {
+    /// Whoever comes from this machine.
+    Loopback,
+    /// Whoever reaches the port.
+    Everybody,
+    /// Nobody.
+    Off,
 }
 
 /// How the server proves who it is, and clients may.
@@ -253,6 +267,9 @@ pub struct Limits {
     #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
     pub filters_per_user: usize,
     /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
+    pub subscriptions_per_user: usize,
+    /// Zero: no limit.
     #[serde(deserialize_with = "within::<_, _, 0, 10_000_000>")]
     pub sessions_per_user: usize,
     /// `u32::MAX`: for ever, as in MQTT 5.
@@ -286,10 +303,19 @@ pub struct Limits {
     pub retained_messages: usize,
     #[serde(deserialize_with = "within::<_, _, 0, 1_099_511_627_776>")]
     pub retained_bytes: usize,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 100_000_000>")]
+    pub user_retained_messages: usize,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 1_099_511_627_776>")]
+    pub user_retained_bytes: usize,
     #[serde(deserialize_with = "within::<_, _, 1, 1_000_000>")]
     pub queue_messages: usize,
     #[serde(deserialize_with = "within::<_, _, 1, 1_073_741_824>")]
     pub queue_bytes: usize,
+    /// Zero: no limit.
+    #[serde(deserialize_with = "within::<_, _, 0, 1_099_511_627_776>")]
+    pub user_queues_bytes: usize,
     #[serde(deserialize_with = "within::<_, _, 1, 1_099_511_627_776>")]
     pub queues_bytes: usize,
 }
@@ -461,7 +487,22 @@ impl Settings {
                         .to_owned();
                 return Err(Wrong { key: "auth.mode".into(), reason });
             }
+            let shows_certificates = self.mqtt.tls_listen.is_some() || self.http.tls_listen.is_some();
+            if auth.password_file.is_none() && !takes_tokens && !shows_certificates {
+                let reason =
+                    "nobody could log in: certificates of clients are shown over TLS only, so set mqtt.tls_listen or \
+                              http.tls_listen, or a password file or keys besides"
+                        .to_owned();
+                return Err(Wrong { key: "tls.client_ca".into(), reason });
+            }
             return Ok(());
+        }
+        if tls.client_ca.is_some() {
+            let reason =
+                "certificates of clients prove nothing in development mode, where everybody is who they say they are: \
+                          put authentication on (auth.mode = \"required\"), or leave this out"
+                    .to_owned();
+            return Err(Wrong { key: "tls.client_ca".into(), reason });
         }
         let addresses = [
             ("mqtt.listen", Some(self.mqtt.listen)),
@@ -900,6 +941,19 @@ impl FromStr for AuthMode {
     }
 }
 
+impl FromStr for MetricsFor {
+    type Err = String;
+
+    fn from_str(whom: &str) -> Result<Self, String> {
+        match whom {
+            "loopback" => Ok(Self::Loopback),
+            "everybody" => Ok(Self::Everybody),
+            "off" => Ok(Self::Off),
+            _ => Err(format!("{whom:?} is not one of loopback, everybody, off")),
+        }
+    }
+}
+
 impl FromStr for WebhookEvent {
     type Err = String;
 
@@ -1086,6 +1140,22 @@ mod tests {
         );
         assert_eq!(settings.unwrap().auth.password_file, Some("users".into()));
         assert_says(&refusal("[auth]\nmode = 'required'"), &["`auth.mode`", "auth.password_file"]);
+        let certificates = "[tls]\ncertificate = 'c'\nkey = 'k'\nclient_ca = 'a'";
+        let required = format!("{certificates}\n[auth]\nmode = 'required'");
+        assert_says(&refusal(&required), &["`tls.client_ca`", "mqtt.tls_listen"]);
+        load(&format!("{required}\n[mqtt]\ntls_listen = '127.0.0.1:0'"), &[], Flags::default()).unwrap();
+        load(&format!("{required}\npassword_file = 'users'"), &[], Flags::default()).unwrap();
+        assert_says(&refusal(certificates), &["`tls.client_ca`", "auth.mode"]);
+    }
+
+    #[test]
+    fn metrics_are_for_somebody() {
+        assert_eq!(defaults().http.metrics, MetricsFor::Loopback);
+        for (word, whom) in [("everybody", MetricsFor::Everybody), ("off", MetricsFor::Off)] {
+            let settings = load(&format!("[http]\nmetrics = '{word}'"), &[], Flags::default()).unwrap();
+            assert_eq!(settings.http.metrics, whom);
+        }
+        assert_says(&refusal("[http]\nmetrics = 'admins'"), &["http.metrics", "loopback, everybody, off"]);
     }
 
     #[test]

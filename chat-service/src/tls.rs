@@ -4,12 +4,16 @@
 //! connection counts it first: a handshake has a deadline of its own, and the costly part of it takes its turn, so that a crowd at the door is
 //! no burden for those inside.
 
+use std::future::poll_fn;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::pin::pin;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::task::ready;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use parking_lot::RwLock;
+use broker::service::{Credential, ShownCertificate};
+use parking_lot::{Mutex, RwLock};
 use rustc_hash::FxHashMap;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
@@ -25,12 +29,15 @@ use tokio_rustls::LazyConfigAcceptor;
 use tokio_rustls::server::TlsStream;
 use x509_parser::prelude::{FromDer, X509Certificate};
 
+use crate::auth::authorities::Authorities;
 use crate::settings::TlsSettings;
 
 /// How often the files are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(10);
 /// TLS sessions that can be resumed, for each listener: as many as rustls keeps by itself.
 const SESSIONS_KEPT: usize = 256;
+/// Nobody waits for ever.
+const LIFETIME_MAX: Duration = Duration::from_secs(100 * 365 * 86_400);
 /// What a client asks for that checks a challenge of ACME's [RFC 8737].
 const ACME_ALPN: &[u8] = b"acme-tls/1";
 
@@ -67,8 +74,12 @@ impl Spoken {
 /// What handshakes begin with.
 pub struct Tls {
     client_ca: Option<PathBuf>,
+    /// Told who is in `client_ca` now.
+    authorities: Arc<Authorities>,
     /// `None`: certificates are given.
     files: Option<PairFiles>,
+    /// What was given last. Held until it is shown: two changes at a time do not undo each other.
+    given: Mutex<Option<Pair>>,
     /// `None`: there is no certificate yet.
     configs: RwLock<Option<Configs>>,
     /// What answers an ACME challenge, by domain.
@@ -82,6 +93,8 @@ pub struct Tls {
 struct Configs {
     mqtt: Arc<ServerConfig>,
     http: Arc<ServerConfig>,
+    /// Of those whose certificates they take.
+    credential: Credential,
 }
 
 /// Paths.
@@ -97,12 +110,30 @@ pub struct Pair {
     pub key: PrivateKeyDer<'static>,
 }
 
+impl Pair {
+    fn copy(&self) -> Self {
+        Self { chain: self.chain.clone(), key: self.key.clone_key() }
+    }
+}
+
+/// Those whose clients' certificates are taken.
+struct ClientAuthorities {
+    verifier: Option<Arc<dyn ClientCertVerifier>>,
+    certificates: Vec<CertificateDer<'static>>,
+}
+
 impl Tls {
-    /// `None` if there is no certificate in the settings, and none `is_given` later. A handshake may take as long as `timeout`.
+    /// `None` if there is no certificate in the settings, and none `is_given` later. A handshake may take as long as `timeout`. Whose clients'
+    /// certificates are taken is told to `authorities`.
     ///
     /// # Errors
     /// The first thing that is wrong with the files.
-    pub fn new(settings: &TlsSettings, is_given: bool, timeout: Duration) -> Result<Option<Arc<Self>>, TlsError> {
+    pub fn new(
+        settings: &TlsSettings,
+        is_given: bool,
+        timeout: Duration,
+        authorities: Arc<Authorities>,
+    ) -> Result<Option<Arc<Self>>, TlsError> {
         let files = match (settings.certificate.clone(), settings.key.clone()) {
             (Some(certificate), Some(key)) => Some(PairFiles { certificate, key }),
             _ if is_given => None,
@@ -112,33 +143,38 @@ impl Tls {
         let cores = std::thread::available_parallelism().map_or(1, usize::from);
         let tls = Self {
             client_ca: settings.client_ca.clone(),
+            authorities,
             files,
+            given: Mutex::new(None),
             configs: RwLock::new(None),
             challenges: RwLock::default(),
             timeout,
             turns: Semaphore::new((cores / 2).max(1)),
         };
         tls.reload()?;
-        if tls.files.is_none() {
-            // Whatever is wrong with the authorities of clients is told now, and not when the first certificate comes.
-            client_verifier(tls.client_ca.as_deref())?;
-        }
         Ok(Some(Arc::new(tls)))
     }
 
-    /// Reads the files again. If one of them is wrong everything stays as it was. Certificates that were given stay too.
+    /// Reads the files again. If one of them is wrong everything stays as it was. A certificate that was given stays too.
     ///
     /// # Errors
     /// The first thing that is wrong with the files.
     pub fn reload(&self) -> Result<(), TlsError> {
-        let Some(files) = &self.files else { return Ok(()) };
+        let Some(files) = &self.files else {
+            let given = self.given.lock();
+            return match &*given {
+                Some(pair) => self.show(pair.copy()),
+                // Whatever is wrong with the authorities of clients is told now, and not when the first certificate comes.
+                None => client_authorities(self.client_ca.as_deref()).map(drop),
+            };
+        };
         let chain = certificates("tls.certificate", &files.certificate)?;
         let key = PrivateKeyDer::from_pem_file(&files.key).map_err(|error| TlsError::File {
             key: "tls.key",
             path: files.key.clone(),
             reason: format!("there is no private key in it, in PEM: {error}"),
         })?;
-        self.give(Pair { chain, key })
+        self.show(Pair { chain, key })
     }
 
     /// Shows this certificate from now on.
@@ -146,8 +182,18 @@ impl Tls {
     /// # Errors
     /// Certificate and key do not fit together, or `tls.client_ca` cannot be used.
     pub fn give(&self, pair: Pair) -> Result<(), TlsError> {
-        let configs = configs(self.client_ca.as_deref(), pair)?;
-        *self.configs.write() = Some(configs);
+        let mut given = self.given.lock();
+        self.show(pair.copy())?;
+        *given = Some(pair);
+        Ok(())
+    }
+
+    fn show(&self, pair: Pair) -> Result<(), TlsError> {
+        let clients = client_authorities(self.client_ca.as_deref())?;
+        let [mqtt, http] = configs(clients.verifier, pair)?;
+        // Before anybody begins a handshake with it. One that began with what was there before is judged by this when it is done.
+        let credential = self.authorities.set(clients.certificates.iter().map(AsRef::as_ref));
+        *self.configs.write() = Some(Configs { mqtt, http, credential });
         Ok(())
     }
 
@@ -175,8 +221,8 @@ impl Tls {
         self.challenges.write().remove(domain);
     }
 
-    /// Reads the files again when they have changed, until `stop`.
-    pub async fn watch(self: Arc<Self>, mut stop: watch::Receiver<bool>) {
+    /// Reads the files again when they have changed, until `stop`, and calls `changed` then.
+    pub async fn watch(self: Arc<Self>, changed: impl Fn(), mut stop: watch::Receiver<bool>) {
         let mut seen = self.changed();
         loop {
             tokio::select! {
@@ -194,7 +240,10 @@ impl Tls {
             seen = now;
             match outcome {
                 None => {}
-                Some(Ok(())) => tracing::info!("read the certificate again"),
+                Some(Ok(())) => {
+                    changed();
+                    tracing::info!("read the certificate again");
+                }
                 Some(Err(error)) => tracing::error!(%error, "the certificate stays as it was"),
             }
         }
@@ -207,12 +256,12 @@ impl Tls {
         [certificate, key, self.client_ca.as_ref()].into_iter().flatten().map(changed).collect()
     }
 
-    /// The server's side of a handshake. With the common name of the certificate that the client showed, if it showed one.
+    /// The server's side of a handshake. With the certificate that the client showed, if it showed one that says who it is.
     ///
     /// # Errors
     /// The client does not speak TLS, is too slow, or shows a certificate that is not taken; or there is no certificate to show it yet; or all it
     /// wanted was to check an ACME challenge.
-    pub async fn accept<T>(&self, io: T, spoken: Spoken) -> io::Result<(TlsStream<T>, Option<Arc<str>>)>
+    pub async fn accept<T>(&self, io: T, spoken: Spoken) -> io::Result<(TlsStream<T>, Option<ShownCertificate>)>
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
@@ -222,14 +271,14 @@ impl Tls {
         }
     }
 
-    async fn handshake<T>(&self, io: T, spoken: Spoken) -> io::Result<(TlsStream<T>, Option<Arc<str>>)>
+    async fn handshake<T>(&self, io: T, spoken: Spoken) -> io::Result<(TlsStream<T>, Option<ShownCertificate>)>
     where
         T: AsyncRead + AsyncWrite + Unpin,
     {
         // Waiting for a client costs nobody a turn.
         let hello = LazyConfigAcceptor::new(Acceptor::default(), io).await?;
         if let Some(challenge) = self.challenge(&hello.client_hello()) {
-            let mut stream = hello.into_stream(challenge).await?;
+            let mut stream = self.in_turns(async move { hello.into_stream(challenge).await }).await?;
             stream.shutdown().await?;
             return Err(io::Error::other("it was an ACME challenge, and is answered"));
         }
@@ -241,14 +290,32 @@ impl Tls {
             Spoken::Mqtt => configs.mqtt,
             Spoken::Http => configs.http,
         };
-        let accepting = {
-            let _turn = self.turns.acquire().await.map_err(io::Error::other)?;
-            // Keys are agreed on and the signature is made in here.
-            hello.into_stream(config)
+        let mut stream = self.in_turns(async move { hello.into_stream(config).await }).await?;
+        let leaf = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+        let shown = match leaf.map(|leaf| shown(leaf, configs.credential)).transpose() {
+            Ok(shown) => shown.flatten(),
+            Err(reason) => {
+                stream.shutdown().await?;
+                return Err(io::Error::other(reason));
+            }
         };
-        let stream = accepting.await?;
-        let name = stream.get_ref().1.peer_certificates().and_then(|chain| common_name(chain.first()?));
-        Ok((stream, name))
+        Ok((stream, shown))
+    }
+
+    /// Whatever is worked on is worked on in a turn: keys are agreed on and signatures are made or checked after the first hello, after a second one
+    /// that the client was asked for, or when its certificate comes. Waiting for a client in between costs nobody a turn.
+    async fn in_turns<F: Future>(&self, work: F) -> F::Output {
+        let mut work = pin!(work);
+        let mut turn = pin!(self.turns.acquire());
+        poll_fn(|cx| {
+            // Nobody closes the semaphore.
+            let taken = ready!(turn.as_mut().poll(cx));
+            let worked = work.as_mut().poll(cx);
+            drop(taken);
+            turn.set(self.turns.acquire());
+            worked
+        })
+        .await
     }
 
     /// `None` if it is a client like any other.
@@ -263,25 +330,27 @@ fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
 }
 
-fn client_verifier(client_ca: Option<&Path>) -> Result<Option<Arc<dyn ClientCertVerifier>>, TlsError> {
-    let Some(path) = client_ca else { return Ok(None) };
+fn client_authorities(client_ca: Option<&Path>) -> Result<ClientAuthorities, TlsError> {
+    let Some(path) = client_ca else { return Ok(ClientAuthorities { verifier: None, certificates: Vec::new() }) };
+    let certificates = certificates("tls.client_ca", path)?;
     let mut roots = RootCertStore::empty();
-    for authority in certificates("tls.client_ca", path)? {
-        roots.add(authority).map_err(|error| TlsError::ClientCa(error.to_string()))?;
+    for authority in &certificates {
+        roots.add(authority.clone()).map_err(|error| TlsError::ClientCa(error.to_string()))?;
     }
     // Whoever shows none logs in some other way.
     let verifier = WebPkiClientVerifier::builder_with_provider(Arc::new(roots), provider())
         .allow_unauthenticated()
         .build()
         .map_err(|error| TlsError::ClientCa(error.to_string()))?;
-    Ok(Some(verifier))
+    Ok(ClientAuthorities { verifier: Some(verifier), certificates })
 }
 
-fn configs(client_ca: Option<&Path>, pair: Pair) -> Result<Configs, TlsError> {
+/// For MQTT and for HTTP.
+fn configs(verifier: Option<Arc<dyn ClientCertVerifier>>, pair: Pair) -> Result<[Arc<ServerConfig>; 2], TlsError> {
     let builder = ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&TLS13, &TLS12])
         .map_err(TlsError::Pair)?;
-    let builder = match client_verifier(client_ca)? {
+    let builder = match verifier {
         None => builder.with_no_client_auth(),
         Some(verifier) => builder.with_client_cert_verifier(verifier),
     };
@@ -293,7 +362,7 @@ fn configs(client_ca: Option<&Path>, pair: Pair) -> Result<Configs, TlsError> {
         config.session_storage = ServerSessionMemoryCache::new(SESSIONS_KEPT);
         Arc::new(config)
     };
-    Ok(Configs { mqtt: of(Spoken::Mqtt), http: of(Spoken::Http) })
+    Ok([of(Spoken::Mqtt), of(Spoken::Http)])
 }
 
 /// Every certificate of a PEM file; at least one.
@@ -305,10 +374,191 @@ pub fn certificates(key: &'static str, path: &Path) -> Result<Vec<CertificateDer
     if found.is_empty() { Err(error("there is no certificate in it, in PEM".to_owned())) } else { Ok(found) }
 }
 
-fn common_name(certificate: &CertificateDer<'_>) -> Option<Arc<str>> {
-    let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
+/// Who a certificate says its owner is; `None` if it does not say that. `Err` if its time is over: a session that is resumed brings the
+/// certificate of then, which nobody has looked at since.
+fn shown(certificate: &CertificateDer<'_>, credential: Credential) -> Result<Option<ShownCertificate>, &'static str> {
+    let (_, certificate) =
+        X509Certificate::from_der(certificate).map_err(|_| "the client's certificate cannot be read")?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    // It is good until the end of that second.
+    let until_s = u64::try_from(certificate.validity().not_after.timestamp()).unwrap_or(0).saturating_add(1);
+    let left = Duration::from_secs(until_s).saturating_sub(now).min(LIFETIME_MAX);
+    if left.is_zero() {
+        return Err("the client's certificate has expired");
+    }
     let mut names = certificate.subject().iter_common_name();
-    let name = names.next()?.as_str().ok()?.into();
+    let name = names.next().and_then(|name| name.as_str().ok());
     // Two names are none.
-    names.next().is_none().then_some(name)
+    let name = name.filter(|_| names.next().is_none());
+    Ok(name.map(|name| ShownCertificate { name: name.into(), expires_at: Instant::now() + left, credential }))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Cursor, Write};
+    use std::task::Poll;
+
+    use rcgen::{CertificateParams, KeyPair};
+    use rustls::crypto::{ActiveKeyExchange, SharedSecret, SupportedKxGroup};
+    use rustls::pki_types::{PrivatePkcs8KeyDer, ServerName};
+    use rustls::{ClientConfig, ClientConnection, NamedGroup};
+    use tokio::io::{AsyncReadExt, DuplexStream};
+
+    use super::*;
+
+    fn issued() -> (String, Pair) {
+        let key = KeyPair::generate().unwrap();
+        let certificate = CertificateParams::new(vec!["localhost".to_owned()]).unwrap().self_signed(&key).unwrap();
+        let der = PrivateKeyDer::try_from(key.serialize_der()).unwrap();
+        (certificate.pem(), Pair { chain: vec![certificate.der().clone()], key: der })
+    }
+
+    /// Also beside a certificate that is in no file.
+    #[test]
+    fn the_authorities_of_clients_are_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("authorities.pem");
+        std::fs::write(&file, issued().0).unwrap();
+        let settings = TlsSettings { certificate: None, key: None, client_ca: Some(file.clone()) };
+        let authorities = Arc::new(Authorities::default());
+        let tls = Tls::new(&settings, true, Duration::from_secs(1), Arc::clone(&authorities)).unwrap().unwrap();
+        let credential = || tls.configs.read().as_ref().map(|configs| configs.credential);
+        tls.reload().unwrap();
+        assert_eq!(credential(), None, "there is no certificate yet");
+        tls.give(issued().1).unwrap();
+        let first = credential().unwrap();
+        tls.reload().unwrap();
+        assert_eq!(credential(), Some(first));
+        assert!(authorities.takes(first));
+        std::fs::write(&file, issued().0).unwrap();
+        tls.reload().unwrap();
+        assert!(!authorities.takes(first) && authorities.takes(credential().unwrap()));
+        std::fs::write(&file, "nonsense").unwrap();
+        tls.reload().unwrap_err();
+        assert!(authorities.takes(credential().unwrap()), "a mistake changes nothing");
+    }
+
+    #[test]
+    fn a_certificate_says_who_and_until_when() {
+        let shown_of = |names: &[&str], left_s: i64| {
+            let mut params = CertificateParams::new(Vec::new()).unwrap();
+            params.distinguished_name = rcgen::DistinguishedName::new();
+            if let [name] = names {
+                params.distinguished_name.push(rcgen::DnType::CommonName, *name);
+            }
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+            let until_s = i64::try_from(now.as_secs()).unwrap() + left_s;
+            params.not_after = (UNIX_EPOCH + Duration::from_secs(until_s.try_into().unwrap())).into();
+            let certificate = params.self_signed(&KeyPair::generate().unwrap()).unwrap();
+            shown(certificate.der(), Credential(7))
+        };
+        let bob = shown_of(&["bob"], 60).unwrap().unwrap();
+        let left = bob.expires_at.saturating_duration_since(Instant::now());
+        assert_eq!((&*bob.name, bob.credential), ("bob", Credential(7)));
+        assert!((55..=61).contains(&left.as_secs()), "{left:?}");
+        assert_eq!(shown_of(&[], 60), Ok(None));
+        for names in [&["bob"][..], &[]] {
+            assert_eq!(shown_of(names, -2), Err("the client's certificate has expired"));
+        }
+    }
+
+    /// A group that no server here has: whoever offers it first is asked for a second hello.
+    #[derive(Debug)]
+    struct Unknown;
+
+    impl SupportedKxGroup for Unknown {
+        fn start(&self) -> Result<Box<dyn ActiveKeyExchange>, rustls::Error> {
+            Ok(Box::new(Unknown))
+        }
+
+        fn name(&self) -> NamedGroup {
+            NamedGroup::X448
+        }
+    }
+
+    impl ActiveKeyExchange for Unknown {
+        fn complete(self: Box<Self>, _: &[u8]) -> Result<SharedSecret, rustls::Error> {
+            Err(rustls::Error::General("nobody has this group".to_owned()))
+        }
+
+        fn pub_key(&self) -> &[u8] {
+            &[7; 56]
+        }
+
+        fn group(&self) -> NamedGroup {
+            NamedGroup::X448
+        }
+    }
+
+    /// A server with a certificate, and a client that believes it and asks for a second round of hellos.
+    fn ends() -> (Arc<Tls>, ClientConnection) {
+        let signed = rcgen::generate_simple_self_signed(["localhost".to_owned()]).unwrap();
+        let key = PrivatePkcs8KeyDer::from(signed.signing_key.serialize_der());
+        let settings = TlsSettings { certificate: None, key: None, client_ca: None };
+        let tls = Tls::new(&settings, true, Duration::from_secs(3_600), Arc::default()).unwrap().unwrap();
+        tls.give(Pair { chain: vec![signed.cert.der().clone()], key: key.into() }).unwrap();
+        let mut roots = RootCertStore::empty();
+        roots.add(signed.cert.der().clone()).unwrap();
+        let mut groups: Vec<&'static dyn SupportedKxGroup> = vec![&Unknown];
+        groups.extend(&rustls::crypto::ring::default_provider().kx_groups);
+        let provider = CryptoProvider { kx_groups: groups, ..rustls::crypto::ring::default_provider() };
+        let config = ClientConfig::builder_with_provider(provider.into())
+            .with_protocol_versions(&[&TLS13])
+            .unwrap()
+            .with_root_certificates(roots)
+            .with_no_client_auth();
+        let name = ServerName::try_from("localhost").unwrap();
+        (tls, ClientConnection::new(config.into(), name).unwrap())
+    }
+
+    async fn send(client: &mut ClientConnection, socket: &mut DuplexStream) {
+        let mut bytes = Vec::new();
+        while client.wants_write() {
+            client.write_tls(&mut bytes).unwrap();
+        }
+        socket.write_all(&bytes).await.unwrap();
+    }
+
+    /// `false` if the server says nothing though everybody has done what there was to do.
+    async fn hear(client: &mut ClientConnection, socket: &mut DuplexStream) -> bool {
+        for _ in 0..100 {
+            tokio::task::yield_now().await;
+        }
+        let mut bytes = [0; 4_096];
+        let mut reading = pin!(socket.read(&mut bytes));
+        let Poll::Ready(read) = poll_fn(|cx| Poll::Ready(reading.as_mut().poll(cx))).await else { return false };
+        let mut bytes = Cursor::new(&bytes[..read.unwrap()]);
+        while client.read_tls(&mut bytes).unwrap() > 0 {}
+        client.process_new_packets().unwrap();
+        true
+    }
+
+    #[tokio::test]
+    async fn each_hello_waits_for_its_turn() {
+        let (tls, mut client) = ends();
+        let turns = u32::try_from(tls.turns.available_permits()).unwrap();
+        let (mut socket, server) = tokio::io::duplex(1 << 16);
+        let accepting = tokio::spawn({
+            let tls = Arc::clone(&tls);
+            async move { tls.accept(server, Spoken::Mqtt).await }
+        });
+        for hello in ["first", "second"] {
+            let others = tls.turns.acquire_many(turns).await.unwrap();
+            send(&mut client, &mut socket).await;
+            assert!(!hear(&mut client, &mut socket).await, "the {hello} hello was worked on out of turn");
+            drop(others);
+            assert!(hear(&mut client, &mut socket).await, "the {hello} hello was not answered");
+        }
+        while client.is_handshaking() {
+            assert!(hear(&mut client, &mut socket).await);
+        }
+        // Waiting for the client has no turn.
+        assert_eq!(tls.turns.available_permits(), usize::try_from(turns).unwrap());
+        client.writer().write_all(b"hello").unwrap();
+        send(&mut client, &mut socket).await;
+        let (mut stream, _) = accepting.await.unwrap().unwrap();
+        let mut heard = [0; 5];
+        stream.read_exact(&mut heard).await.unwrap();
+        assert_eq!(&heard, b"hello");
+    }
 }

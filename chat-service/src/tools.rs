@@ -2,6 +2,7 @@
 
 use std::io::{BufWriter, IsTerminal, Write};
 use std::ops::ControlFlow;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
@@ -144,7 +145,8 @@ fn verify(folder: &Path) -> ExitCode {
 fn export(folder: &Path, output: Option<&Path>) -> Result<String, String> {
     let to: Box<dyn Write> = match output {
         Some(file) => {
-            let made = std::fs::File::create_new(file);
+            // What people wrote is for the owner alone.
+            let made = std::fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(file);
             Box::new(made.map_err(|error| format!("{}: {error}", file.display()))?)
         }
         None => Box::new(std::io::stdout().lock()),

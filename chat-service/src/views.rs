@@ -1,6 +1,6 @@
 //! What a user sees of conversations: read from the log, with edits, unsends, blocks and deletions laid over it.
 //!
-//! Nothing is kept here: an answer is true for the moment of its reads. Pages go by seq or by log position, which never change, so nothing is
+//! Nothing that can change is kept here: an answer is true for the moment of its reads. Pages go by seq or by log position, which never change, so nothing is
 //! skipped or repeated while messages arrive.
 
 use std::cmp::Reverse;
@@ -12,6 +12,8 @@ use chat_protocol::request::{
     SyncedConversation, place_of,
 };
 use chat_protocol::{ConversationId, ErrorCode, Seq, Timestamp, UserId};
+use parking_lot::Mutex;
+use rustc_hash::FxHashMap;
 
 use crate::log::{Body, ConversationHead, Entry, Log, LogError, PeerRecord, Position, ReadLimit, Side, Stream};
 
@@ -27,6 +29,9 @@ const LAST_TEXT_WINDOWS: usize = 4;
 const SYNCED_CONVERSATIONS_MAX: usize = 500;
 /// After a conversation with so many deletions an answer to `sync` has no further one.
 const SYNCED_DELETIONS_MAX: usize = 10_000;
+
+/// Of those that are longer than a window.
+const WITHHELD_RUNS_MAX: usize = 4_096;
 
 /// Why something cannot be shown.
 #[derive(Debug)]
@@ -50,11 +55,22 @@ fn refused(code: ErrorCode, message: impl Into<String>) -> ViewError {
 /// The conversations of users, as they see them.
 pub struct Views<L> {
     log: Arc<L>,
+    withheld: Arc<Mutex<WithheldRuns>>,
+}
+
+/// Of conversations and senders: how far their last entries were looked through, and what is before those that were withheld, if any. That only grows,
+/// so nothing is looked through twice, however much a blocked user writes.
+type WithheldRuns = FxHashMap<(ConversationId, UserId), WithheldRun>;
+
+#[derive(Clone, Copy, Debug)]
+struct WithheldRun {
+    looked_to: u64,
+    before: u64,
 }
 
 impl<L> Clone for Views<L> {
     fn clone(&self) -> Self {
-        Self { log: Arc::clone(&self.log) }
+        Self { log: Arc::clone(&self.log), withheld: Arc::clone(&self.withheld) }
     }
 }
 
@@ -68,7 +84,7 @@ struct Conversation<'a> {
 
 impl<L: Log> Views<L> {
     pub fn new(log: Arc<L>) -> Self {
-        Self { log }
+        Self { log, withheld: Arc::default() }
     }
 
     async fn head(&self, conversation: &ConversationId) -> Result<Option<ConversationHead>, LogError> {
@@ -106,18 +122,33 @@ impl<L: Log> Views<L> {
     /// `last`, or what is before the sender's entries that were withheld, if the last of them up to there were. As `last` grows it never
     /// goes back.
     async fn not_withheld(&self, id: &ConversationId, from: &UserId, last: u64) -> Result<u64, LogError> {
+        let key = (id.clone(), from.clone());
+        let known = self.withheld.lock().get(&key).copied().filter(|known| known.looked_to <= last);
+        let looked_to = known.map_or(0, |known| known.looked_to);
         let (mut end, mut told) = (last, last);
-        while end > 0 {
-            let begin = end.saturating_sub(if told < last { WINDOW } else { 4 });
+        let mut found = false;
+        while end > looked_to && !found {
+            let begin = end.saturating_sub(if end < last { WINDOW } else { 4 }).max(looked_to);
             let limit = ReadLimit { entries: usize::try_from(end - begin).unwrap_or(1), bytes: usize::MAX };
             let entries = self.log.read_conversation(id, Seq::new(begin), limit).await?.entries;
             for entry in entries.iter().rev().filter(|entry| entry.from == *from && entry.seq.get() <= end) {
-                if !entry.withheld {
-                    return Ok(told);
+                found = !entry.withheld;
+                if found {
+                    break;
                 }
                 told = entry.seq.get() - 1;
             }
             end = begin;
+        }
+        if let Some(known) = known.filter(|known| !found && known.before < known.looked_to) {
+            told = known.before;
+        }
+        if last - end > WINDOW {
+            let mut withheld = self.withheld.lock();
+            if withheld.len() >= WITHHELD_RUNS_MAX {
+                withheld.clear();
+            }
+            withheld.insert(key, WithheldRun { looked_to: last, before: told });
         }
         Ok(told)
     }
@@ -541,6 +572,61 @@ impl Token {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::log::{MemoryLog, NewEntry};
+
+    /// What is before the last entries that were withheld is found however many they are, and they are looked through once.
+    #[tokio::test]
+    async fn a_long_run_of_withheld_entries() {
+        let name = |name: &str| UserId::parse(name).unwrap();
+        let (eve, bob) = (name("eve"), name("bob"));
+        let id = ConversationId::between(&eve, &bob).unwrap();
+        let log = Arc::new(MemoryLog::new());
+        let views = Views::new(Arc::clone(&log));
+        let mut seq = 0;
+        let mut expected = 0;
+        // How many, by whom, and whether they are withheld.
+        for (count, from, withheld) in [
+            (3, &eve, false),
+            (700, &eve, true),
+            (400, &bob, false),
+            (900, &eve, true),
+            (1, &eve, false),
+            (600, &eve, true),
+        ] {
+            let to = if *from == eve { &bob } else { &eve };
+            for _ in 0..count {
+                seq += 1;
+                let entry = NewEntry {
+                    conversation: id.clone(),
+                    seq: Seq::new(seq).unwrap(),
+                    from: from.clone(),
+                    to: to.clone(),
+                    id: None,
+                    at: Timestamp::from_ms(seq),
+                    body: "x".to_owned().into(),
+                    withheld,
+                };
+                log.append(vec![entry]).await.unwrap();
+                // Looked at now and then, as it grows.
+                if !withheld && *from == eve {
+                    expected = seq;
+                }
+                let anew = Views::new(Arc::clone(&log));
+                if seq % 97 == 0 || seq % 301 == 0 {
+                    assert_eq!(views.not_withheld(&id, &eve, seq).await.unwrap(), expected, "{seq}");
+                    assert_eq!(anew.not_withheld(&id, &eve, seq).await.unwrap(), expected, "{seq}");
+                }
+            }
+            assert_eq!(views.not_withheld(&id, &eve, seq).await.unwrap(), expected);
+        }
+        let known = views.withheld.lock()[&(id.clone(), eve.clone())];
+        assert!(
+            known.looked_to + 2 * WINDOW > seq && known.before == expected,
+            "the next look begins there: {known:?}"
+        );
+        // What was before is still what it was.
+        assert_eq!(views.not_withheld(&id, &eve, 650).await.unwrap(), 3);
+    }
 
     #[test]
     fn the_length_of_a_text_is_that_of_its_json() {

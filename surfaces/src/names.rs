@@ -3,7 +3,7 @@
 use std::time::Instant;
 
 use broker::topics::filter::{matches, shared, validate_topic_filter, validate_topic_name};
-use broker::topics::retained::Retained;
+use broker::topics::retained::{Retained, RetainedLimits};
 use broker::topics::trie::SubscriptionTrie;
 use chat_protocol::topic::{Down, is_chat, is_response_topic, parse_filter, parse_observer_filter, parse_up};
 use chat_protocol::{ConversationId, MessageId, UserId};
@@ -50,7 +50,8 @@ pub(crate) fn filters(data: &[u8]) {
     let topic = lines.next().unwrap_or_default();
     let is_topic = validate_topic_name(topic, LEVELS_MAX).is_ok();
     let mut trie = SubscriptionTrie::new();
-    let mut retained = Retained::new(10, 10_000);
+    let limits = RetainedLimits { messages: 10, bytes: 10_000, user_messages: 10, user_bytes: 10_000 };
+    let mut retained = Retained::new(limits);
     if is_topic {
         let message = broker::topics::message::Message {
             topic: topic.into(),

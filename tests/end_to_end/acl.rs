@@ -322,6 +322,45 @@ async fn admins_see_how_the_server_is() {
     admin.ping().await.unwrap();
 }
 
+/// [MQTT-4.7.2-1]: a filter that begins with a wildcard matches no topic that begins with `$`, whoever may read those by name.
+#[tokio::test]
+async fn no_leading_wildcard_sees_server_topics() {
+    let files = Files::new(RULES);
+    let chatd = files.chatd().await;
+    for version in [Version::V4, Version::V5] {
+        let admin = |device: &str| with_roles(version, "root", device, "admin");
+        let mut wide = admin("wide").to(&chatd).await.unwrap();
+        for filter in [
+            "#",
+            "+/#",
+            "+/broker/#",
+            "+/broker/messages/stored",
+            "+/+/+/+",
+            "$share/group/#",
+            "$share/group/+/broker/#",
+        ] {
+            wide.subscribe(filter, 1).await.unwrap();
+        }
+        // What is retained would have come by now; and it is told anew while they listen.
+        let mut named = admin("named").to(&chatd).await.unwrap();
+        named.subscribe("$SYS/broker/messages/stored", 1).await.unwrap();
+        let before = named.acked_message().await.unwrap().text().to_owned();
+        let mut alice = user(Version::V5, "alice", "phone").to(&chatd).await.unwrap();
+        alice.say("alice", "bob", "one more").await.unwrap();
+        while named.acked_message().await.unwrap().text() == before {}
+        // They do hear what is theirs.
+        let mut bob = user(Version::V5, "bob", "phone").to(&chatd).await.unwrap();
+        bob.publish(Publish::new("news/today", "heard", 1)).await.unwrap();
+        let mut heard = vec![wide.message().await.unwrap().topic];
+        for packet in wide.ping().await.unwrap() {
+            let Packet::Publish(publish) = packet else { panic!("{packet:?}") };
+            heard.push(publish.topic);
+        }
+        heard.dedup();
+        assert_eq!(heard, ["news/today"], "{version:?}");
+    }
+}
+
 #[tokio::test]
 async fn in_development_mode_everybody_sees_how_the_server_is() {
     let chatd = Chatd::start().await.unwrap();

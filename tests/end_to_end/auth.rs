@@ -1,6 +1,9 @@
 //! Who may come in, with what, and until when.
 
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use end_to_end::packet::{self, Packet, Properties, Publish, Value as Property, Version, id};
@@ -10,6 +13,7 @@ use jsonwebtoken::{Algorithm, EncodingKey, Header, encode};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tokio::io::AsyncWriteExt;
+use tokio::task::JoinSet;
 
 pub(crate) const SECRET: &str = "0123456789abcdef0123456789abcdef";
 
@@ -144,11 +148,57 @@ async fn passwd_adds_checks_and_removes() {
     assert_eq!(std::fs::read_to_string(&file).unwrap().lines().count(), 2);
 }
 
+/// Whoever types a password takes their time; what is done meanwhile stays.
+#[tokio::test]
+async fn passwd_add_undoes_nothing_that_was_done_while_it_asked() {
+    let (_folder, file) = users().await;
+    let mut command = chatd::command().await.unwrap();
+    let command = command.args(["passwd", "add", "carol", "--file"]).arg(&file);
+    let command = command.stdin(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut asking = command.spawn().unwrap();
+    let stat = format!("/proc/{}/stat", asking.id().unwrap());
+    // It sleeps when it waits for the password. Where that cannot be seen there is less to see here.
+    let waits = async || std::fs::read_to_string(&stat).is_ok_and(|stat| stat.contains(") S "));
+    if cfg!(target_os = "linux") {
+        eventually("it waits for the password", PATIENCE, waits).await;
+    }
+    assert_eq!(passwd(&["remove", "bob"], &file, "").await.0, Some(0));
+    asking.stdin.take().unwrap().write_all(b"carol-pw\n").await.unwrap();
+    assert!(asking.wait_with_output().await.unwrap().status.success());
+    let users = std::fs::read_to_string(&file).unwrap();
+    assert!(users.contains("carol:") && !users.contains("bob:"), "{users}");
+}
+
+#[tokio::test]
+async fn passwd_keeps_rights_and_links_and_says_what_is_wrong() {
+    let (folder, file) = users().await;
+    std::fs::set_permissions(&file, std::fs::Permissions::from_mode(0o640)).unwrap();
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(&file, &link).unwrap();
+    let chatd = chatd::command().await.unwrap().as_std().get_program().to_owned();
+    let run = async |line: &str| {
+        let mut shell = tokio::process::Command::new("sh");
+        shell.args(["-c", line]).arg(&chatd).arg(&link).current_dir(folder.path()).output().await.unwrap()
+    };
+    let output = run("umask 077; exec \"$0\" passwd remove bob --file \"$1\"").await;
+    assert!(output.status.success(), "{output:?}");
+    assert_eq!(std::fs::metadata(&file).unwrap().permissions().mode() & 0o777, 0o640);
+    assert!(std::fs::symlink_metadata(&link).unwrap().is_symlink());
+    assert_eq!(std::fs::read_to_string(&file).unwrap().lines().count(), 2);
+    // Without --file the settings name the file: what is wrong with them is told.
+    let output = run("CHATD__LIMITS__WINDOW=x exec \"$0\" passwd remove eve").await;
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.code() == Some(2) && said.contains("limits.window"), "{output:?}");
+    let output = run("CHATD__LIMITS__WINDOW=x exec \"$0\" passwd remove eve --file \"$1\"").await;
+    assert!(output.status.success(), "{output:?}");
+}
+
 /// Whoever guesses waits; whoever knows their password does not, even while others guess as fast as they can.
 #[tokio::test]
 async fn guessing_costs_the_guesser_only() {
     let (_folder, file) = users().await;
-    let chatd = Chatd::start_with(required().set("auth.password_file", file.display())).await.unwrap();
+    let options = required().set("auth.password_file", file.display()).set("limits.uncounted_addresses", "10.0.0.0/8");
+    let chatd = Chatd::start_with(options).await.unwrap();
     let guess = |nth: usize| {
         let connect = alice(Version::V5).password(format!("guess {nth}"));
         let chatd = &chatd;
@@ -172,6 +222,92 @@ async fn guessing_costs_the_guesser_only() {
     assert!(properties.reason().unwrap().contains("try again in"), "{properties:?}");
     assert!(began.elapsed() < Duration::from_secs(1), "{:?}", began.elapsed());
     Connect::v5("bob", "laptop").password("bob-pw").to(&chatd).await.unwrap();
+}
+
+/// Behind a proxy everybody has its address: whoever guesses there makes others slow, and locks nobody out.
+#[tokio::test]
+async fn guesses_from_a_shared_address_lock_nobody_out() {
+    let (_folder, file) = users().await;
+    let chatd = Chatd::start_with(required().set("auth.password_file", file.display())).await.unwrap();
+    let guess = |nth: usize| {
+        let connect = alice(Version::V5).password(format!("guess {nth}"));
+        let chatd = &chatd;
+        async move { refused(chatd, connect).await.0 }
+    };
+    assert_eq!(futures_util::future::join_all((0..10).map(guess)).await, [0x86; 10]);
+    let began = Instant::now();
+    assert_eq!(futures_util::future::join_all((0..3).map(guess)).await, [0x86; 3]);
+    assert!(began.elapsed() >= Duration::from_secs(3), "one after the other: {:?}", began.elapsed());
+    alice(Version::V5).password("alice-pw").to(&chatd).await.unwrap();
+}
+
+/// Names cost nothing to make up: those who come from one address do not fill the room for others.
+#[tokio::test]
+async fn a_crowd_of_names_from_one_address_leaves_room_for_others() {
+    let (_folder, file) = users().await;
+    let options = required().set("auth.password_file", file.display()).set("limits.uncounted_addresses", "127.0.0.1");
+    let chatd = Arc::new(Chatd::start_with(options).await.unwrap());
+    let turned_away = Arc::new(AtomicUsize::new(0));
+    let mut crowd = JoinSet::new();
+    for nth in 0..100 {
+        let (chatd, turned_away) = (Arc::clone(&chatd), Arc::clone(&turned_away));
+        crowd.spawn(async move {
+            for name in 0.. {
+                let connect = Connect::v4(&format!("n-{nth}-{name}"), "phone").password("guess");
+                let packets = connect.open(&chatd).await.unwrap().until_closed().await.unwrap();
+                // 3: the server is unavailable.
+                if matches!(packets.first(), Some(Packet::Connack { code: 3, .. })) {
+                    turned_away.fetch_add(1, Ordering::Relaxed);
+                }
+            }
+        });
+    }
+    eventually("they have all the room that they get", PATIENCE, async || turned_away.load(Ordering::Relaxed) > 0)
+        .await;
+    for nth in 0..5 {
+        let before = turned_away.load(Ordering::Relaxed);
+        let connect = Connect::v5("alice", &format!("phone-{nth}")).password("alice-pw").coming_from("127.0.0.2");
+        connect.to(&chatd).await.unwrap();
+        let still = async || turned_away.load(Ordering::Relaxed) > before;
+        eventually("the crowd is still there", PATIENCE, still).await;
+    }
+    crowd.shutdown().await;
+}
+
+/// Whoever guesses at many users, a little at each, is stopped as well: by the address, with passwords and tokens together.
+#[tokio::test]
+async fn a_hundred_failures_lock_an_address() {
+    const GUESSES: usize = 100;
+    let (folder, file) = users().await;
+    let key = folder.path().join("key");
+    std::fs::write(&key, SECRET).unwrap();
+    // Those of loopback do not count at first.
+    let options = required()
+        .set("auth.password_file", file.display())
+        .set("auth.jwt_key_file", key.display())
+        .set("limits.uncounted_addresses", "192.0.2.1");
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let guess = |nth: usize| {
+        let claims = json!({"sub": format!("user-{nth}"), "exp": now_s() + 600});
+        let forged = encode(&Header::new(Algorithm::HS256), &claims, &EncodingKey::from_secret(&[b'x'; 32])).unwrap();
+        let connect = Connect::v5(&format!("user-{nth}"), "phone").password(forged).coming_from("127.0.0.2");
+        let chatd = &chatd;
+        async move { refused(chatd, connect).await.0 }
+    };
+    let bob = |from: &str| Connect::v5("bob", "phone").password("bob-pw").coming_from(from);
+    let codes = futures_util::future::join_all((1..GUESSES).map(guess)).await;
+    assert_eq!(codes, [0x86; GUESSES - 1]);
+    // One less is not too many; and a right password forgives nothing of it.
+    bob("127.0.0.2").to(&chatd).await.unwrap().leave().await.unwrap();
+    let (code, _) = refused(&chatd, alice(Version::V5).password("guess").coming_from("127.0.0.2")).await;
+    assert_eq!(code, 0x86);
+    let token = token(json!({"sub": "alice", "exp": now_s() + 600}));
+    for right in [bob("127.0.0.2"), alice(Version::V5).password(token).coming_from("127.0.0.2")] {
+        let (code, properties) = refused(&chatd, right).await;
+        assert_eq!(code, 0x9f);
+        assert!(properties.reason().unwrap().contains("try again in"), "{properties:?}");
+    }
+    bob("127.0.0.3").to(&chatd).await.unwrap();
 }
 
 pub(crate) fn now_s() -> u64 {
@@ -254,6 +390,28 @@ async fn a_connection_ends_with_its_token_unless_it_is_renewed() {
     let mut plain = alice(Version::V5).password(longer.clone()).to(&chatd).await.unwrap();
     plain.send_bytes(&packet::authenticate_again("JWT", longer.as_bytes())).await.unwrap();
     assert_eq!(disconnected(&mut plain).await, 0x82, "no method was agreed on");
+}
+
+/// What MQTT 5 forbids in extended authentication [3.1.2.11.10, 3.15.2.1].
+#[tokio::test]
+async fn authentication_out_of_place_is_a_protocol_error() {
+    let (_folder, chatd) = taking_tokens().await;
+    let token = token(json!({"sub": "alice", "exp": now_s() + 600}));
+    let data = Property::Binary(token.clone().into_bytes());
+    let without_method = alice(Version::V5).password(token.clone()).with(id::AUTHENTICATION_DATA, data.clone());
+    assert_eq!(refused(&chatd, without_method).await.0, 0x82);
+    let method = || alice(Version::V5).with(id::AUTHENTICATION_METHOD, Property::Text("JWT".to_owned()));
+    let connect = Connect { user_name: None, ..method().with(id::AUTHENTICATION_DATA, data.clone()) };
+    for reason in [0x00, 0x18] {
+        let mut client = connect.to(&chatd).await.unwrap();
+        let mut again = packet::authenticate_again("JWT", b"x");
+        assert_eq!(again[2], 0x19);
+        again[2] = reason;
+        client.send_bytes(&again).await.unwrap();
+        assert_eq!(disconnected(&mut client).await, 0x82, "{reason:#x}");
+    }
+    let anothers = Connect { user_name: Some("bob".to_owned()), ..method().with(id::AUTHENTICATION_DATA, data) };
+    assert_eq!(refused(&chatd, anothers).await.0, 0x86, "the token is alice's");
 }
 
 #[tokio::test]
@@ -352,6 +510,37 @@ async fn another_password_ends_the_sessions_of_the_old_one() {
     assert_eq!(answer["ok"]["entries"][0]["text"], "before", "{answer}");
 }
 
+/// Who was let in by the old rules and has not arrived yet is not let in any more.
+#[tokio::test]
+async fn a_login_under_way_ends_with_the_right_to_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("key");
+    std::fs::write(&file, SECRET).unwrap();
+    // Ten connects a second: of 20 at a time half wait for their turn, up to a second, after their token was checked.
+    let options = required().set("auth.jwt_key_file", file.display()).set("limits.user_publishes_per_s", 100);
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let token = token(json!({"sub": "eve", "exp": now_s() + 600}));
+    let connects = (0..20).map(|nth| {
+        let connect = Connect::v5("eve", &format!("phone-{nth}")).password(token.clone());
+        let chatd = &chatd;
+        async move { connect.open(chatd).await.unwrap() }
+    });
+    let clients = futures_util::future::join_all(connects).await;
+    let waiting = async || chatd.limited("user_publishes_per_s").await.unwrap() >= 5.0;
+    eventually("some wait for their turn", PATIENCE, waiting).await;
+    std::fs::write(&file, "another_secret_of_32_bytes_or_more").unwrap();
+    chatd.signal_hangup().unwrap();
+    for mut client in clients {
+        let packets = client.until_closed().await.expect("nobody stays");
+        let told = match packets.last() {
+            Some(Packet::Connack { code, .. } | Packet::Disconnect { code, .. }) => *code,
+            other => panic!("{other:?}"),
+        };
+        assert!([0x86, 0x87].contains(&told), "{packets:?}");
+    }
+    eventually("they leave no trace", PATIENCE, async || chatd.metric("chatd_connections").await.unwrap() == 0.0).await;
+}
+
 /// Whether a user exists is not to be learned from how long a refusal takes: median against median, over many logins.
 #[tokio::test]
 async fn a_refusal_takes_as_long_for_users_who_are_there() {
@@ -419,7 +608,7 @@ impl Keys {
     }
 
     fn options(&self) -> Options {
-        required().set("auth.jwt_key_url", format!("http://{}/keys", self.address))
+        required().set("auth.jwt_key_url", format!("http://{}/keys?key=hidden", self.address))
     }
 
     fn asked(&self) -> usize {
@@ -483,7 +672,7 @@ async fn keys_that_cannot_be_fetched_again_stay() {
     keys.set(None);
     eventually("a fetch fails", long, async || failures().await >= 1.0).await;
     Connect::v5("alice", "laptop").password(signed(Some("2026"))).to(&chatd).await.unwrap();
-    for bad in ["{}", "nonsense", r#"{"keys":[{"kty":"oct","k":"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"}]}"#] {
+    for bad in ["{}", "nonsense"] {
         let before = failures().await;
         keys.set(Some(bad.to_owned()));
         eventually("it is refused", long, async || failures().await > before).await;
@@ -502,6 +691,24 @@ async fn keys_that_cannot_be_fetched_again_stay() {
     client.set_patience(long);
     assert_eq!(disconnected(&mut client).await, 0x87);
     assert_eq!(refused(&chatd, alice(Version::V5).password(signed(None))).await.0, 0x86);
+    assert!(!chatd.log().unwrap().contains("hidden"), "the query may be a secret");
+}
+
+/// A set without a key that can be used is an answer too: whoever signs tokens has taken their keys back.
+#[tokio::test]
+async fn keys_that_are_all_taken_back_open_nothing() {
+    let keys = Keys::start(Some(KEY_SET.to_owned())).await;
+    let chatd = Chatd::start_with(keys.options().set("auth.jwt_key_refresh_s", 30)).await.unwrap();
+    eventually("it has them", PATIENCE, async || chatd.log().unwrap().contains("fetched the keys")).await;
+    let mut client = alice(Version::V5).password(signed(None)).to(&chatd).await.unwrap();
+    keys.set(Some(r#"{"keys":[{"kty":"oct","k":"MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"}]}"#.to_owned()));
+    client.set_patience(Duration::from_secs(60));
+    assert_eq!(disconnected(&mut client).await, 0x87);
+    for kid in [None, Some("2026")] {
+        assert_eq!(refused(&chatd, alice(Version::V5).password(signed(kid))).await.0, 0x86, "{kid:?}");
+    }
+    let log = chatd.log().unwrap();
+    assert!(log.contains("no public key") && !log.contains("hidden"), "{log}");
 }
 
 #[tokio::test]

@@ -19,9 +19,10 @@ const ROUNDS: usize = 5;
 const TASKS: usize = 4;
 const AT_ONCE: usize = 100;
 
-/// What grows is bounded elsewhere: the buses keep what they carried until newer messages push it out (see `bus.rs`), and here wills and retained
-/// messages are some 1,500 in a round. Measured: 2 MB a round at first, 0.7 MB after ten; every counted map is back each time.
-const MEMORY_KEPT_KB: u64 = 12 * 1024;
+/// Every counted map is back each time, and quiet buses empty their logs (`bus.rs` has tests of that). What is left is mostly the allocator's: what is in
+/// use lies between what is free. Measured: 13 MB after one round, 21 after five with two who chat all the time, and little less when they are gone. So this
+/// sees a leak of 200 bytes a client, and none that is smaller.
+const MEMORY_KEPT_KB: u64 = 8 * 1024;
 
 /// Everything that one client sends first; each number does something else.
 fn opening(number: usize) -> Vec<u8> {
@@ -113,7 +114,7 @@ async fn ten_thousand_clients_that_vanish_five_times() {
             chatd.metric("chatd_connections").await.unwrap() == before["chatd_connections"]
         })
         .await;
-        let Some((traces_first, memory_first, descriptors_first)) = &first else {
+        let Some((traces_first, _, descriptors_first)) = &first else {
             let leaves_nothing =
                 |now: &BTreeMap<String, f64>| now.iter().all(|(name, entries)| *entries <= before[name]);
             eventually(&format!("the edge is as it was: {before:#?}"), PATIENCE, async || {
@@ -132,9 +133,14 @@ async fn ten_thousand_clients_that_vanish_five_times() {
         .await;
         let descriptors_max = descriptors_first + descriptors_first / 20;
         eventually("descriptors are closed", PATIENCE, async || chatd.descriptors().unwrap() <= descriptors_max).await;
-        let memory = chatd.memory_kb().unwrap();
-        assert!(memory <= memory_first + MEMORY_KEPT_KB, "{memory_first} to {memory} KB");
     }
     bystanders.were_not_disturbed().await.unwrap();
+    // While they chat, their bus is not quiet.
+    let memory_max = first.map(|(_, memory, _)| memory).unwrap() + MEMORY_KEPT_KB;
+    eventually(&format!("memory is at most {memory_max} KB"), PATIENCE, async || {
+        chatd.memory_kb().unwrap() <= memory_max
+    })
+    .await;
+    println!("in the end: {} KB", chatd.memory_kb().unwrap());
     assert_well(&chatd).await;
 }

@@ -251,6 +251,13 @@ async fn health_readiness_and_metrics() {
 }
 
 #[tokio::test]
+async fn metrics_are_not_there_when_they_are_off() {
+    let chatd = Chatd::start_with(Options::default().set("http.metrics", "off")).await.unwrap();
+    assert_eq!(chatd.get("/metrics").await.unwrap().0, 404);
+    assert_eq!(chatd.get("/healthz").await.unwrap().0, 200);
+}
+
+#[tokio::test]
 async fn a_keep_alive_that_is_not_kept_ends_the_connection() {
     let chatd = Chatd::start().await.unwrap();
     for version in [Version::V4, Version::V5] {

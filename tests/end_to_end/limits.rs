@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use end_to_end::packet::{self, Packet, Properties, Publish, Version, Will, id};
 use end_to_end::{Chatd, Client, Connect, Options, PATIENCE, eventually};
+use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
@@ -751,4 +752,121 @@ fn one_users_flood_is_not_felt_by_others() {
             assert_well(chatd).await;
         });
     });
+}
+
+/// Whoever is refused again and again does not fill the log: a few lines a second and how many there were besides, and nothing for limits, which are counted.
+#[tokio::test]
+async fn refusals_do_not_fill_the_log() {
+    const REFUSED: usize = 3_000;
+    let chatd = with("connections_per_user", 1).await;
+    let _first = Connect::v5("alice", "phone").to(&chatd).await.unwrap();
+    let began = Instant::now();
+    let refuse = async |connect: &Connect| {
+        let mut client = connect.open(&chatd).await.unwrap();
+        assert!(matches!(client.receive().await.unwrap(), Some(Packet::Connack { code: 0x80.., .. })));
+    };
+    let nobody = Connect::v5("No+Body", "phone");
+    for _ in 0..REFUSED {
+        refuse(&nobody).await;
+    }
+    let lines_of = |what: &str| -> Vec<Value> {
+        let log = chatd.log().unwrap();
+        let lines = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        lines.filter(|line| line["message"].as_str().is_some_and(|text| text.contains(what))).collect()
+    };
+    // All of them are told in the end, when there is another line.
+    let told = || {
+        let left_out = lines_of("more refusals").iter().map(|line| line["left_out"].as_u64().unwrap()).sum::<u64>();
+        usize::try_from(left_out).unwrap() + lines_of("refused a connect").len()
+    };
+    let until = Instant::now() + PATIENCE;
+    let mut refused = REFUSED;
+    loop {
+        refuse(&nobody).await;
+        refused += 1;
+        if told() == refused {
+            break;
+        }
+        assert!(Instant::now() < until, "{} told of {refused}", told());
+    }
+    let lines = lines_of("refused a connect").len();
+    let lines_max = 5 * (usize::try_from(began.elapsed().as_secs()).unwrap() + 2);
+    println!("{lines} lines for {refused} refusals in {:?}", began.elapsed());
+    assert!(lines <= lines_max && lines_max < REFUSED / 2, "{lines} lines in {:?}", began.elapsed());
+    assert_refused(&chatd, &Connect::v5("alice", "laptop"), "connections_per_user").await;
+    assert_eq!(chatd.limited("connections_per_user").await.unwrap(), 1.0);
+    let about_limits = lines_of("refused a connect").into_iter().filter(|line| line.to_string().contains("the most"));
+    assert_eq!(about_limits.count(), 0);
+}
+
+/// Each SUBSCRIBE to presence is told how everybody is: whoever asks again and again is told as often as others have time for, and they notice nothing.
+#[tokio::test]
+async fn asking_for_presence_again_and_again_holds_nobody_up() {
+    const PEERS: usize = 195;
+    const TIMES: usize = 15_000;
+    let chatd = Chatd::start().await.unwrap();
+    let mut eve = Connect::v4("eve", "phone").to(&chatd).await.unwrap();
+    let sends = (0..PEERS).map(|peer| Publish::new(format!("chat/eve/out/peer-{peer}"), "hi", 1));
+    eve.publish_all(sends).await.unwrap();
+    for peer in 0..PEERS {
+        Connect::v4(&format!("peer-{peer}"), "phone").to(&chatd).await.unwrap().leave().await.unwrap();
+    }
+    let mut alice = Connect::v5("alice", "phone").to(&chatd).await.unwrap();
+    alice.say("alice", "bob", "hello").await.unwrap();
+    let filter = "chat/eve/event/presence";
+    let again = [
+        packet::subscribe(Version::V4, 1, &Properties::none(), &[(filter, 0)]),
+        packet::unsubscribe(Version::V4, 2, &[filter]),
+    ]
+    .concat();
+    let mut flood = TcpStream::connect(chatd.mqtt_addr()).await.unwrap();
+    flood.write_all(&Connect::v4("eve", "laptop").bytes()).await.unwrap();
+    let (mut answers, mut asks) = flood.into_split();
+    // Whatever it is told is read and forgotten.
+    let hearing = tokio::spawn(async move { tokio::io::copy(&mut answers, &mut tokio::io::sink()).await });
+    let flooding = tokio::spawn(async move {
+        for _ in 0..TIMES / 50 {
+            asks.write_all(&again.repeat(50)).await.unwrap();
+        }
+        asks.write_all(&packet::disconnect(Version::V4, 0, &Properties::none())).await.unwrap();
+        asks
+    });
+    let (mut longest, mut asked) = (Duration::ZERO, 0);
+    while !hearing.is_finished() {
+        let began = Instant::now();
+        alice.say("alice", "bob", "hello").await.unwrap();
+        longest = longest.max(began.elapsed());
+        asked += 1;
+    }
+    drop(flooding.await.unwrap());
+    println!("PUBACK after {longest:?} at most, of {asked}");
+    assert!(longest < Duration::from_secs(2), "{longest:?}");
+    // And nothing of it is left to do: whoever asks now is told of everybody.
+    eve.subscribe(filter, 0).await.unwrap();
+    let mut told = std::collections::BTreeSet::new();
+    while told.len() < PEERS {
+        told.insert(eve.message().await.unwrap().json()["user"].to_string());
+    }
+}
+
+/// A SUBSCRIBE with far more filters than a session may have is refused whole; with a few more, only those.
+#[tokio::test]
+async fn a_subscribe_has_an_end() {
+    let chatd = with("subscriptions_per_session", 3).await;
+    for version in VERSIONS {
+        let refused = if version == Version::V5 { QUOTA_EXCEEDED } else { 0x80 };
+        let mut alice = Connect::new(version, "alice", "phone").to(&chatd).await.unwrap();
+        let names: Vec<String> = (0..1_001).map(|n| format!("f/{n}")).collect();
+        let filters: Vec<(&str, u8)> = names.iter().map(|name| (name.as_str(), 0)).collect();
+        let (codes, properties) = alice.subscribe_codes(&filters).await.unwrap();
+        assert_eq!(codes, [refused; 1_001]);
+        if version == Version::V5 {
+            let reason = properties.reason().unwrap_or_default();
+            assert!(reason.contains("at most 1000 filters"), "{reason}");
+        }
+        let mut expected = [refused; 1_000];
+        expected[..3].fill(0);
+        assert_eq!(alice.subscribe_codes(&filters[..1_000]).await.unwrap().0, expected);
+        alice.leave().await.unwrap();
+    }
 }

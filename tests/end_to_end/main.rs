@@ -47,11 +47,15 @@ mod ordinary;
 #[cfg(test)]
 mod ordinary5;
 #[cfg(test)]
+mod queues;
+#[cfg(test)]
 mod refusals;
 #[cfg(test)]
 mod sdk;
 #[cfg(test)]
 mod seams;
+#[cfg(test)]
+mod sessions;
 #[cfg(test)]
 mod sharing;
 #[cfg(test)]

@@ -276,6 +276,41 @@ async fn a_will_has_its_properties() {
     }
 }
 
+/// 3.1.3.2.4: the expiry of a will begins when it is published, and then holds as for any message.
+#[tokio::test]
+async fn a_will_expires_as_a_message_does() {
+    let chatd = Chatd::start().await.unwrap();
+    let away = lasting("away", 600);
+    let mut leaving = away.to(&chatd).await.unwrap();
+    leaving.subscribe("wills/#", 1).await.unwrap();
+    leaving.leave().await.unwrap();
+    let mut watching = five(&chatd, "watching").await;
+    watching.subscribe("wills/#", 1).await.unwrap();
+    // The first is published later than it would last if that began with the connection.
+    for (name, delay_s, expiry_s) in [("brief", 2, 1), ("long", 0, 600)] {
+        let delayed = delayed_will(&format!("wills/{name}"), delay_s);
+        let properties = delayed.properties.clone().with(id::MESSAGE_EXPIRY, Value::U32(expiry_s));
+        let will = Will { retain: true, qos: 1, properties, ..delayed };
+        drop(lasting(name, 600).clean().will(will).to(&chatd).await.unwrap());
+        let got = watching.acked_message().await.unwrap();
+        assert_eq!(got.topic, format!("wills/{name}"));
+        let left = got.properties.number(id::MESSAGE_EXPIRY);
+        assert!(left.is_some_and(|left| left <= expiry_s && left + 60 > expiry_s), "{left:?}");
+    }
+    time_passes(Duration::from_millis(1_500)).await;
+    // Neither what waits for an absent session nor what is retained outlasts it.
+    let mut back = away.to(&chatd).await.unwrap();
+    let mut late = five(&chatd, "late").await;
+    late.subscribe("wills/#", 1).await.unwrap();
+    for client in [&mut back, &mut late] {
+        let got = client.acked_message().await.unwrap();
+        assert_eq!(got.topic, "wills/long");
+        let left = got.properties.number(id::MESSAGE_EXPIRY);
+        assert!(left.is_some_and(|left| (540..=599).contains(&left)), "{left:?}");
+        nothing_more(client).await;
+    }
+}
+
 /// What is handed on unaltered: [MQTT-3.3.2-4], -15, -16, -17, -18, -20.
 fn assert_same_properties(got: &Properties, sent: &Properties) {
     for identifier in [id::PAYLOAD_FORMAT, id::CONTENT_TYPE, id::RESPONSE_TOPIC, id::CORRELATION_DATA] {

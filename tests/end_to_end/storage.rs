@@ -1,5 +1,8 @@
 //! The disk under a real chatd, and the tools for what lies on it.
 
+use std::os::unix::fs::PermissionsExt;
+use std::path::{Path, PathBuf};
+
 use end_to_end::packet::{Packet, Publish};
 use end_to_end::{Chatd, Connect, Options, PATIENCE, eventually};
 
@@ -96,6 +99,39 @@ async fn a_backup_is_made_while_people_chat_and_put_back() {
     assert!(bob.session_present());
     let got = bob.acked_messages(20).await.unwrap();
     assert_eq!(seqs(&got), (31..=50).collect::<Vec<_>>(), "the session is in the backup, with its cursor");
+}
+
+/// What people wrote is for whoever runs chatd, on a machine with others too.
+#[tokio::test]
+async fn nobody_else_on_the_machine_reads_what_is_stored() {
+    let mode = |path: &Path| std::fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    let assert_private = |folder: &Path| {
+        assert_eq!(mode(folder), 0o700, "{}", folder.display());
+        let files = std::fs::read_dir(folder).unwrap().map(|file| file.unwrap().path());
+        let files: Vec<PathBuf> = files.collect();
+        assert!(files.iter().any(|file| file.ends_with("log.redb")), "{files:?}");
+        for file in files {
+            assert_eq!(mode(&file), 0o600, "{}", file.display());
+        }
+    };
+    let mut chatd = Chatd::start().await.unwrap();
+    let mut alice = Connect::v5("alice", "phone").to(&chatd).await.unwrap();
+    alice.say("alice", "bob", "hello").await.unwrap();
+    assert_private(&chatd.data());
+    let folder = tempfile::tempdir().unwrap();
+    let (copy, export) = (folder.path().join("above/copy"), folder.path().join("export"));
+    let backup = chatd.tool(&["backup", copy.to_str().unwrap()]).await.unwrap();
+    assert_eq!(backup.0, Some(0), "{backup:?}");
+    assert_private(&copy);
+    assert_ne!(mode(&folder.path().join("above")), 0o700, "only the folder itself");
+    assert!(chatd.terminate().await.unwrap().success());
+    let exported = chatd.tool(&["export", "--output", export.to_str().unwrap()]).await.unwrap();
+    assert_eq!(exported.0, Some(0), "{exported:?}");
+    assert_eq!(mode(&export), 0o600);
+    // A folder that was there keeps the rights that it was given.
+    std::fs::set_permissions(chatd.data(), std::fs::Permissions::from_mode(0o750)).unwrap();
+    chatd.restart().await.unwrap();
+    assert_eq!(mode(&chatd.data()), 0o750);
 }
 
 #[tokio::test]

@@ -1,14 +1,20 @@
 //! TLS: the same over an encrypted socket, with certificates that are read again, and clients that show their own.
 
 use std::process::Stdio;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
+use end_to_end::packet::Version;
 use end_to_end::programs::{self, Subscriber};
 use end_to_end::tls::{Files, connect, port};
-use end_to_end::{Chatd, Connect, Options, PATIENCE, eventually};
+use end_to_end::{Chatd, Client, Connect, Options, PATIENCE, eventually};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+use tokio_rustls::TlsConnector;
+use tokio_rustls::rustls::HandshakeKind;
+use tokio_rustls::rustls::version::{TLS12, TLS13};
+
+use crate::auth::disconnected;
 
 #[tokio::test]
 async fn mosquitto_chats_over_tls() {
@@ -88,6 +94,75 @@ async fn a_certificate_is_who_one_is() {
     }
     // Whoever comes in clear text shows no certificate.
     assert!(Connect::v5("bob", "phone").to(&chatd).await.is_err());
+}
+
+/// Alice's connection with what she shows, after her CONNECT.
+async fn certified(
+    connector: &TlsConnector,
+    port: u16,
+    device: &str,
+) -> anyhow::Result<(Client, Option<HandshakeKind>)> {
+    let stream = connect(connector, port, "localhost").await?;
+    let handshake = stream.get_ref().1.handshake_kind();
+    let mut client = Client::on(stream, Version::V5);
+    let unnamed = Connect { user_name: None, ..Connect::v5("alice", device) };
+    client.send_bytes(&unnamed.bytes()).await?;
+    client.connack().await?;
+    Ok((client, handshake))
+}
+
+/// Neither a connection nor a session of TLS outlives the certificate that it began with.
+#[tokio::test]
+async fn what_a_certificate_opened_ends_with_it() {
+    let files = Files::new().unwrap();
+    let options = files.options().set("tls.client_ca", files.text("ca.pem")).set("auth.mode", "required");
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let port = port(&chatd, "mqtt").await;
+    for version in [&TLS12, &TLS13] {
+        files.issue_for("short", "alice", Some(SystemTime::now() + Duration::from_secs(8))).unwrap();
+        let connector = files.connector_showing("short", version).unwrap();
+        let (mut open, handshake) = certified(&connector, port, "open").await.unwrap();
+        assert_ne!(handshake, Some(HandshakeKind::Resumed));
+        open.say("alice", "bob", "hello").await.unwrap();
+        let (again, handshake) = certified(&connector, port, "again").await.unwrap();
+        assert_eq!(handshake, Some(HandshakeKind::Resumed), "it is resumed while the certificate lasts");
+        again.leave().await.unwrap();
+        assert_eq!(disconnected(&mut open).await, 0x87);
+        let late =
+            certified(&connector, port, "late").await.err().expect("a session that is resumed proves nothing any more");
+        let fresh = files.connector_showing("short", version).unwrap();
+        assert!(certified(&fresh, port, "late").await.is_err(), "{late:?}");
+    }
+}
+
+/// Whose certificates are not taken any more has to go at once, and whoever comes with one that is taken stays.
+#[tokio::test]
+async fn authorities_that_are_removed_take_their_clients_along() {
+    let (files, others) = (Files::new().unwrap(), Files::new().unwrap());
+    files.issue("alice", "alice").unwrap();
+    let authorities = files.path("authorities.pem");
+    let trust = |each: &[&Files]| {
+        let pem: String = each.iter().map(|files| std::fs::read_to_string(files.path("ca.pem")).unwrap()).collect();
+        std::fs::write(&authorities, pem).unwrap();
+    };
+    trust(&[&files]);
+    let options = files.options().set("tls.client_ca", authorities.display()).set("auth.mode", "required");
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let port = port(&chatd, "mqtt").await;
+    let connector = files.connector_showing("alice", &TLS13).unwrap();
+    let (mut alice, _) = certified(&connector, port, "phone").await.unwrap();
+    let read_again = async |times: usize| {
+        chatd.signal_hangup().unwrap();
+        let count = || chatd.log().unwrap().matches("read the users").count();
+        eventually("it is read again", PATIENCE, async || count() >= times).await;
+    };
+    trust(&[&others, &files]);
+    read_again(1).await;
+    alice.say("alice", "bob", "still here").await.unwrap();
+    trust(&[&others]);
+    read_again(2).await;
+    assert_eq!(disconnected(&mut alice).await, 0x87);
+    assert!(certified(&connector, port, "phone").await.is_err());
 }
 
 /// Reads what comes until the server closes.
@@ -346,6 +421,8 @@ async fn settings_that_do_not_fit_are_told() {
         (files.options().set("tls.certificate", "/does/not/exist"), "/does/not/exist"),
         (files.options().set("mqtt.tls_listen", "0.0.0.0:0"), "loopback"),
         (files.options().set("acme.domains", "chat.example.org"), "acme.domains"),
+        (files.options().set("tls.client_ca", files.text("ca.pem")), "development mode"),
+        (Options::default().set("tls.client_ca", files.text("ca.pem")).set("auth.mode", "required"), "tls_listen"),
     ] {
         let mut command = end_to_end::chatd::command().await.unwrap();
         let folder = tempfile::tempdir().unwrap();

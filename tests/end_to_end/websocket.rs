@@ -2,6 +2,7 @@
 
 use std::time::{Duration, Instant};
 
+use end_to_end::packet::{self, Properties, Publish, Version, Will};
 use end_to_end::tls::{Files, connect, port};
 use end_to_end::{Chatd, Connect, Options, PATIENCE};
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
@@ -219,6 +220,80 @@ async fn what_is_announced_takes_no_memory() {
     let taken = chatd.memory_kb().unwrap().saturating_sub(before);
     println!("{LIARS} announcements of 2 MiB took {taken} KiB");
     assert!(taken < 40 * 1024, "{taken} KiB");
+}
+
+/// What a connection sends before its DISCONNECT counts, however soon it closes behind it: a Close in the same bytes is what a FIN is over TCP.
+#[tokio::test]
+async fn what_came_before_a_close_counts() {
+    // Further than the server reads ahead of its acknowledgements, slower than it would read, and in one piece with the CONNECT.
+    const PUBLISHES: u16 = 3_000;
+    let options = Options::default().set("limits.publishes_per_s", 1_500).set("limits.queue_messages", 10_000);
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let mut watching = Connect::v5("watching", "watching").to(&chatd).await.unwrap();
+    watching.subscribe("before/#", 0).await.unwrap();
+    watching.subscribe("wills/#", 0).await.unwrap();
+    for (version, qos) in [(Version::V4, 1), (Version::V4, 0), (Version::V5, 0), (Version::V5, 1)] {
+        let publishes = match version {
+            Version::V4 => PUBLISHES,
+            // More would be refused: too fast, or over the receive maximum.
+            Version::V5 => 60,
+        };
+        let will = Will { topic: "wills/hasty".to_owned(), payload: b"gone".to_vec(), ..Will::default() };
+        let mut packets = Connect::new(version, "hasty", "hasty").will(will).bytes();
+        for number in 1..=publishes {
+            let packet_id = if qos == 0 { 0 } else { number };
+            let publish = Publish { packet_id, ..Publish::new("before/close", number.to_string(), qos) };
+            packets.extend(packet::publish(version, &publish));
+        }
+        packets.extend(packet::disconnect(version, 0, &Properties::none()));
+        let mut socket = open(&chatd).await;
+        socket.write_all(&[frame(0x82, &packets), frame(0x88, &[0x03, 0xe8])].concat()).await.unwrap();
+        for number in 1..=publishes {
+            let got = watching.message().await.unwrap();
+            let what = format!("{version:?}, QoS {qos}");
+            assert_eq!((got.topic.as_str(), got.text()), ("before/close", number.to_string().as_str()), "{what}");
+        }
+        let mut rest = Vec::new();
+        timeout(PATIENCE, socket.read_to_end(&mut rest)).await.expect("it is closed").unwrap();
+        assert!(rest.ends_with(&[0x88, 2, 0x03, 0xe8]), "no Close: {rest:02x?}");
+        // A will would have come before this.
+        watching.publish(Publish::new("before/end", "end", 1)).await.unwrap();
+        assert_eq!(watching.message().await.unwrap().topic, "before/end", "{version:?}, QoS {qos}");
+    }
+}
+
+/// The headers of a request take no more than they may have, and are refused beyond that.
+#[tokio::test]
+async fn unfinished_headers_take_little_memory() {
+    const STRANGERS: usize = 500;
+    let chatd = Chatd::start().await.unwrap();
+    assert_eq!(chatd.get("/healthz").await.unwrap().0, 200);
+    let before = chatd.memory_kb().unwrap();
+    let begin = b"GET /mqtt HTTP/1.1\r\nhost: localhost\r\nx: ";
+    let mut strangers = Vec::new();
+    for _ in 0..STRANGERS {
+        let mut socket = TcpStream::connect(chatd.http_addr()).await.unwrap();
+        socket.write_all(begin).await.unwrap();
+        socket.write_all(&[b'y'; 15_000]).await.unwrap();
+        strangers.push(socket);
+    }
+    let mut refused = 0;
+    for _ in 0..STRANGERS {
+        let mut socket = TcpStream::connect(chatd.http_addr()).await.unwrap();
+        socket.write_all(begin).await.unwrap();
+        // Before it is all sent it may be closed, and the answer lost.
+        socket.write_all(&[b'y'; 400_000]).await.unwrap_or_default();
+        let mut answer = [0; 12];
+        if timeout(PATIENCE, socket.read_exact(&mut answer)).await.expect("it is answered").is_ok() {
+            assert_eq!(&answer, b"HTTP/1.1 431");
+            refused += 1;
+        }
+        strangers.push(socket);
+    }
+    assert_eq!(chatd.get("/healthz").await.unwrap().0, 200);
+    let taken = chatd.memory_kb().unwrap().saturating_sub(before);
+    println!("{STRANGERS} unfinished requests took {taken} KiB; {refused} of as many that were too long were told");
+    assert!(taken < 30 * 1024, "{taken} KiB");
 }
 
 /// Floods by many at once cost the innocent nothing they would notice, and leave nothing behind.

@@ -252,6 +252,11 @@ impl Client {
         Ok(Self::over(Link::Bare(stream(address, None, tls).await?), version))
     }
 
+    /// A connection over a stream that is open.
+    pub fn on(stream: impl AsyncRead + AsyncWrite + Unpin + Send + 'static, version: Version) -> Self {
+        Self::over(Link::Bare(Box::new(stream)), version)
+    }
+
     /// A WebSocket connection to `/mqtt` with subprotocol `mqtt`, on which no packet was sent yet.
     pub async fn web_socket(address: SocketAddr, version: Version) -> Result<Self> {
         Self::web_socket_over(address, version, None).await

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use anyhow::{Context, Result};
 use rcgen::{BasicConstraints, CertificateParams, CertifiedIssuer, DnType, IsCa, KeyPair};
@@ -10,8 +11,9 @@ use tokio::net::TcpStream;
 use tokio::time::timeout;
 use tokio_rustls::TlsConnector;
 use tokio_rustls::client::TlsStream;
-use tokio_rustls::rustls::pki_types::ServerName;
-use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
+use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName};
+use tokio_rustls::rustls::{ClientConfig, RootCertStore, SupportedProtocolVersion, crypto::ring};
 
 use crate::chatd::{Chatd, Options};
 use crate::wait::{PATIENCE, eventually};
@@ -51,8 +53,16 @@ impl Files {
 
     /// `{file}.pem` and `{file}.key`, of this common name.
     pub fn issue(&self, file: &str, common_name: &str) -> Result<()> {
+        self.issue_for(file, common_name, None)
+    }
+
+    /// The same, until then.
+    pub fn issue_for(&self, file: &str, common_name: &str, until: Option<SystemTime>) -> Result<()> {
         let mut params = CertificateParams::new(vec!["localhost".to_owned(), "127.0.0.1".to_owned()])?;
         params.distinguished_name.push(DnType::CommonName, common_name);
+        if let Some(until) = until {
+            params.not_after = until.into();
+        }
         let key = KeyPair::generate()?;
         let certificate = params.signed_by(&key, &self.authority)?;
         std::fs::write(self.path(&format!("{file}.key")), key.serialize_pem())?;
@@ -67,6 +77,20 @@ impl Files {
             .set("tls.key", self.text("server.key"))
             .set("mqtt.tls_listen", "127.0.0.1:0")
             .set("http.tls_listen", "127.0.0.1:0")
+    }
+
+    /// What trusts the authority and shows this certificate, in the given version of TLS.
+    pub fn connector_showing(&self, file: &str, version: &'static SupportedProtocolVersion) -> Result<TlsConnector> {
+        let mut roots = RootCertStore::empty();
+        roots.add(self.authority.der().clone())?;
+        let config = ClientConfig::builder_with_provider(ring::default_provider().into())
+            .with_protocol_versions(&[version])?
+            .with_root_certificates(roots)
+            .with_client_auth_cert(
+                vec![CertificateDer::from_pem_file(self.path(&format!("{file}.pem")))?],
+                PrivateKeyDer::from_pem_file(self.path(&format!("{file}.key")))?,
+            )?;
+        Ok(TlsConnector::from(Arc::new(config)))
     }
 
     /// What trusts the authority, and asks for this by ALPN.

@@ -7,7 +7,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 
 use super::Connection;
 use crate::engine::{Engine, NotSent, Outgoing, UserProperties};
-use crate::mailbox::Ordinary;
+use crate::mailbox::{Event, Ordinary};
 use crate::service::{Observation, ReadLimit, Service};
 use crate::session::{Queued, RetainedWanted, Target};
 use crate::stream::Ready;
@@ -62,6 +62,9 @@ where
             let retain = slot.stream.is_backlog(position);
             let topic = Arc::clone(&slot.topic);
             let again = session.take_resend(&topic, position);
+            if !session.resend.is_empty() {
+                session.take_passed(&topic, position).for_each(|packet_id| self.engine.release(packet_id));
+            }
             let identifiers = &session.slots[index].identifiers;
             let sent = send_ready(&mut self.engine, &topic, &ready, slot_qos, retain, again, identifiers);
             if let Ready::Live(message) = &ready
@@ -157,13 +160,15 @@ where
                             identifiers: identifier.into_iter().collect(),
                             since: found.since,
                             share: None,
+                            charge: None,
                             message: found.message,
                         }));
                     }
                     continue;
                 }
-                Queued::Live(message, qos) => {
-                    let topic = session.live_topic(message.bound_topic());
+                Queued::Live(Event { message, .. }, qos) => {
+                    // Its topic may have been left since, or closed to this client.
+                    let Some(topic) = session.live_topic(message.bound_topic()) else { continue };
                     let sent = self.engine.publish(Outgoing {
                         topic: &message.topic,
                         payload: &message.payload,
@@ -172,7 +177,7 @@ where
                         user_properties: UserProperties::Live(&message),
                         properties: None,
                         expiry_s: None,
-                        identifiers: topic.map_or(&[], |topic| &topic.identifiers),
+                        identifiers: &topic.identifiers,
                         again: None,
                     });
                     if let Ok(Some(packet_id)) = sent {

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use mqtt_protocol_core::mqtt::result_code::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite};
 
-use super::{Connection, End, Pending, TAKEOVER_READ_TIMEOUT};
+use super::{Connection, End, Pending};
 use crate::absent::{AbsentSession, DelayedWill};
 use crate::broker::Shared;
 use crate::mailbox::Mailbox;
 use crate::registry::ConnectionNumber;
-use crate::service::{Observation, Service, SessionKey};
+use crate::service::{Observation, PublishOutcome, Service, SessionKey};
 use crate::session::{Queued, Session};
 
 /// How long a connection that is gone waits to learn what became of what it was sent exactly once.
@@ -58,7 +58,7 @@ where
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     pub(super) async fn disconnect(&mut self, session_expiry_s: Option<u32>) {
-        let holds = self.holds_session();
+        let holds = self.mailbox.holds();
         let Some(session) = &mut self.session else { return };
         let Some(expiry_s) = session_expiry_s else { return };
         if session.expiry_s == 0 && expiry_s != 0 {
@@ -74,11 +74,6 @@ where
                 tracing::error!(%error, "session could not be deleted");
             }
         }
-    }
-
-    /// Nobody else works on the session: the next connection, if there is one, waits for this one to settle, though not for ever.
-    pub(super) fn holds_session(&self) -> bool {
-        self.taken_over.is_none_or(|until| Instant::now() < until + TAKEOVER_READ_TIMEOUT)
     }
 
     /// What a persistent session was sent with QoS 2 is known as received to its next connection, or a resend would be stored again.
@@ -108,7 +103,11 @@ where
     /// Gives back what the session's next connection has to know. Nothing that takes time comes before it.
     pub(super) fn settle(&mut self, end: End, departure: &mut Departure<S>) {
         self.reading = None;
-        let holds = self.holds_session();
+        let holds = self.mailbox.begin_to_settle();
+        // Its answer may have to wait for others in front of it; that it was taken is certain.
+        let is_taken =
+            |pending: &&Pending| pending.qos == 2 && matches!(pending.outcome, Some(PublishOutcome::Stored { .. }));
+        self.pending.iter().filter(is_taken).for_each(|pending| self.engine.on_qos2_taken(pending.packet_id));
         if let Some(session) = &mut self.session
             && session.is_persistent()
             && holds
@@ -133,7 +132,7 @@ where
             };
             // They are the absent session's now.
             departure.ordinary.clear();
-            self.shared.park(session.key.clone(), absent);
+            self.shared.park(session.key.clone(), absent, self.rights_seen);
             // Before the next connection loads it.
             self.shared.service.session_ended(&session.key, session.expiry_s);
         }

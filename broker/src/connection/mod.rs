@@ -26,12 +26,11 @@ use tokio::time::Sleep;
 use self::ending::Departure;
 use crate::broker::Shared;
 use crate::engine::{Engine, Filter, Incoming, Publish};
-use crate::mailbox::{Ending, LIVE_MESSAGES_MAX, Mail, Mailbox};
+use crate::mailbox::{Ending, Mail, Mailbox};
 use crate::rate::{Pace, Verdict};
 use crate::registry::ConnectionNumber;
 use crate::service::{
-    BoundPublish, Keeping, Observation, Page, Peer, Position, PublishOutcome, Refusal, RefusalCode, Service,
-    ServiceError,
+    BoundPublish, Observation, Page, Peer, Position, PublishOutcome, Refusal, RefusalCode, Service, ServiceError,
 };
 use crate::session::{Queued, Session};
 use crate::topics::filter;
@@ -106,11 +105,17 @@ struct Connection<S: Service, T> {
     /// QoS 0 deliveries that count as delivered once they are written.
     unwritten: Vec<(Arc<str>, Position)>,
     heard_at: Instant,
+    /// When the client took bytes last.
+    wrote_at: Instant,
+    /// Nothing was read from it when that was looked at last.
+    deaf: bool,
     deadline: Option<Instant>,
     retry_at: Option<Instant>,
     bus_retry_at: Option<Instant>,
     /// Rights have changed.
     recheck: bool,
+    /// How often they had when this connection was looked at last.
+    rights_seen: u64,
     timer: Pin<Box<Sleep>>,
     timer_at: Instant,
     /// The session's next connection is there, and waits until then for what this one has read and done.
@@ -144,6 +149,7 @@ where
     let mut connection = Connection {
         engine: Engine::new(&shared.limits),
         mailbox: Arc::new(shared.mailbox()),
+        rights_seen: shared.rights(),
         connect_bytes_left: usize::try_from(shared.limits.connect_bytes).unwrap_or(usize::MAX),
         shared,
         number,
@@ -163,6 +169,8 @@ where
         page: None,
         unwritten: Vec::new(),
         heard_at: now,
+        wrote_at: now,
+        deaf: false,
         deadline: Some(deadline),
         retry_at: None,
         bus_retry_at: None,
@@ -258,6 +266,12 @@ where
 
     fn on_time(&mut self) {
         let now = Instant::now();
+        let (paused, was_deaf) = (self.is_paused(), self.deaf);
+        self.deaf = paused || self.takes_no_bytes();
+        if paused || (was_deaf && !self.deaf) {
+            // It could not be heard, and that was not its doing; or it is only now that it can be.
+            self.heard_at = now;
+        }
         if let Some(retry_at) = self.retry_at
             && now >= retry_at
         {
@@ -313,17 +327,21 @@ where
 
     fn silent_until(&self) -> Option<Instant> {
         let silence_max = self.session.as_ref()?.silence_max?;
-        // While we do not read, it cannot be heard.
-        let takes_no_bytes = self.engine.out.len() - self.out_at >= OUT_READING_MAX;
-        if takes_no_bytes
-            || !self.unsent.is_empty()
+        // It is not read from as long as it takes nothing: taking something is then what shows that it is there.
+        let alive_at = if self.takes_no_bytes() { self.heard_at.max(self.wrote_at) } else { self.heard_at };
+        Some(alive_at + silence_max)
+    }
+
+    fn takes_no_bytes(&self) -> bool {
+        self.engine.out.len() - self.out_at >= OUT_READING_MAX
+    }
+
+    /// Nothing is read from the client, for a reason of the server's.
+    fn is_paused(&self) -> bool {
+        !self.unsent.is_empty()
             || !self.held.is_empty()
             || self.paused_until.is_some()
             || self.pending.len() >= PENDING_READING_MAX
-        {
-            return Some(Instant::now() + silence_max);
-        }
-        Some(self.heard_at + silence_max)
     }
 
     // ---- mail ----------------------------------------------------------------------------------------------------------
@@ -346,24 +364,19 @@ where
                     tracing::debug!(user = %session.key.user, "live messages that no log has were perhaps lost");
                 }
             }
-            for message in mail.live {
-                match message.keeping() {
-                    Keeping::Durable => {
-                        session.bus_seen = session.bus_seen.max(message.position);
-                        if let Some(slot) = session.slot(message.bound_topic()) {
-                            slot.stream.on_live(message);
-                        }
-                    }
-                    Keeping::Live => {
-                        let Some(topic) = session.live_topic(message.bound_topic()) else { continue };
-                        let qos = if message.is_at_most_once() { 0 } else { topic.qos };
-                        if session.queue.len() < LIVE_MESSAGES_MAX {
-                            session.queue.push_back(Queued::Live(message, qos));
-                        } else {
-                            self.shared.service.observe(Observation::QueueFull);
-                        }
-                    }
+            for message in mail.durable {
+                session.bus_seen = session.bus_seen.max(message.position);
+                if let Some(slot) = session.slot(message.bound_topic()) {
+                    slot.stream.on_live(message);
                 }
+            }
+            for event in mail.events {
+                let Some(topic) = session.live_topic(event.message.bound_topic()) else { continue };
+                let qos = if event.message.is_at_most_once() { 0 } else { topic.qos };
+                session.queue.push_back(Queued::Live(event, qos));
+            }
+            for _ in 0..mail.events_dropped {
+                self.shared.service.observe(Observation::QueueFull);
             }
             session.queue.extend(mail.ordinary.into_iter().map(Queued::Ordinary));
         }
@@ -397,7 +410,8 @@ where
                 Incoming::Pubrec(packet_id, false) => {
                     advanced |= self.acknowledged(packet_id, &mut delivered);
                 }
-                Incoming::Pubrel(packet_id) => self.engine.pubcomp(packet_id, true),
+                Incoming::Pubrel(packet_id, known) => self.engine.pubcomp(packet_id, known),
+                Incoming::Repeated { .. } => {}
                 Incoming::Subscribe { packet_id, filters, identifier } => {
                     let shared_without_own = |one: &Filter| one.no_local && filter::shared(&one.filter).is_some();
                     if identifier == Some(0) {

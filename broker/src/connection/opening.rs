@@ -11,19 +11,31 @@ use super::ending::Departure;
 use crate::absent::AbsentSession;
 use crate::engine::{Accepted, Connect, Will};
 use crate::escaped::Escaped;
+use crate::mailbox::Ending;
 use crate::ordinary::Receiver;
 use crate::rate::Verdict;
 use crate::registry::NotAttached;
 use crate::service::{
-    Authentication, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, NotCreated, Observation, Refusal,
-    Service, ServiceError, SessionKey, SubscriptionRecord,
+    Authentication, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, NotCreated, Observation, Position,
+    Refusal, Service, ServiceError, SessionKey, SubscriptionRecord,
 };
 use crate::session::{Queued, Session, Subscription, UnderWay};
+use crate::sparing::REFUSALS;
 
 /// The most messages in flight to a client that names a larger receive maximum.
 const WINDOW_MAX: u16 = 1_024;
-/// How long a session's new connection waits for the old one to give back what is under way.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(2);
+/// What whoever is nobody any more is told.
+const NOT_ANY_MORE: &str = "you may not be here any more: log in again";
+/// How long a session's new connection waits for the old one to give back what is under way: longer than that takes.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(5);
+
+fn unavailable(error: ServiceError) -> ConnectRefusal {
+    tracing::error!(%error, "session not available");
+    ConnectRefusal {
+        code: ConnectRefusalCode::ServerUnavailable,
+        reason: "the session store cannot be read or written now".to_owned(),
+    }
+}
 
 impl<S, T> Connection<S, T>
 where
@@ -52,7 +64,10 @@ where
                 self.take_identity(identity, departure).await;
             }
             Err(refusal) => {
-                tracing::info!(peer = %self.peer, reason = %Escaped(&refusal.reason), "refused to authenticate again");
+                if REFUSALS.may_say() {
+                    let reason = Escaped(&refusal.reason);
+                    tracing::info!(peer = %self.peer, %reason, "refused to authenticate again");
+                }
                 self.engine.disconnect(DisconnectReasonCode::NotAuthorized, &refusal.reason);
             }
         }
@@ -66,7 +81,15 @@ where
     }
 
     pub(super) fn refuse_connect(&mut self, refusal: &ConnectRefusal) {
-        tracing::info!(peer = %self.peer, reason = %refusal.reason, "refused a connect");
+        use ConnectRefusalCode::{ConnectionRateExceeded, QuotaExceeded, ServerUnavailable};
+        // Limits are counted when they bite; whoever comes too often must not fill the log as well.
+        let is_limit = matches!(refusal.code, ConnectionRateExceeded | QuotaExceeded | ServerUnavailable);
+        let reason = Escaped(&refusal.reason);
+        if !is_limit && REFUSALS.may_say() {
+            tracing::info!(peer = %self.peer, %reason, "refused a connect");
+        } else {
+            tracing::debug!(peer = %self.peer, %reason, "refused a connect");
+        }
         self.shared.service.observe(Observation::ConnectRefused);
         self.engine.refuse(refusal.code, &refusal.reason);
     }
@@ -128,11 +151,27 @@ where
                     refuse(ConnectRefusalCode::QuotaExceeded, &format!("you have {max} connections, which is the most"))
                 }
             })?;
+        // Rights may have changed since the service was asked, while nobody could find this connection. From here on it is found.
+        let Some(identity) = self.shared.service.recheck(&identity) else {
+            self.shared.registry.detach(&key, self.number);
+            return Err(refuse(ConnectRefusalCode::NotAuthorized, NOT_ANY_MORE));
+        };
         departure.key = Some(key.clone());
         if let Some(previous) = previous
-            && tokio::time::timeout(SETTLE_TIMEOUT, previous.settled()).await.is_err()
+            && !previous.settled_within(SETTLE_TIMEOUT).await
         {
             tracing::warn!(user = %Escaped(&key.user), "the session's last connection has not let go of it in time");
+        }
+        // Whoever came in the meantime waits for this connection in turn: it must not take what it would only have to give back.
+        match self.mailbox.ending() {
+            None => {}
+            Some(Ending::TakenOver) => {
+                let sentence = "another connection of this user with the same client identifier came at the same time";
+                return Err(refuse(ConnectRefusalCode::ServerUnavailable, sentence));
+            }
+            Some(Ending::Shutdown) => {
+                return Err(refuse(ConnectRefusalCode::ServerUnavailable, "the server is shutting down"));
+            }
         }
         self.shared.service.observe(Observation::Connected);
         self.shared.service.arrived(&key.user);
@@ -142,61 +181,49 @@ where
             Some(named) => named.min(WINDOW_MAX),
             None => self.shared.limits.window,
         };
-        let unavailable = |error: ServiceError| {
-            tracing::error!(%error, "session not available");
-            refuse(ConnectRefusalCode::ServerUnavailable, "the session store cannot be read or written now")
-        };
         let stored = self.shared.service.load_session(&key).await.map_err(unavailable)?;
         let receiver = Receiver::new(Arc::clone(&self.mailbox), Arc::new(identity), true);
-        let mut session = Session::new(key, receiver, expiry_s, usize::from(window.max(1)));
+        let mut session = Session::new(key.clone(), receiver, expiry_s, usize::from(window.max(1)));
         session.authentication_method = connect.authentication.map(|authentication| authentication.method);
         let stored_expiry_s = stored.as_ref().map(|record| record.expiry_s);
-        if stored.is_some() && (connect.clean_start || expiry_s == 0) {
-            // A session that ends with this connection needs no record any more: what it restores is in memory now.
+        if stored.is_some() && connect.clean_start {
             self.shared.service.delete_session(&session.key).await.map_err(unavailable)?;
         }
         let resumed = stored.filter(|_| !connect.clean_start);
         let session_present = resumed.is_some();
-        let mut absent = self.shared.absent.take(&session.key);
-        if !session_present && let Some(absent) = absent.take() {
+        if !session_present && let Some(absent) = self.shared.absent.take(&session.key) {
             // That session is over.
             self.shared.end_absent(absent).await;
         }
-        session.will = connect.will;
         let keep_alive_told = self.keep_alive_told(connect.keep_alive_s);
         let keep_alive_s = keep_alive_told.unwrap_or(connect.keep_alive_s);
         let keep_alive = Duration::from_secs(u64::from(keep_alive_s)) * 3 / 2;
         let silence_max = if keep_alive.is_zero() { self.shared.limits.idle_timeout } else { keep_alive };
         session.silence_max = (!silence_max.is_zero()).then_some(silence_max);
 
-        if let Some(record) = resumed {
-            for subscription in record.subscriptions {
-                // What was allowed once may not be any more.
-                let Ok(to) = self.route_filter(&session.identity, &subscription.filter) else { continue };
-                session.subscriptions.push(Subscription { record: subscription, to });
+        let cursors = match resumed {
+            Some(record) => {
+                for subscription in record.subscriptions {
+                    // What was allowed once may not be any more.
+                    let Ok(to) = self.route_filter(&session.identity, &subscription.filter) else { continue };
+                    session.subscriptions.push(Subscription { record: subscription, to });
+                }
+                record.cursors
             }
-            self.session = Some(session);
-            self.take_up(absent, departure);
-            self.apply_bound(&record.cursors, departure).await.map_err(unavailable)?;
-        } else {
-            self.session = Some(session);
+            None => Vec::new(),
+        };
+        self.session = Some(session);
+        if let Err(refusal) = self.store_session(&cursors, stored_expiry_s, session_present, departure).await {
+            // It never was a session of this connection: nothing is left behind, and what an absent one has stays there.
+            self.session = None;
+            return Err(refusal);
         }
-        if let Some(session) = &self.session
-            && session.is_persistent()
-            && (!session_present || stored_expiry_s != Some(expiry_s))
-        {
-            if session_present {
-                self.shared.service.save_session(&session.key, session.record()).await.map_err(unavailable)?;
-            } else {
-                let created = self.shared.service.create_session(&session.key, session.record()).await;
-                created.map_err(|reason| match reason {
-                    NotCreated::TooMany(sentence) => {
-                        self.limited("sessions_per_user");
-                        refuse(ConnectRefusalCode::QuotaExceeded, &sentence)
-                    }
-                    NotCreated::Unavailable(error) => unavailable(error),
-                })?;
-            }
+        if let Some(session) = &mut self.session {
+            session.will = connect.will;
+        }
+        if session_present {
+            let absent = self.shared.absent.take(&key);
+            self.take_up(absent, departure);
         }
         self.pace = Some(pace);
         let assigned_client_id =
@@ -222,6 +249,37 @@ where
         Ok(())
     }
 
+    /// Brings the store in line with the session, and the streams with its subscriptions.
+    async fn store_session(
+        &mut self,
+        cursors: &[(Arc<str>, Position)],
+        stored_expiry_s: Option<u32>,
+        session_present: bool,
+        departure: &mut Departure<S>,
+    ) -> Result<(), ConnectRefusal> {
+        if session_present {
+            self.apply_bound(cursors, departure).await.map_err(unavailable)?;
+        }
+        let Some(session) = &self.session else { return Ok(()) };
+        let (key, service) = (&session.key, &self.shared.service);
+        match (session_present, session.is_persistent()) {
+            (false, false) => {}
+            (false, true) => match service.create_session(key, session.record()).await {
+                Ok(()) => {}
+                Err(NotCreated::TooMany(reason)) => {
+                    self.limited("sessions_per_user");
+                    return Err(ConnectRefusal { code: ConnectRefusalCode::QuotaExceeded, reason });
+                }
+                Err(NotCreated::Unavailable(error)) => return Err(unavailable(error)),
+            },
+            // A session that ends with this connection needs no record any more: what it restores is in memory now.
+            (true, false) => service.delete_session(key).await.map_err(unavailable)?,
+            (true, true) if stored_expiry_s == Some(session.expiry_s) => {}
+            (true, true) => service.save_session(key, session.record()).await.map_err(unavailable)?,
+        }
+        Ok(())
+    }
+
     /// The keep alive that an MQTT 5 client has to use in place of its own. MQTT 3.1.1 cannot be told, and keeps its own.
     pub(super) fn keep_alive_told(&self, asked_s: u16) -> Option<u16> {
         let max_s = self.shared.limits.keep_alive_max_s;
@@ -233,7 +291,7 @@ where
     }
 
     pub(super) fn judge_will(&self, who: &Identity, will: &Will) -> Result<(), Refusal> {
-        self.shared.route(who, &will.topic)?;
+        self.shared.route(who, &will.topic, will.properties.response_topic.as_deref())?;
         self.shared.service.judge_will(who, &will.as_publish(who))
     }
 
@@ -242,6 +300,9 @@ where
         let Some(session) = &mut self.session else { return };
         let records: Vec<&SubscriptionRecord> = session.ordinary().collect();
         departure.ordinary.extend(records.iter().map(|record| record.filter.clone()));
+        if let Some(absent) = &absent {
+            self.mailbox.succeed(&absent.receiver.mailbox);
+        }
         let (old, filters) = match &absent {
             Some(absent) => (absent.number, absent.filters().collect()),
             None => (self.number.0, Vec::new()),
@@ -251,12 +312,13 @@ where
         let UnderWay { received, resend, queue } = under_way;
         self.engine.restore_qos2_received(received);
         session.resend = resend;
+        session.take_unread().for_each(drop);
         session.resend.retain(|one| self.engine.reserve(one.packet_id));
-        session.queue = queue;
-        session.queue.retain(|queued| match queued {
-            Queued::Again(_, packet_id) | Queued::Release(packet_id) => self.engine.reserve(*packet_id),
-            Queued::Ordinary(_) | Queued::Live(..) | Queued::Retained(_) => true,
-        });
+        session.queue.extend(queue.into_iter().filter_map(|queued| match queued {
+            Queued::Again(ordinary, packet_id) if !self.engine.reserve(packet_id) => Some(Queued::Ordinary(ordinary)),
+            Queued::Release(packet_id) if !self.engine.reserve(packet_id) => None,
+            queued => Some(queued),
+        }));
         let waited = receiver.mailbox.take_ordinary().into_iter().filter(|ordinary| ordinary.qos > 0);
         session.queue.extend(waited.map(Queued::Ordinary));
     }
@@ -264,12 +326,12 @@ where
     /// Rights have changed: who is this now, and what may it still do?
     pub(super) async fn look_at_rights(&mut self, departure: &mut Departure<S>) {
         let Some(session) = &mut self.session else { return };
+        self.rights_seen = self.shared.rights();
         match self.shared.service.recheck(&session.identity) {
             Some(identity) => self.take_identity(identity, departure).await,
             None => {
                 session.will = None;
-                self.engine
-                    .disconnect(DisconnectReasonCode::NotAuthorized, "you may not be here any more: log in again");
+                self.engine.disconnect(DisconnectReasonCode::NotAuthorized, NOT_ANY_MORE);
             }
         }
     }

@@ -9,16 +9,17 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use super::{Connection, End, Pending};
 use crate::completion::Reply;
 use crate::engine::{Ack, Granted, Incoming, Overfull, Publish};
+use crate::rate::Cost;
 use crate::service::{
-    BoundPublish, ConnectRefusal, ConnectRefusalCode, Identity, Observation, PublishOutcome, PublishRoute, Refusal,
-    RefusalCode, Service, SubscribeRoute,
+    BoundPublish, ConnectRefusal, ConnectRefusalCode, Observation, PublishOutcome, PublishRoute, Refusal, RefusalCode,
+    Service,
 };
-use crate::topics::filter;
 use crate::topics::message::Message;
-use crate::topics::retained::RetainedFull;
 
 /// How long publishes wait when the bus of ordinary messages is full.
 const BUS_RETRY: Duration = Duration::from_millis(2);
+/// Subscriptions that are looked at for one publish, for what a publish costs.
+const SUBSCRIPTIONS_PER_PUBLISH: usize = 32;
 /// How often a client is told at most that its QoS 0 publishes go nowhere.
 const TOLD_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -72,21 +73,6 @@ where
         }
     }
 
-    /// Where a publish goes. Whoever answers to a response topic does so with rights of their own: it has to be one that the publisher may
-    /// listen to.
-    pub(super) fn route(&self, who: &Identity, publish: &Publish) -> Result<PublishRoute, Refusal> {
-        let route = self.shared.route(who, &publish.topic)?;
-        if let (PublishRoute::Ordinary, Some(topic)) = (&route, &publish.properties.response_topic) {
-            filter::validate_topic_name(topic, self.shared.limits.topic_levels).map_err(|error| {
-                self.refusal(RefusalCode::TopicNameInvalid, &format!("the response topic: {error}"))
-            })?;
-            if let SubscribeRoute::Refused(refusal) = self.shared.service.route_subscribe(who, topic) {
-                return Err(refusal);
-            }
-        }
-        Ok(route)
-    }
-
     /// Publishes what had no room on the bus, as far as there is some now.
     pub(super) fn publish_held(&mut self) {
         self.bus_retry_at = None;
@@ -115,7 +101,8 @@ where
         self.shared.service.observe(Observation::MessageReceived);
         let (user, roles) = (Arc::clone(&session.key.user), session.identity.roles);
         let received_at = Instant::now();
-        match self.route(&session.identity, &publish) {
+        let response_topic = publish.properties.response_topic.as_deref();
+        match self.shared.route(&session.identity, &publish.topic, response_topic) {
             Ok(PublishRoute::Bound) => {
                 let reply = match publish.packet_id {
                     Some(packet_id) => {
@@ -143,6 +130,7 @@ where
             }
             Ok(_) => {
                 let topic = publish.topic;
+                self.pay_for_work(self.shared.subscriptions.work(&topic));
                 let message = Message {
                     topic: topic.as_str().into(),
                     payload: publish.payload,
@@ -152,14 +140,11 @@ where
                     number: 0,
                     properties: publish.properties,
                 };
-                let source = Some(Arc::clone(&session.identity));
+                let source = self.session.as_ref().map(|session| Arc::clone(&session.identity));
                 let outcome = match self.shared.publish_ordinary(message, source) {
                     Ok(()) => PublishOutcome::Stored { subscribers: true, properties: Vec::new() },
                     Err(full) => {
-                        self.limited(match full {
-                            RetainedFull::Messages { .. } => "retained_messages",
-                            RetainedFull::Bytes { .. } => "retained_bytes",
-                        });
+                        self.limited(full.limit());
                         let refusal = self.refusal(RefusalCode::QuotaExceeded, &full.to_string());
                         self.tell_refusal(&user, &topic, publish.packet_id, &refusal);
                         PublishOutcome::Refused(refusal)
@@ -175,6 +160,16 @@ where
                     self.push_pending(packet_id, publish.qos, received_at, Some(PublishOutcome::Refused(refusal)));
                 }
             }
+        }
+    }
+
+    /// A publish that many subscriptions match is as much work for everybody as several.
+    fn pay_for_work(&mut self, subscriptions: usize) {
+        let publishes = subscriptions / SUBSCRIPTIONS_PER_PUBLISH;
+        if publishes > 0
+            && let Some(pace) = &mut self.pace
+        {
+            pace.charge(Cost { publishes: publishes as u64, bytes: 0 }, Instant::now());
         }
     }
 

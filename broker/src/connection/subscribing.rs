@@ -1,6 +1,7 @@
 //! SUBSCRIBE and UNSUBSCRIBE.
 
 use std::sync::Arc;
+use std::time::Instant;
 
 use mqtt_protocol_core::mqtt::result_code::DisconnectReasonCode;
 use tokio::io::{AsyncRead, AsyncWrite};
@@ -18,6 +19,9 @@ use crate::session::{LiveTopic, Queued, RetainedWanted, Slot, Subscribed, Subscr
 use crate::stream::DurableStream;
 use crate::topics::filter;
 
+/// So many filters of a SUBSCRIBE are looked at, even if a session may have fewer: each is told what is wrong with it.
+const FILTERS_LOOKED_AT: usize = 1_000;
+
 impl<S, T> Connection<S, T>
 where
     S: Service,
@@ -34,6 +38,10 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
+        if filters.len() > self.shared.limits.subscriptions_per_session.max(FILTERS_LOOKED_AT) {
+            self.refuse_too_many(packet_id, filters.len());
+            return;
+        }
         let who = Arc::clone(&session.identity);
         let mut granted = Vec::with_capacity(filters.len());
         let mut first_reason: Option<String> = None;
@@ -60,6 +68,16 @@ where
                 session.queue.push_back(Queued::Retained(wanted));
             }
         }
+    }
+
+    /// So many more filters than a session may have are not looked at one by one.
+    fn refuse_too_many(&mut self, packet_id: u16, filters: usize) {
+        self.limited("subscriptions_per_session");
+        self.shared.service.observe(Observation::Refused(RefusalCode::QuotaExceeded));
+        let most = self.shared.limits.subscriptions_per_session.max(FILTERS_LOOKED_AT);
+        let sentence = format!("a SUBSCRIBE has at most {most} filters");
+        let refusal = self.refusal(RefusalCode::QuotaExceeded, &sentence);
+        self.engine.suback(packet_id, &vec![Granted::Refused(refusal.code); filters], Some(&refusal.reason));
     }
 
     pub(super) fn add_subscription(
@@ -96,7 +114,7 @@ where
             record.qos = record.qos.min(1);
         }
         if ordinary && let Err(full) = self.insert_ordinary(&record, departure) {
-            self.limited("filters_per_user");
+            self.limited(full.limit());
             return Err(self.refusal(RefusalCode::QuotaExceeded, &full.to_string()));
         }
         let Some(session) = &mut self.session else { return Ok(0) };
@@ -196,7 +214,13 @@ where
         if let Some(session) = &self.session
             && session.is_persistent()
         {
-            self.shared.service.save_session(&session.key, session.record()).await?;
+            let record = session.record();
+            // The whole record is stored anew, however little has changed.
+            let bytes: usize = record.subscriptions.iter().map(SubscriptionRecord::bytes).sum();
+            if let Some(pace) = &mut self.pace {
+                pace.charge_bytes(u64::try_from(bytes).unwrap_or(u64::MAX), Instant::now());
+            }
+            self.shared.service.save_session(&session.key, record).await?;
         }
         Ok(())
     }
@@ -212,6 +236,7 @@ where
         let Some(session) = &mut self.session else { return Ok(()) };
         let wanted = session.wanted();
         session.slots.retain(|slot| wanted.iter().any(|wanted| wanted.topic.name == slot.topic));
+        session.take_unread().for_each(|packet_id| self.engine.release(packet_id));
         session.live_topics.clear();
         departure.bound.retain(|name| {
             let keep = wanted.iter().any(|wanted| wanted.topic.name == *name);

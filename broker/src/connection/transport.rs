@@ -130,6 +130,7 @@ where
             match Pin::new(&mut self.io).poll_write(cx, &self.engine.out[self.out_at..]) {
                 Poll::Ready(Ok(n)) if n > 0 => {
                     self.out_at += n;
+                    self.wrote_at = Instant::now();
                     self.needs_flush = true;
                     written = true;
                 }

@@ -127,8 +127,11 @@ impl<K: Copy + Eq + Hash, O: Clone> SubscriptionTrie<K, O> {
 
     /// Visits every subscription whose filter matches the name, in no order; a subscriber as often as filters of its match.
     pub fn matching(&self, topic: &str, visit: &mut impl FnMut(&K, &O)) {
-        let mut visit_all =
-            |subscribers: &HashMap<K, O>| subscribers.iter().for_each(|(key, options)| visit(key, options));
+        self.reach(topic, &mut |subscribers| subscribers.iter().for_each(|(key, options)| visit(key, options)));
+    }
+
+    /// The subscribers of each level that a filter which matches the name ends in.
+    fn reach(&self, topic: &str, visit_all: &mut impl FnMut(&HashMap<K, O>)) {
         // Wildcards in the first level do not match names that begin with `$` [MQTT-4.7.2-1].
         let mut wildcards = !topic.starts_with('$');
         let mut reached = vec![ROOT];
@@ -154,6 +157,13 @@ impl<K: Copy + Eq + Hash, O: Clone> SubscriptionTrie<K, O> {
             // `a/#` matches `a`.
             visit_all(&node.below);
         }
+    }
+
+    /// Levels and subscriptions that [`SubscriptionTrie::matching`] comes to for this name. Does not look at the subscriptions themselves.
+    pub fn work(&self, topic: &str) -> usize {
+        let mut work = 0;
+        self.reach(topic, &mut |subscribers| work += 1 + subscribers.len());
+        work
     }
 
     fn grow(&mut self, parent: usize, level: &str) -> usize {
@@ -217,6 +227,19 @@ mod tests {
         assert_eq!(trie.remove("a/+", &1), Some(11));
         assert_eq!(trie.remove("a/+", &1), None);
         assert_eq!(matching(&trie, "a/b"), [(1, 12), (2, 20)]);
+    }
+
+    #[test]
+    fn work_is_what_is_looked_at() {
+        let mut trie = SubscriptionTrie::new();
+        assert!(trie.work("a/b") < 3);
+        for key in 0..100 {
+            trie.insert("a/+", key, 0);
+            trie.insert("#", key, 0);
+            trie.insert("other/#", key, 0);
+        }
+        assert!((200..210).contains(&trie.work("a/b")), "{}", trie.work("a/b"));
+        assert!((100..105).contains(&trie.work("c")), "{}", trie.work("c"));
     }
 
     #[test]

@@ -24,7 +24,8 @@ const LINGER_BYTES_MAX: usize = 1024 * 1024;
 
 enum Stage {
     Open,
-    /// The client has sent a Close, and has its answer.
+    /// A Close was sent. Nothing can follow it, so what is still written goes nowhere: what the client sent before its own is worked off first, and
+    /// answered, and only then does the connection end, as after a FIN over TCP.
     Closed,
     /// The client has to learn of this.
     Lingering {
@@ -185,8 +186,10 @@ where
 {
     fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         let this = self.get_mut();
-        if !matches!(this.stage, Stage::Open) {
-            return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
+        match &this.stage {
+            Stage::Open => {}
+            Stage::Closed => return Poll::Ready(Ok(buf.len())),
+            Stage::Lingering { .. } => return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into())),
         }
         ready!(this.poll_out(cx))?;
         if let Some(pong) = this.pong.take() {
@@ -272,7 +275,22 @@ mod tests {
         let mut read = Vec::new();
         server.read_to_end(&mut read).await.unwrap();
         assert_eq!(read, b"bye");
-        assert!(server.write_all(b"more").await.is_err());
+        drop(server);
+        let mut answer = Vec::new();
+        client.read_to_end(&mut answer).await.unwrap();
+        assert_eq!(answer, [0x88, 2, 0x03, 0xe9]);
+    }
+
+    /// What came before a Close is answered when nothing can be said any more: that must not keep it from being worked off.
+    #[tokio::test]
+    async fn answers_after_a_close_go_nowhere_and_the_close_is_answered() {
+        let (mut client, mut server) = pair(1 << 20);
+        client.write_all(&[frame(0x82, b"bye"), frame(0x88, &[0x03, 0xe9])].concat()).await.unwrap();
+        let mut read = [0; 64];
+        assert_eq!(server.read(&mut read).await.unwrap(), 3);
+        server.write_all(&[7; 100_000]).await.unwrap();
+        server.flush().await.unwrap();
+        assert_eq!(server.read(&mut read).await.unwrap(), 0);
         drop(server);
         let mut answer = Vec::new();
         client.read_to_end(&mut answer).await.unwrap();

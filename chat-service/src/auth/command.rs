@@ -7,8 +7,9 @@ use std::process::ExitCode;
 use chat_protocol::UserId;
 
 use super::Role;
-use super::passwords::{PASSWORD_BYTES_MAX, PasswordFile, PasswordFileError, User};
+use super::passwords::{IsNew, PASSWORD_BYTES_MAX, PasswordFile, PasswordFileError, User};
 use crate::cli::{EXIT_FAILURE, EXIT_USAGE};
+use crate::settings::SettingsError;
 
 /// What is to be done to the password file.
 #[derive(Clone, Debug, PartialEq, Eq, clap::Subcommand)]
@@ -44,12 +45,19 @@ pub struct PasswordFilePath {
     file: Option<PathBuf>,
 }
 
-/// Does it. `default`: the file of the settings.
-pub fn run(command: &Passwd, default: Option<&Path>) -> ExitCode {
+/// Does it. `default`: the file of the settings, which need not be right if it is not asked for.
+pub fn run(command: &Passwd, default: Result<Option<&Path>, &SettingsError>) -> ExitCode {
     let (Passwd::Add { file, .. } | Passwd::Remove { file, .. } | Passwd::Check { file, .. }) = command;
-    let Some(path) = file.file.as_deref().or(default) else {
-        eprintln!("chatd: which file? Name it with --file, or set auth.password_file");
-        return ExitCode::from(EXIT_USAGE);
+    let path = match (file.file.as_deref(), default) {
+        (Some(path), _) | (None, Ok(Some(path))) => path,
+        (None, Ok(None)) => {
+            eprintln!("chatd: which file? Name it with --file, or set auth.password_file");
+            return ExitCode::from(EXIT_USAGE);
+        }
+        (None, Err(error)) => {
+            eprintln!("chatd: {error}");
+            return ExitCode::from(EXIT_USAGE);
+        }
     };
     let done = match command {
         Passwd::Add { name, roles, .. } => add(path, name, roles),
@@ -69,27 +77,30 @@ pub fn run(command: &Passwd, default: Option<&Path>) -> ExitCode {
 }
 
 fn add(path: &Path, name: &UserId, roles: &[Role]) -> Result<String, String> {
-    let mut users = match PasswordFile::read(path) {
-        Err(PasswordFileError::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => {
-            PasswordFile::default()
+    // Whoever is about to type a password hears of a file that is wrong before.
+    match PasswordFile::read(path) {
+        Err(PasswordFileError::Io { cause, .. }) if cause.kind() == std::io::ErrorKind::NotFound => {}
+        read => drop(read.map_err(|error| error.to_string())?),
+    }
+    // Nobody waits for whoever types.
+    let mut user = User::with_password(&ask(name, true)?, roles.to_vec());
+    let put = |users: &mut PasswordFile| {
+        if user.roles.is_empty() {
+            user.roles = users.get(name).map(|before| before.roles.clone()).unwrap_or_default();
         }
-        read => read.map_err(|error| error.to_string())?,
+        Some(users.put(name.clone(), user))
     };
-    let password = ask(name, true)?;
-    let before = users.get(name).map(|user| user.roles.clone()).unwrap_or_default();
-    let roles = if roles.is_empty() { before } else { roles.to_vec() };
-    let new = users.put(name.clone(), User::with_password(&password, roles));
-    users.write(path).map_err(|error| error.to_string())?;
-    let done = if new { "was added to" } else { "has another password in" };
+    let new = PasswordFile::change(path, IsNew::Perhaps, put).map_err(|error| error.to_string())?;
+    let done = if new == Some(true) { "was added to" } else { "has another password in" };
     Ok(format!("{name} {done} {}; a chatd that runs reads it on SIGHUP", path.display()))
 }
 
 fn remove(path: &Path, name: &UserId) -> Result<String, String> {
-    let mut users = PasswordFile::read(path).map_err(|error| error.to_string())?;
-    if !users.remove(name) {
+    let remove = |users: &mut PasswordFile| users.remove(name).then_some(());
+    let removed = PasswordFile::change(path, IsNew::No, remove).map_err(|error| error.to_string())?;
+    if removed.is_none() {
         return Err(format!("there is no {name} in {}", path.display()));
     }
-    users.write(path).map_err(|error| error.to_string())?;
     Ok(format!("{name} was removed from {}; a chatd that runs reads it on SIGHUP", path.display()))
 }
 

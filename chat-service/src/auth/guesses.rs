@@ -1,6 +1,7 @@
 //! Who guesses passwords: counted for each address and for each address and user, and made to wait.
 //!
-//! A user's name alone counts for nothing, or anybody could lock anybody out. Pure: the caller brings the clock.
+//! A user's name alone counts for nothing, or anybody could lock anybody out. Where many share an address, as behind a proxy, name and address
+//! together are hardly more than the name: there nobody is made to wait, only to take turns. Pure: the caller brings the clock.
 
 use std::collections::VecDeque;
 use std::net::{IpAddr, Ipv6Addr};
@@ -17,6 +18,8 @@ const FIRST_WAIT: Duration = Duration::from_secs(60);
 const WAIT_MAX: Duration = Duration::from_secs(3_600);
 /// Failures are forgotten so long after the last.
 const MEMORY: Duration = Duration::from_secs(3_600);
+/// Whoever has failed so often may be guessing.
+const SUSPECT_FAILURES: u32 = 5;
 /// Guessers that are remembered; the oldest are forgotten.
 const GUESSERS_MAX: usize = 100_000;
 
@@ -53,6 +56,11 @@ impl Caller {
     /// Whose places they take when they wait.
     pub(super) fn guest(&self) -> Guesser {
         if self.counts_address { Guesser::of_address(self.address) } else { Guesser::of_user(self.address, &self.user) }
+    }
+
+    /// The address, if its places are shared by many.
+    pub(super) fn shared(&self) -> Option<Guesser> {
+        (!self.counts_address).then(|| Guesser::of_address(self.address))
     }
 
     /// Each with the failures that it may have.
@@ -97,6 +105,12 @@ impl Guesses {
             (failures.last + wait).checked_duration_since(now).filter(|left| !left.is_zero())
         };
         caller.guessers().filter_map(wait).max()
+    }
+
+    /// Whether whoever would take the places has failed more than now and then.
+    pub(super) fn is_suspect(&self, caller: &Caller, now: Instant) -> bool {
+        let failures = self.failures.get(&caller.guest()).filter(|failures| now < failures.last + MEMORY);
+        failures.is_some_and(|failures| failures.count >= SUSPECT_FAILURES)
     }
 
     pub(super) fn failed(&mut self, caller: &Caller, now: Instant) {
@@ -180,6 +194,8 @@ mod tests {
         }
         assert!(guesses.wait(&bob(HOME), now).is_some());
         assert!(guesses.wait(&bob(ELSEWHERE), now).is_none());
+        assert!(guesses.is_suspect(&bob(HOME), now) && !guesses.is_suspect(&bob(ELSEWHERE), now));
+        assert!(!guesses.is_suspect(&bob(HOME), now + MEMORY));
     }
 
     #[test]
@@ -195,7 +211,10 @@ mod tests {
         }
         assert!(guesses.wait(&shared("bob"), now).is_some());
         assert_ne!(shared("bob").guest(), shared("alice").guest());
+        assert_eq!(shared("bob").shared(), shared("alice").shared());
         assert_eq!(at(HOME, "bob").guest(), at(HOME, "alice").guest());
+        assert_eq!(at(HOME, "bob").shared(), None);
+        assert!(guesses.is_suspect(&shared("bob"), now) && !guesses.is_suspect(&shared("alice"), now));
     }
 
     #[test]

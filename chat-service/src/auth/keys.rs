@@ -1,7 +1,7 @@
 //! Keys that are fetched: a set of public keys by URL, again and again, so that whoever signs tokens can change theirs.
 //!
-//! What a token says never decides what is fetched or from where, only that it may be time to: at most so often. The last good set stays when a
-//! fetch fails.
+//! What a token says never decides what is fetched or from where, only that it may be time to: at most so often. A set that came takes the place
+//! of the last one, also if it has no key that can be used: whoever signs tokens has taken them back. When a fetch fails the last one stays.
 
 use std::fmt;
 use std::future::Future;
@@ -78,6 +78,12 @@ impl KeyFetch {
         Ok(Self { client: outgoing::client(&url.0)?, url: url.0.clone(), refresh })
     }
 
+    /// For the log: without the query, which may be a secret.
+    fn shown(&self) -> String {
+        let (scheme, authority) = (self.url.scheme_str().unwrap_or_default(), self.url.authority());
+        format!("{scheme}://{}{}", authority.map_or("", |authority| authority.as_str()), self.url.path())
+    }
+
     async fn fetch(&self) -> Result<Keys, String> {
         let request = Request::get(self.url.clone())
             .header("accept", "application/jwk-set+json, application/json")
@@ -107,8 +113,17 @@ impl KeyFetch {
             {
                 Ok(keys) => {
                     failures = 0;
+                    let is_empty = keys.is_empty();
                     if auth.take_keys(keys) {
-                        tracing::info!("fetched the keys that sign tokens");
+                        if is_empty {
+                            let url = self.shown();
+                            tracing::error!(
+                                url,
+                                "auth.jwt_key_url: the set has no public key for RS256, ES256 or EdDSA; what other keys have signed is not taken any more"
+                            );
+                        } else {
+                            tracing::info!("fetched the keys that sign tokens");
+                        }
                         changed();
                     }
                     self.refresh
@@ -118,7 +133,12 @@ impl KeyFetch {
                     metrics.jwt_key_fetch_failures.inc();
                     let wait = Pace::USUAL.back_off(failures);
                     let wait_ms = u64::try_from(wait.as_millis()).unwrap_or(u64::MAX);
-                    tracing::warn!(url = %self.url, ?reason, wait_ms, "auth.jwt_key_url: no keys; those from before stay");
+                    tracing::warn!(
+                        url = self.shown(),
+                        ?reason,
+                        wait_ms,
+                        "auth.jwt_key_url: no keys; those from before stay"
+                    );
                     wait
                 }
             };

@@ -5,6 +5,7 @@
 //! replaced as a whole, and asked anew each time: nothing that follows from it is remembered.
 
 pub mod acl;
+pub mod authorities;
 pub mod command;
 mod desk;
 mod guesses;
@@ -22,14 +23,17 @@ use std::time::{Duration, Instant};
 
 use broker::service::{
     Authentication, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Credential, Identity, Peer, Roles,
+    ShownCertificate,
 };
+use broker::sparing::REFUSALS;
 use chat_protocol::UserId;
 use parking_lot::{Mutex, RwLock};
 use sha2::{Digest, Sha256};
 use tokio::sync::Notify;
 
 use self::acl::{Acl, AclFileError, Client, Wanted};
-use self::desk::{Desk, Room};
+use self::authorities::Authorities;
+use self::desk::{Desk, Guest, Room, Standing, Try, Turnstile};
 use self::guesses::{Caller, Guesses};
 use self::passwords::{PASSWORD_BYTES_MAX, PasswordFile, PasswordFileError, User};
 use self::tokens::{Claims, KeyError, Keys, Proof, TokenError, Tokens};
@@ -39,12 +43,12 @@ use crate::settings::{AuthMode, AuthSettings};
 pub const TOKEN_METHOD: &str = "JWT";
 /// Where the admins read how the server is.
 const SERVER_TOPICS: &str = "$SYS";
-/// Passwords that wait to be hashed, and of those, those of one address.
+/// Passwords that wait to be hashed.
 const PASSWORD_PLACES: usize = 64;
-const PASSWORD_PLACES_OF_ONE: usize = 16;
 /// Tokens whose signature waits to be checked: that takes a hundredth of the time.
 const TOKEN_PLACES: usize = 1_024;
-const TOKEN_PLACES_OF_ONE: usize = 256;
+/// Those who wait to try a user from a shared address, after too many failures from there.
+const TRIES_WAITING_MAX: usize = 8;
 /// A failed login is answered at a whole number of these after it came, so that not even the cost of a hash shows.
 const FAILURE_DELAY: Duration = Duration::from_secs(1);
 
@@ -154,7 +158,8 @@ pub struct Auth {
     key_path: Option<PathBuf>,
     acl_path: Option<PathBuf>,
     fetches_keys: bool,
-    takes_certificates: bool,
+    /// `None`: certificates are not taken.
+    authorities: Option<Arc<Authorities>>,
     claims: Claims,
     counts_address: CountsAddress,
     sources: Mutex<Sources>,
@@ -163,6 +168,7 @@ pub struct Auth {
     guesses: Mutex<Guesses>,
     hashing: Desk,
     checking: Desk,
+    turnstile: Turnstile,
     /// Passwords that were hashed, right or wrong.
     hashed: Arc<AtomicU64>,
 }
@@ -178,7 +184,7 @@ impl Auth {
     /// A file cannot be read, or is not what it has to be.
     pub fn new(
         settings: &AuthSettings,
-        takes_certificates: bool,
+        authorities: Option<Arc<Authorities>>,
         counts_address: CountsAddress,
     ) -> Result<Self, AuthError> {
         let claims = Claims {
@@ -186,7 +192,7 @@ impl Auth {
             issuer: settings.jwt_issuer.clone(),
             roles: settings.jwt_roles_claim.clone(),
         };
-        let room = |places, places_of_one| Room { at_a_time: at_a_time(), places, places_of_one };
+        let room = |places| Room { at_a_time: at_a_time(), places };
         let nothing = Rules {
             passwords: None,
             tokens: None,
@@ -201,15 +207,16 @@ impl Auth {
             key_path: settings.jwt_key_file.clone(),
             acl_path: settings.acl_file.clone(),
             fetches_keys: settings.jwt_key_url.is_some(),
-            takes_certificates,
+            authorities,
             claims,
             counts_address,
             sources: Mutex::default(),
             rules: RwLock::new(Arc::new(nothing)),
             keys_wanted: Notify::new(),
             guesses: Mutex::default(),
-            hashing: Desk::new(room(PASSWORD_PLACES, PASSWORD_PLACES_OF_ONE)),
-            checking: Desk::new(room(TOKEN_PLACES, TOKEN_PLACES_OF_ONE)),
+            hashing: Desk::new(room(PASSWORD_PLACES)),
+            checking: Desk::new(room(TOKEN_PLACES)),
+            turnstile: Turnstile::default(),
             hashed: Arc::default(),
         };
         auth.reload()?;
@@ -231,7 +238,7 @@ impl Auth {
             observers: Vec::new(),
             acl_file: None,
         };
-        Arc::new(Self::new(&settings, false, Box::new(|_| true)).expect("no file is read"))
+        Arc::new(Self::new(&settings, None, Box::new(|_| true)).expect("no file is read"))
     }
 
     /// Reads the files again. If one of them is wrong everything stays as it was.
@@ -286,7 +293,7 @@ impl Auth {
 
     /// `false` if it is certain that there is no such user: the password file has all of them, and not this one.
     pub fn may_exist(&self, user: &UserId) -> bool {
-        let is_closed = self.mode == AuthMode::Required && !self.takes_certificates;
+        let is_closed = self.mode == AuthMode::Required && self.authorities.is_none();
         let rules = self.rules.read();
         match (&rules.passwords, &rules.tokens) {
             (Some(passwords), None) if is_closed => passwords.has(user),
@@ -332,7 +339,7 @@ impl Auth {
     }
 
     /// Who somebody is now that files were read again or keys fetched. `None` if nobody any more: the password is another one or gone, or the key
-    /// is that signed the token.
+    /// is that signed the token, or an authority whose certificates were taken.
     pub fn recheck(&self, who: &Identity) -> Option<Identity> {
         if self.is_open() {
             return Some(who.clone());
@@ -347,7 +354,8 @@ impl Auth {
             return Some(Identity { roles: self.roles(&user, &found.roles), ..who.clone() });
         }
         let signed = rules.tokens.as_ref().is_some_and(|tokens| tokens.has_key(who.credential));
-        signed.then(|| who.clone())
+        let shown = self.authorities.as_ref().is_some_and(|authorities| authorities.takes(who.credential));
+        (signed || shown).then(|| who.clone())
     }
 
     /// Who asks to come in, or why not.
@@ -361,11 +369,15 @@ impl Auth {
             return named(request).map(without_proof);
         }
         if let Some(authentication) = request.authentication {
-            let proof = self.prove(request.peer, None, authentication).await?;
+            let name = request.user_name.filter(|name| !name.is_empty());
+            let proof = self.prove(request.peer, name, authentication).await?;
+            is_of(&proof, name)?;
             return Ok(self.proven(proof, client_id));
         }
-        if let (Some(name), None) = (&request.peer.certificate_name, request.password) {
-            return by_certificate(name, request.user_name).map(without_proof);
+        if let (Some(certificate), None) = (&request.peer.certificate, request.password) {
+            let user = self.by_certificate(certificate, request.user_name)?;
+            let ShownCertificate { credential, expires_at, .. } = certificate;
+            return Ok(self.identity(user, client_id, &[], *credential, Some(*expires_at)));
         }
         let Some(password) = request.password else {
             return Err(refuse(
@@ -376,11 +388,9 @@ impl Auth {
         // Empty: whoever the token is about.
         let name = request.user_name.unwrap_or_default();
         if self.rules().tokens.is_some() && Tokens::is_token(password) {
-            let proof = self.prove_token(request.peer, (!name.is_empty()).then_some(name), password).await?;
-            if !name.is_empty() && name != proof.user.as_str() {
-                let sentence = "the token is another user's than the user name";
-                return Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, sentence));
-            }
+            let name = (!name.is_empty()).then_some(name);
+            let proof = self.prove_token(request.peer, name, password).await?;
+            is_of(&proof, name)?;
             return Ok(self.proven(proof, client_id));
         }
         let (user, found) = self.check_password(request.peer, name, password).await?;
@@ -400,6 +410,28 @@ impl Auth {
             return Err(refuse(ConnectRefusalCode::NotAuthorized, "the token is another user's"));
         }
         Ok(self.proven(proof, &identity.client_id))
+    }
+
+    /// Whoever shows a certificate is the user whose name it has.
+    fn by_certificate(
+        &self,
+        ShownCertificate { name, expires_at, credential }: &ShownCertificate,
+        user_name: Option<&str>,
+    ) -> Result<UserId, ConnectRefusal> {
+        let refused = |sentence: &str| refuse(ConnectRefusalCode::BadUserNameOrPassword, sentence);
+        if user_name.is_some_and(|user| !user.is_empty() && user != &**name) {
+            return Err(refused("the certificate is another user's than the user name"));
+        }
+        // It was good in the handshake, which may have been long ago.
+        if *expires_at <= Instant::now() {
+            return Err(refused("the certificate has expired"));
+        }
+        if !self.authorities.as_ref().is_some_and(|authorities| authorities.takes(*credential)) {
+            return Err(refused(
+                "the certificate is not taken any more: those who vouch for certificates have changed",
+            ));
+        }
+        UserId::parse(name).map_err(|error| refused(&format!("the certificate's common name: {error}")))
     }
 
     fn proven(&self, proof: Proof, client_id: &str) -> Identity {
@@ -453,21 +485,35 @@ impl Auth {
         Caller { address, user, counts_address: (self.counts_address)(address) }
     }
 
-    /// Nothing is looked at for those who have guessed too often.
-    fn may_try(&self, caller: &Caller) -> Result<(), ConnectRefusal> {
-        let Some(wait) = self.guesses.lock().wait(caller, Instant::now()) else { return Ok(()) };
-        let sentence = format!("too many failed logins: try again in {} s", wait.as_secs() + 1);
-        Err(refuse(ConnectRefusalCode::ConnectionRateExceeded, &sentence))
+    /// Nothing is looked at for those who have guessed too often. Where many share an address it may be somebody else who has: there they take
+    /// turns, until what is returned is dropped.
+    async fn may_try(&self, caller: &Caller) -> Result<Option<Try>, ConnectRefusal> {
+        let Some(wait) = self.guesses.lock().wait(caller, Instant::now()) else { return Ok(None) };
+        let refused = |sentence: &str| refuse(ConnectRefusalCode::ConnectionRateExceeded, sentence);
+        if caller.counts_address {
+            return Err(refused(&format!("too many failed logins: try again in {} s", wait.as_secs() + 1)));
+        }
+        let turn = self.turnstile.turn(caller.guest(), TRIES_WAITING_MAX).await;
+        turn.map(Some)
+            .ok_or_else(|| refused("too many failed logins of this user from there: try again in some seconds"))
+    }
+
+    /// As whom they wait.
+    fn guest(&self, caller: &Caller) -> Guest {
+        let is_suspect = self.guesses.lock().is_suspect(caller, Instant::now());
+        let standing = if is_suspect { Standing::Suspect } else { Standing::Good };
+        Guest { who: caller.guest(), shared: caller.shared(), standing }
     }
 
     async fn prove_token(&self, peer: &Peer, claimed: Option<&str>, token: &[u8]) -> Result<Proof, ConnectRefusal> {
-        let began = Instant::now();
         let user = match claimed {
             Some(name) => UserId::parse(name).ok(),
             None => Tokens::claimed_user(token),
         };
         let caller = self.caller(peer, user.as_ref());
-        self.may_try(&caller)?;
+        let _try = self.may_try(&caller).await?;
+        // From here: whoever had to wait for their turn does not go faster for it.
+        let began = Instant::now();
         let mut checked = self.check_token(&caller, token).await?;
         if checked.as_ref().is_err_and(TokenError::names_unknown_key) && self.fetches_keys {
             // The key may be new. Perhaps it is there when the answer is due.
@@ -489,13 +535,15 @@ impl Auth {
         if matches!(error, TokenError::Forged { .. }) {
             self.guesses.lock().failed(&caller, Instant::now());
         }
-        tracing::info!(address = %caller.address, reason = ?error.to_string(), "a token was refused");
+        if REFUSALS.may_say() {
+            tracing::info!(address = %caller.address, reason = ?error.to_string(), "a token was refused");
+        }
         answer_late(began).await;
         Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, &format!("the token was not taken: {error}")))
     }
 
     async fn check_token(&self, caller: &Caller, token: &[u8]) -> Result<Result<Proof, TokenError>, ConnectRefusal> {
-        let turn = self.checking.turn(caller.guest()).await.ok_or_else(busy)?;
+        let turn = self.checking.turn(&self.guest(caller)).await.ok_or_else(busy)?;
         let (rules, token) = (self.rules(), token.to_vec());
         let checked = tokio::task::spawn_blocking(move || {
             let _turn = turn;
@@ -508,12 +556,12 @@ impl Auth {
     }
 
     async fn check_password(&self, peer: &Peer, name: &str, password: &[u8]) -> Result<(UserId, User), ConnectRefusal> {
-        let began = Instant::now();
         // A name that cannot be is looked at no less than one that could.
         let user = UserId::parse(name).ok();
         let caller = self.caller(peer, user.as_ref());
-        self.may_try(&caller)?;
-        let turn = self.hashing.turn(caller.guest()).await.ok_or_else(busy)?;
+        let _try = self.may_try(&caller).await?;
+        let began = Instant::now();
+        let turn = self.hashing.turn(&self.guest(&caller)).await.ok_or_else(busy)?;
         let rules = self.rules();
         let on_file = user.as_ref().and_then(|user| rules.passwords.as_ref()?.get(user));
         let (checked, known) = (on_file.unwrap_or(&rules.nobody).clone(), on_file.is_some());
@@ -531,10 +579,21 @@ impl Auth {
             return Ok((user, found));
         }
         self.guesses.lock().failed(&caller, Instant::now());
-        tracing::info!(address = %caller.address, "a login failed");
+        if REFUSALS.may_say() {
+            tracing::info!(address = %caller.address, "a login failed");
+        }
         answer_late(began).await;
         Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, "user name or password are wrong"))
     }
+}
+
+/// A token may come with the name of its user, or with none.
+fn is_of(proof: &Proof, name: Option<&str>) -> Result<(), ConnectRefusal> {
+    if name.is_some_and(|name| name != proof.user.as_str()) {
+        let sentence = "the token is another user's than the user name";
+        return Err(refuse(ConnectRefusalCode::BadUserNameOrPassword, sentence));
+    }
+    Ok(())
 }
 
 /// Waits until a failure that began then may be answered.
@@ -554,15 +613,6 @@ fn is_server_topic(topic: &str) -> bool {
 
 fn busy() -> ConnectRefusal {
     refuse(ConnectRefusalCode::ServerUnavailable, "too many logins at a time: try again")
-}
-
-/// Whoever shows a certificate is the user whose name it has.
-fn by_certificate(name: &str, user_name: Option<&str>) -> Result<UserId, ConnectRefusal> {
-    let refused = |sentence: &str| refuse(ConnectRefusalCode::BadUserNameOrPassword, sentence);
-    if user_name.is_some_and(|user| !user.is_empty() && user != name) {
-        return Err(refused("the certificate is another user's than the user name"));
-    }
-    UserId::parse(name).map_err(|error| refused(&format!("the certificate's common name: {error}")))
 }
 
 /// All whose address is not known count as one.
@@ -635,7 +685,7 @@ mod tests {
     }
 
     fn auth(settings: &AuthSettings) -> Auth {
-        Auth::new(settings, false, Box::new(|_| true)).unwrap()
+        Auth::new(settings, None, Box::new(|_| true)).unwrap()
     }
 
     fn on_file(users: &[(&str, Vec<Role>)]) -> String {
@@ -651,7 +701,7 @@ mod tests {
     }
 
     fn from(address: &str) -> Peer {
-        Peer { address: Some(SocketAddr::new(address.parse().unwrap(), 1)), certificate_name: None }
+        Peer { address: Some(SocketAddr::new(address.parse().unwrap(), 1)), certificate: None }
     }
 
     async fn log_in(auth: &Auth, peer: &Peer, name: &str, password: &[u8]) -> Result<Identity, ConnectRefusalCode> {
@@ -719,6 +769,83 @@ mod tests {
         }
         let elsewhere = log_in(&auth, &from("192.0.2.2"), "", right.as_bytes()).await.unwrap();
         assert_eq!(&*elsewhere.user, "alice");
+    }
+
+    #[tokio::test]
+    async fn where_many_share_an_address_guesses_slow_down_and_lock_nobody_out() {
+        let folder = Folder::new();
+        let users = folder.write("users", &on_file(&[("alice", Vec::new())]));
+        let auth = Auth::new(&AuthSettings { password_file: users, ..settings() }, None, Box::new(|_| false)).unwrap();
+        let proxy = from("192.0.2.1");
+        for guess in join((0..10).map(|_| log_in(&auth, &proxy, "alice", b"wrong"))).await {
+            assert_eq!(guess.unwrap_err(), ConnectRefusalCode::BadUserNameOrPassword);
+        }
+        // One after the other from here on, each as long as a failure takes; and no more wait than may.
+        let began = Instant::now();
+        let guesses = join((0..TRIES_WAITING_MAX + 3).map(|_| log_in(&auth, &proxy, "alice", b"wrong")));
+        let refused = guesses.await.into_iter().map(Result::unwrap_err);
+        let turned_away = refused.filter(|code| *code == ConnectRefusalCode::ConnectionRateExceeded).count();
+        assert_eq!(turned_away, 3);
+        let least = FAILURE_DELAY * u32::try_from(TRIES_WAITING_MAX).unwrap();
+        assert!(began.elapsed() >= least, "{:?}", began.elapsed());
+        log_in(&auth, &proxy, "alice", b"alice").await.unwrap();
+    }
+
+    fn certified(name: &str, left: Duration, credential: Credential) -> Peer {
+        let expires_at = Instant::now() + left;
+        Peer { certificate: Some(ShownCertificate { name: name.into(), expires_at, credential }), ..from("192.0.2.1") }
+    }
+
+    #[tokio::test]
+    async fn a_certificate_opens_as_long_as_it_lasts_and_is_taken() {
+        let authorities = Arc::new(Authorities::default());
+        let auth = Auth::new(&settings(), Some(Arc::clone(&authorities)), Box::new(|_| true)).unwrap();
+        let show = async |peer: &Peer| {
+            let request = ConnectRequest {
+                peer,
+                client_id: "phone",
+                client_id_assigned: false,
+                user_name: None,
+                password: None,
+                authentication: None,
+            };
+            auth.connect(&request).await
+        };
+        let (ours, hour) = (authorities.set([b"ours".as_slice()]), Duration::from_secs(3_600));
+        let peer = certified("alice", hour, ours);
+        let alice = show(&peer).await.unwrap();
+        assert_eq!(alice.expires_at, peer.certificate.as_ref().map(|certificate| certificate.expires_at));
+        assert_eq!(auth.recheck(&alice).as_ref(), Some(&alice));
+        assert!(show(&certified("alice", Duration::ZERO, ours)).await.unwrap_err().reason.contains("expired"));
+        authorities.set([b"ours".as_slice(), b"another's"]);
+        assert_eq!(auth.recheck(&alice).as_ref(), Some(&alice), "whoever is added takes nothing from others");
+        authorities.set([b"another's".as_slice()]);
+        assert_eq!(auth.recheck(&alice), None);
+        assert!(show(&peer).await.unwrap_err().reason.contains("not taken any more"));
+    }
+
+    #[tokio::test]
+    async fn the_method_heeds_the_user_name() {
+        let folder = Folder::new();
+        let keys = folder.write("key", "0123456789abcdef0123456789abcdef");
+        let auth = auth(&AuthSettings { jwt_key_file: keys, ..settings() });
+        let key = jsonwebtoken::EncodingKey::from_secret(b"0123456789abcdef0123456789abcdef");
+        let body = serde_json::json!({"sub": "alice", "exp": 4_000_000_000_u64});
+        let token = jsonwebtoken::encode(&jsonwebtoken::Header::default(), &body, &key).unwrap();
+        let authentication = Authentication { method: TOKEN_METHOD.to_owned(), data: token.into_bytes() };
+        let home = from("192.0.2.1");
+        for (user_name, is_in) in [(None, true), (Some(""), true), (Some("alice"), true), (Some("bob"), false)] {
+            let request = ConnectRequest {
+                peer: &home,
+                client_id: "phone",
+                client_id_assigned: false,
+                user_name,
+                password: None,
+                authentication: Some(&authentication),
+            };
+            let outcome = auth.connect(&request).await;
+            assert_eq!(outcome.is_ok(), is_in, "{user_name:?}: {outcome:?}");
+        }
     }
 
     /// All of them at a time.

@@ -1,11 +1,11 @@
 //! The password file: a line for each user, `name:$argon2id$…` and perhaps `:role,role`.
 //!
 //! A file with a line that is wrong is refused whole: a line that is misread could let somebody in. It is written to a new file that takes the
-//! old one's place, so nobody ever reads half of it.
+//! old one's place, so nobody ever reads half of it. Whoever changes it has it locked from reading to writing, so no change undoes another.
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt, PermissionsExt};
 use std::path::{Path, PathBuf};
 
@@ -122,6 +122,24 @@ impl PasswordFile {
         Self::parse(&text).map_err(|(line, reason)| PasswordFileError::Line { path: path.to_owned(), line, reason })
     }
 
+    /// Reads it, changes it and writes it, while nobody else does. `is_new`: it need not be there.
+    ///
+    /// # Errors
+    /// It cannot be locked, read or written, or has a line that is wrong; it is as it was.
+    pub fn change<T>(
+        path: &Path,
+        is_new: IsNew,
+        change: impl FnOnce(&mut Self) -> Option<T>,
+    ) -> Result<Option<T>, PasswordFileError> {
+        let _lock = lock(path, is_new).map_err(|cause| PasswordFileError::Io { path: path.to_owned(), cause })?;
+        let mut file = Self::read(path)?;
+        let changed = change(&mut file);
+        if changed.is_some() {
+            file.write(path)?;
+        }
+        Ok(changed)
+    }
+
     /// `Err` with the number of the line that is wrong, and why.
     pub fn parse(text: &str) -> Result<Self, (usize, String)> {
         let (mut users, mut comments) = (BTreeMap::new(), Vec::new());
@@ -181,21 +199,54 @@ impl PasswordFile {
     }
 }
 
-/// Writes beside the file, to the disk, and puts that in its place, with the rights and the owner of the old one.
+/// Whether a file may be one that nobody has written yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IsNew {
+    Perhaps,
+    No,
+}
+
+/// Locks the file that is there now: the one before may have been replaced while its lock was waited for.
+fn lock(path: &Path, is_new: IsNew) -> std::io::Result<fs::File> {
+    loop {
+        let mut options = fs::OpenOptions::new();
+        let opened = options.read(true).write(true).create(is_new == IsNew::Perhaps).mode(0o600).open(path);
+        // Whoever may not write to it may perhaps replace it.
+        let file = opened.or_else(|error| match error.kind() {
+            ErrorKind::PermissionDenied => fs::File::open(path),
+            _ => Err(error),
+        })?;
+        file.lock()?;
+        let locked = file.metadata()?;
+        match fs::metadata(path) {
+            Ok(now) if (now.dev(), now.ino()) == (locked.dev(), locked.ino()) => return Ok(file),
+            Err(error) if error.kind() != ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+    }
+}
+
+/// Writes beside the file, to the disk, and puts that in its place, with the rights and the owner of the old one. A link goes on leading there.
 fn replace(path: &Path, bytes: &[u8]) -> std::io::Result<()> {
+    let path = &match fs::canonicalize(path) {
+        Err(error) if error.kind() == ErrorKind::NotFound => path.to_owned(),
+        real => real?,
+    };
     let old = fs::metadata(path).ok();
     let mode = old.as_ref().map_or(0o600, |metadata| metadata.permissions().mode() & 0o777);
     let mut name = path.file_name().unwrap_or_default().to_owned();
     name.push(format!(".{}.new", std::process::id()));
     let new = path.with_file_name(name);
     let written = (|| {
-        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(mode).open(&new)?;
+        let mut file = fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(&new)?;
         if let Some(old) = &old {
             let new = file.metadata()?;
             if (old.uid(), old.gid()) != (new.uid(), new.gid()) {
                 std::os::unix::fs::fchown(&file, Some(old.uid()), Some(old.gid()))?;
             }
         }
+        // Last, and whatever the umask: the new owner may be the one whom it lets read.
+        file.set_permissions(fs::Permissions::from_mode(mode))?;
         file.write_all(bytes)?;
         file.sync_all()?;
         fs::rename(&new, path)?;
@@ -299,6 +350,45 @@ mod tests {
         let read = PasswordFile::read(&path).unwrap();
         assert!(!read.has(&name("bob")) && read.get(&name("eve")).unwrap().is_password(b"e"));
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+
+    #[test]
+    fn a_link_goes_on_leading_to_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let (link, path) = (folder.path().join("link"), folder.path().join("passwords"));
+        std::os::unix::fs::symlink("passwords", &link).unwrap();
+        let put = |one: &str| {
+            let user = User { hash: cheap(b"x"), roles: Vec::new() };
+            PasswordFile::change(&link, IsNew::Perhaps, |file| Some(file.put(name(one), user))).unwrap()
+        };
+        // At first it leads nowhere.
+        assert_eq!((put("bob"), put("eve"), put("bob")), (Some(true), Some(true), Some(false)));
+        assert!(fs::symlink_metadata(&link).unwrap().is_symlink());
+        assert_eq!(PasswordFile::read(&path).unwrap().users.len(), 2);
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 2, "nothing is left beside them");
+    }
+
+    #[test]
+    fn a_change_does_not_undo_another() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = &folder.path().join("passwords");
+        std::thread::scope(|scope| {
+            for thread in 0..4 {
+                scope.spawn(move || {
+                    for nth in 0..25 {
+                        let user = User { hash: cheap(b"x"), roles: Vec::new() };
+                        let put = |file: &mut PasswordFile| Some(file.put(name(&format!("u-{thread}-{nth}")), user));
+                        assert_eq!(PasswordFile::change(path, IsNew::Perhaps, put).unwrap(), Some(true));
+                    }
+                });
+            }
+        });
+        assert_eq!(PasswordFile::read(path).unwrap().users.len(), 100);
+        let untouched = fs::metadata(path).unwrap().ino();
+        assert_eq!(PasswordFile::change(path, IsNew::No, |_| None::<()>).unwrap(), None);
+        assert_eq!(fs::metadata(path).unwrap().ino(), untouched, "nothing to write");
+        let missing = PasswordFile::change(&folder.path().join("missing"), IsNew::No, |_| Some(()));
+        assert!(matches!(missing, Err(PasswordFileError::Io { .. })), "{missing:?}");
     }
 
     #[test]

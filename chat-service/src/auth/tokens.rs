@@ -2,6 +2,7 @@
 //!
 //! A key has one algorithm, which the key decides and never the token. A token needs `sub`, the user, and `exp`.
 
+use std::fmt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -9,10 +10,11 @@ use broker::service::Credential;
 use chat_protocol::UserId;
 use jsonwebtoken::dangerous::insecure_decode_claims;
 use jsonwebtoken::errors::ErrorKind;
-use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, JwkSet, PublicKeyUse};
+use jsonwebtoken::jwk::{AlgorithmParameters, EllipticCurve, Jwk, PublicKeyUse};
 use jsonwebtoken::{Algorithm, DecodingKey, DecodingKeyKind, Validation, decode, decode_header};
-use serde::Deserialize;
-use serde_json::Value;
+use serde::de::{self, MapAccess, Visitor};
+use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
 
 use super::{Role, fingerprint};
 
@@ -76,13 +78,19 @@ impl Keys {
         keys(bytes).map(Self)
     }
 
-    /// The public keys of a set. A secret that is fetched is none.
+    /// The public keys of a set, perhaps none. A secret that is fetched is none.
     ///
     /// # Errors
-    /// Why there is no key that can be used.
+    /// Why it is no set of keys.
     pub fn parse_public_set(text: &str) -> Result<Self, String> {
-        let keys: Vec<Key> = json_web_keys(text)?.into_iter().filter(|key| key.algorithm != Algorithm::HS256).collect();
-        if keys.is_empty() { Err("it has no public key for RS256, ES256 or EdDSA".to_owned()) } else { Ok(Self(keys)) }
+        let set = serde_json::from_str::<Set>(text).map_err(|error| format!("it is no set of JWKs: {error}"))?;
+        let is_public = |key: &Key| key.algorithm != Algorithm::HS256;
+        Ok(Self(set.keys()?.into_iter().filter(is_public).collect()))
+    }
+
+    /// Whether there is none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
     }
 
     /// Whether it is the same keys under the same names.
@@ -105,7 +113,7 @@ pub enum TokenError {
     /// A key here has signed it, but not for this, or not for now. Whoever has such a token guesses nothing.
     #[error("{0}")]
     NotValid(String),
-    /// It names a key that is not here, and there was nothing to check.
+    /// No key is here that could have signed it, so there was nothing to guess.
     #[error("it names a key that is not known here")]
     UnknownKey,
 }
@@ -155,12 +163,61 @@ pub struct Proof {
     pub credential: Credential,
 }
 
-#[derive(Deserialize)]
-struct Body {
-    sub: String,
-    exp: u64,
-    #[serde(flatten)]
-    others: serde_json::Map<String, Value>,
+/// What a token says, each thing once.
+struct Body(Map<String, Value>);
+
+impl<'de> Deserialize<'de> for Body {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Members;
+
+        impl<'de> Visitor<'de> for Members {
+            type Value = Body;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Body, A::Error> {
+                let mut members = Map::new();
+                while let Some((name, value)) = map.next_entry::<String, Value>()? {
+                    if members.contains_key(&name) {
+                        return Err(de::Error::custom("it says something twice"));
+                    }
+                    members.insert(name, value);
+                }
+                Ok(Body(members))
+            }
+        }
+
+        deserializer.deserialize_map(Members)
+    }
+}
+
+impl Body {
+    /// In seconds since 1970, a fraction cut off (RFC 7519, NumericDate); `None` if it is not said.
+    fn date_s(&self, name: &str) -> Result<Option<u64>, String> {
+        let Some(value) = self.0.get(name) else { return Ok(None) };
+        let fraction = || {
+            let seconds = value.as_f64().filter(|seconds| *seconds >= 0.0)?;
+            Duration::try_from_secs_f64(seconds).ok().map(|whole| whole.as_secs())
+        };
+        let seconds = value.as_u64().or_else(fraction);
+        seconds.map(Some).ok_or_else(|| format!("{name}: it is no time in seconds since 1970"))
+    }
+
+    fn text(&self, name: &str) -> Result<&str, String> {
+        let value = self.0.get(name).ok_or_else(|| format!("{name}: it is missing"))?;
+        value.as_str().ok_or_else(|| format!("{name}: it is no text"))
+    }
+
+    /// Whether a claim is this, or a list with this in it.
+    fn names(&self, name: &str, wanted: &str) -> bool {
+        match self.0.get(name) {
+            Some(Value::String(one)) => one == wanted,
+            Some(Value::Array(list)) => list.iter().any(|one| one.as_str() == Some(wanted)),
+            _ => false,
+        }
+    }
 }
 
 impl Tokens {
@@ -197,6 +254,10 @@ impl Tokens {
         let token = std::str::from_utf8(token).map_err(|_| no_token())?;
         // Of the header only `alg` and `kid` are looked at, and those are only compared: `jku`, `x5u` and `jwk` say nothing here.
         let header = decode_header(token).map_err(|_| no_token())?;
+        if header.crit.is_some() {
+            // RFC 7515, section 4.1.11: whoever does not understand it has to refuse it.
+            return Err(TokenError::NotValid("crit: it names something that is not understood here".to_owned()));
+        }
         let named = |key: &&Key| match (&key.id, &header.kid) {
             (Some(id), Some(named)) => id == named,
             _ => true,
@@ -205,66 +266,61 @@ impl Tokens {
         let names_unknown_key = header.kid.as_ref().is_some_and(|kid| !is_known(kid));
         let mut error = None;
         for key in self.keys.iter().filter(named).filter(|key| key.algorithm == header.alg) {
-            match decode::<Body>(token, &key.key, &self.validation(key.algorithm)) {
-                Ok(found) => return self.proof(found.claims, key.credential).map_err(TokenError::NotValid),
-                // The signature is looked at first: what comes after it says that it was right.
-                Err(found) if is_after_signature(&found) => return Err(TokenError::NotValid(found.to_string())),
+            match decode::<Body>(token, &key.key, &signature_only(key.algorithm)) {
+                Ok(found) => return self.proof(&found.claims, key.credential).map_err(TokenError::NotValid),
+                // The header was read before, and the signature is looked at before the body: it was right.
+                Err(found) if matches!(found.kind(), ErrorKind::Json(_)) => {
+                    return Err(TokenError::NotValid(format!("what it says cannot be read: {found}")));
+                }
                 Err(found) => error = Some(found.to_string()),
             }
         }
+        // A public key is not guessed by trying. A secret is, whatever name is put to it.
+        let is_guess = !names_unknown_key || header.alg == Algorithm::HS256;
         Err(match error {
-            Some(reason) => TokenError::Forged { reason, names_unknown_key },
-            None if names_unknown_key => TokenError::UnknownKey,
+            Some(reason) if is_guess => TokenError::Forged { reason, names_unknown_key },
+            Some(_) => TokenError::UnknownKey,
+            None if names_unknown_key || self.keys.is_empty() => TokenError::UnknownKey,
             None => TokenError::forged("no key here has signed such a token"),
         })
     }
 
-    fn validation(&self, algorithm: Algorithm) -> Validation {
-        let mut validation = Validation::new(algorithm);
-        validation.leeway = LEEWAY_S;
-        validation.validate_nbf = true;
-        let mut required = vec!["exp", "sub"];
-        validation.validate_aud = !self.claims.audience.is_empty();
-        if validation.validate_aud {
-            validation.set_audience(&[&self.claims.audience]);
-            required.push("aud");
+    fn proof(&self, body: &Body, credential: Credential) -> Result<Proof, String> {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let expires_s = body.date_s("exp")?.ok_or_else(|| "exp: it is missing".to_owned())?;
+        if expires_s.saturating_add(LEEWAY_S) < now.as_secs() {
+            return Err("exp: it has expired".to_owned());
         }
-        if !self.claims.issuer.is_empty() {
-            validation.set_issuer(&[&self.claims.issuer]);
-            required.push("iss");
+        if body.date_s("nbf")?.is_some_and(|from_s| from_s > now.as_secs().saturating_add(LEEWAY_S)) {
+            return Err("nbf: it is not valid yet".to_owned());
         }
-        validation.set_required_spec_claims(&required);
-        validation
-    }
-
-    fn proof(&self, body: Body, credential: Credential) -> Result<Proof, String> {
-        let user = UserId::parse(&body.sub).map_err(|error| format!("sub: {error}"))?;
-        let roles = match body.others.get(&self.claims.roles) {
+        for (name, wanted) in [("aud", &self.claims.audience), ("iss", &self.claims.issuer)] {
+            if !wanted.is_empty() && !body.names(name, wanted) {
+                return Err(format!("{name}: it is not {wanted:?}"));
+            }
+        }
+        let user = UserId::parse(body.text("sub")?).map_err(|error| format!("sub: {error}"))?;
+        let roles = match body.0.get(&self.claims.roles) {
             // Roles of other services may be in the same list.
             Some(Value::Array(names)) => names.iter().filter_map(|name| name.as_str()?.parse().ok()).collect(),
             Some(Value::String(names)) => names.split_whitespace().filter_map(|name| name.parse().ok()).collect(),
             _ => Vec::new(),
         };
-        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-        let left = Duration::from_secs(body.exp.saturating_add(LEEWAY_S)).saturating_sub(now);
+        let left = Duration::from_secs(expires_s.saturating_add(LEEWAY_S)).saturating_sub(now);
         // Nobody waits for ever.
         let left = left.min(Duration::from_secs(100 * 365 * 86_400));
         Ok(Proof { user, roles, expires_at: Instant::now() + left, credential })
     }
 }
 
-/// Whether a token was refused for what it says, and not for its signature.
-fn is_after_signature(error: &jsonwebtoken::errors::Error) -> bool {
-    matches!(
-        error.kind(),
-        ErrorKind::MissingRequiredClaim(_)
-            | ErrorKind::InvalidClaimFormat(_)
-            | ErrorKind::ExpiredSignature
-            | ErrorKind::ImmatureSignature
-            | ErrorKind::InvalidIssuer
-            | ErrorKind::InvalidAudience
-            | ErrorKind::InvalidSubject
-    )
+/// Only the signature is checked, by this algorithm: what a token says is judged here, so that it is known which of the two was wrong.
+fn signature_only(algorithm: Algorithm) -> Validation {
+    let mut validation = Validation::new(algorithm);
+    validation.required_spec_claims.clear();
+    validation.validate_exp = false;
+    validation.validate_nbf = false;
+    validation.validate_aud = false;
+    validation
 }
 
 fn keys(bytes: &[u8]) -> Result<Vec<Key>, String> {
@@ -318,14 +374,26 @@ fn pem(text: &str) -> Result<Key, String> {
 
 /// Those of a set that can be used; others may be for other things.
 fn json_web_keys(text: &str) -> Result<Vec<Key>, String> {
-    let set = serde_json::from_str::<JwkSet>(text)
-        .or_else(|_| serde_json::from_str::<Jwk>(text).map(|key| JwkSet { keys: vec![key] }))
+    let set = serde_json::from_str::<Set>(text)
+        .or_else(|_| serde_json::from_str::<Value>(text).map(|key| Set { keys: vec![key] }))
         .map_err(|error| format!("it is no JWK and no set of them: {error}"))?;
-    let keys: Vec<Key> = set.keys.iter().filter_map(json_web_key).collect();
-    if keys.len() > KEYS_MAX {
-        return Err(format!("it has more than {KEYS_MAX} keys"));
-    }
+    let keys = set.keys()?;
     if keys.is_empty() { Err("it has no key for RS256, ES256, EdDSA or HS256".to_owned()) } else { Ok(keys) }
+}
+
+/// A set of JWKs. Those of a kind that is not known here are ignored (RFC 7517, section 5).
+#[derive(Deserialize)]
+struct Set {
+    keys: Vec<Value>,
+}
+
+impl Set {
+    /// Those that can be used.
+    fn keys(self) -> Result<Vec<Key>, String> {
+        let jwks = self.keys.into_iter().filter_map(|key| serde_json::from_value::<Jwk>(key).ok());
+        let keys: Vec<Key> = jwks.filter_map(|jwk| json_web_key(&jwk)).collect();
+        if keys.len() > KEYS_MAX { Err(format!("it has more than {KEYS_MAX} keys")) } else { Ok(keys) }
+    }
 }
 
 fn json_web_key(jwk: &Jwk) -> Option<Key> {
@@ -554,12 +622,40 @@ mod tests {
         let tokens = tokens(SECRET, Claims { audience: "chat".to_owned(), ..usual() });
         for (more, part) in [
             (json!({}), "aud"),
-            (json!({"aud": "other"}), "Audience"),
-            (json!({"aud": "chat", "exp": now_s() - 600}), "Expired"),
+            (json!({"aud": "other"}), "aud"),
+            (json!({"aud": "chat", "exp": now_s() - 600}), "expired"),
+            (json!({"aud": "chat", "exp": -5}), "exp"),
+            (json!({"aud": "chat", "exp": "tomorrow"}), "exp"),
+            (json!({"aud": "chat", "exp": 1e300}), "exp"),
+            (json!({"aud": "chat", "nbf": now_s() + 600}), "nbf"),
+            (json!({"aud": "chat", "nbf": "now"}), "nbf"),
             (json!({"aud": "chat", "sub": "No Name"}), "sub"),
+            (json!({"aud": "chat", "sub": 7}), "sub"),
         ] {
             let error = tokens.check(hs256(&body(&more)).as_bytes()).unwrap_err();
             assert!(matches!(&error, TokenError::NotValid(reason) if reason.contains(part)), "{more}: {error:?}");
+        }
+        // What is missing, or cannot be read, was signed all the same.
+        let key = EncodingKey::from_secret(SECRET.as_bytes());
+        let raw = |text: &str| {
+            use base64::Engine as _;
+            let encoded = |text: &str| base64::engine::general_purpose::URL_SAFE_NO_PAD.encode(text);
+            let message = format!("{}.{}", encoded(r#"{"alg":"HS256"}"#), encoded(text));
+            let signature = jsonwebtoken::crypto::sign(message.as_bytes(), &key, Algorithm::HS256).unwrap();
+            format!("{message}.{signature}")
+        };
+        tokens.check(raw(r#"{"sub":"bob","aud":"chat","exp":4000000000}"#).as_bytes()).unwrap();
+        for text in [
+            r#"{"sub":"bob","aud":"chat"}"#,
+            r#"{"exp":4000000000,"aud":"chat"}"#,
+            r#"{"sub":"bob","sub":"eve","aud":"chat","exp":4000000000}"#,
+            r#"{"sub":"bob","aud":"chat","exp":4000000000,"exp":4000000001}"#,
+            "[]",
+            "nonsense",
+            "",
+        ] {
+            let error = tokens.check(raw(text).as_bytes()).unwrap_err();
+            assert!(matches!(error, TokenError::NotValid(_)), "{text}: {error:?}");
         }
         let other = EncodingKey::from_secret(b"another secret of 32 bytes or more");
         for forged in [signed(Algorithm::HS256, &other, &body(&json!({"aud": "chat"}))), "a.b.c".to_owned()] {
@@ -570,13 +666,65 @@ mod tests {
     }
 
     #[test]
+    fn a_date_may_have_a_fraction() {
+        let left = |exp: Value| {
+            let proof = tokens(SECRET, usual()).check(hs256(&body(&json!({"exp": exp}))).as_bytes()).unwrap();
+            proof.expires_at.saturating_duration_since(Instant::now())
+        };
+        let (whole, fraction) =
+            (left(json!(now_s() + 60)), left(json!(Duration::from_secs(now_s() + 60).as_secs_f64() + 0.75)));
+        assert!(whole.abs_diff(fraction) < Duration::from_millis(1_500), "{whole:?}, {fraction:?}");
+        assert!(left(json!(4e9)) > Duration::from_secs(86_400));
+        tokens(SECRET, usual()).check(hs256(&body(&json!({"nbf": 1.5}))).as_bytes()).unwrap();
+    }
+
+    /// RFC 7515, section 4.1.11.
+    #[test]
+    fn what_is_critical_and_not_understood_refuses_a_token() {
+        let header = Header { crit: Some(vec!["b64".to_owned()]), ..Header::new(Algorithm::HS256) };
+        let token = encode(&header, &body(&json!({})), &EncodingKey::from_secret(SECRET.as_bytes())).unwrap();
+        let error = tokens(SECRET, usual()).check(token.as_bytes()).unwrap_err();
+        assert!(matches!(&error, TokenError::NotValid(reason) if reason.starts_with("crit")), "{error:?}");
+    }
+
+    /// A key that was changed is not known yet here: whoever comes with a token by it guesses nothing, unless it is a secret.
+    #[test]
+    fn a_name_that_is_not_known_is_a_guess_for_a_secret_only() {
+        let named = |algorithm, key: &EncodingKey| {
+            let header = Header { kid: Some("next".to_owned()), ..Header::new(algorithm) };
+            encode(&header, &body(&json!({})), key).unwrap()
+        };
+        let ec = EncodingKey::from_ec_pem(include_bytes!("../../fixtures/ec-private.pem")).unwrap();
+        let ed = EncodingKey::from_ed_pem(include_bytes!("../../fixtures/ed25519-private.pem")).unwrap();
+        let check = |keys: &str, token: String| tokens(keys, usual()).check(token.as_bytes());
+        let set =
+            json!({"keys": [{"kty": "OKP", "crv": "Ed25519", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]});
+        for (keys, algorithm, key) in [
+            (set.to_string().as_str(), Algorithm::EdDSA, &ed),
+            (include_str!("../../fixtures/rsa-public.pem"), Algorithm::ES256, &ec),
+        ] {
+            assert_eq!(check(keys, named(algorithm, key)).unwrap_err(), TokenError::UnknownKey);
+        }
+        let other = EncodingKey::from_secret(b"another secret of 32 bytes or more");
+        let error = check(SECRET, named(Algorithm::HS256, &other)).unwrap_err();
+        assert!(matches!(error, TokenError::Forged { .. }) && error.names_unknown_key(), "{error:?}");
+    }
+
+    #[test]
     fn a_set_that_is_fetched_has_public_keys_only() {
         let secret = json!({"kty": "oct", "kid": "s", "k": "MDEyMzQ1Njc4OWFiY2RlZjAxMjM0NTY3ODlhYmNkZWY"});
         let public =
             json!({"kty": "OKP", "crv": "Ed25519", "kid": "p", "x": "11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"});
         let set = |keys: &[&Value]| json!({"keys": keys}).to_string();
-        assert!(Keys::parse_public_set(&set(&[&secret])).is_err_and(|error| error.contains("no public key")));
-        let both = Keys::parse_public_set(&set(&[&secret, &public])).unwrap();
+        let p384 = json!({"kty": "EC", "crv": "P-384", "kid": "e", "x": "AA", "y": "AA"});
+        let unknown = json!({"kty": "of tomorrow", "kid": "u"});
+        for none in [&[][..], &[&secret], &[&p384, &unknown], &[&json!(7)]] {
+            assert!(Keys::parse_public_set(&set(none)).unwrap().is_empty(), "{none:?}");
+        }
+        for no_set in ["{}", "nonsense", "[]", r#"{"keys":{}}"#, &public.to_string()] {
+            assert!(Keys::parse_public_set(no_set).is_err(), "{no_set}");
+        }
+        let both = Keys::parse_public_set(&set(&[&secret, &unknown, &public])).unwrap();
         assert!(both.is_same(&Keys::parse_public_set(&set(&[&public])).unwrap()));
         assert!(!both.is_same(&Keys::parse(set(&[&secret, &public]).as_bytes()).unwrap()));
         let many: Vec<&Value> = std::iter::repeat_n(&public, KEYS_MAX + 1).collect();

@@ -299,7 +299,8 @@ impl Driver {
         };
         let is_open = matches!(self.connection, Connection::Open { .. });
         let sending = if is_open { self.sending.wake_at() } else { None };
-        let requests = if is_open && !self.asked.is_empty() { self.requests_paused_until } else { None };
+        let asks = !self.asked.is_empty() || !self.reading.is_empty();
+        let requests = if is_open && asks { self.requests_paused_until } else { None };
         let deadline = self.asked.values().map(|asked| asked.deadline).min();
         [retry_at, sending, requests, deadline].into_iter().flatten().min()
     }
@@ -333,6 +334,10 @@ impl Driver {
             let topic = format!("chat/{me}/out/{}/{}", unsent.to, unsent.id);
             link.publish(Token::Message(unsent.id.clone()), topic, unsent.text.clone().into_bytes(), None)?;
         }
+        if self.requests_paused_until.is_some_and(|until| now < until) {
+            return Ok(());
+        }
+        self.requests_paused_until = None;
         for (with, reading) in &mut self.reading {
             if reading.published < Some(reading.seq) {
                 reading.published = Some(reading.seq);
@@ -341,10 +346,6 @@ impl Driver {
                 link.publish(Token::Read(with.clone(), reading.seq), topic, payload, None)?;
             }
         }
-        if self.requests_paused_until.is_some_and(|until| now < until) {
-            return Ok(());
-        }
-        self.requests_paused_until = None;
         for (number, asked) in &self.asked {
             if !self.published_requests.insert(*number) {
                 continue;
@@ -552,7 +553,6 @@ impl Driver {
                 let Some(reading) = self.reading.get_mut(&with) else { return };
                 let outcome = match answer {
                     Answer::Refused(refusal) if is_passing(refusal) => {
-                        // With the next publish of whatever kind, or after a reconnect.
                         reading.published = None;
                         self.requests_paused_until = Some(now + REQUESTS_PAUSE);
                         return;

@@ -74,6 +74,10 @@ impl Teller {
             waiting.missed += 1;
             return;
         }
+        if matches!(event, Event::Connection(_)) && matches!(waiting.events.back(), Some(Event::Connection(_))) {
+            // How it stands is what counts: a program that does not look is not told of every attempt.
+            waiting.events.pop_back();
+        }
         waiting.events.push_back(event);
         drop(waiting);
         self.shared.changed.notify_one();

@@ -17,10 +17,12 @@
 //! - An acknowledgement that it did not expect is an error to it, which ends the link.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use chat_protocol::topic::Down;
 use chat_protocol::{MessageId, Seq, UserId};
+use futures_util::FutureExt;
 use parking_lot::Mutex;
 use rumqttc::v5::mqttbytes::QoS;
 use rumqttc::v5::mqttbytes::v5::{
@@ -125,7 +127,8 @@ impl Link {
         // The loop is made before the token is there, so that packets can be queued; only its options change until it is polled.
         let (client, mut event_loop) = AsyncClient::new(mqtt.clone(), QUEUE);
         let pump = Pump { number, events, queued: Arc::clone(&queued), under_way: HashMap::new() };
-        let task = tokio::spawn(async move {
+        let farewell = pump.events.clone();
+        let connected = async move {
             let password = match credential {
                 Credential::None => None,
                 Credential::Password(password) => Some(password),
@@ -141,6 +144,17 @@ impl Link {
             mqtt.set_credentials(user.as_str(), password.unwrap_or_default());
             event_loop.options = mqtt;
             pump.run(event_loop).await;
+        };
+        let task = tokio::spawn(async move {
+            // A callback for tokens is not ours, nor is what it may do.
+            if AssertUnwindSafe(connected).catch_unwind().await.is_err() {
+                tracing::error!("a connection's task panicked");
+                // Nobody listening any more is the end of it, too.
+                farewell
+                    .send((number, LinkEvent::Ended(Ended::Lost("the connection's task panicked".to_owned()))))
+                    .await
+                    .ok();
+            }
         });
         Self { client, queued, task }
     }

@@ -79,6 +79,9 @@ pub struct RedbLog {
     indexer: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// Reads at a time that may block their thread.
+const READS_MAX: usize = 64;
+
 /// What callers, reads and the writer share.
 #[derive(Debug)]
 struct Shared {
@@ -91,6 +94,8 @@ struct Shared {
     head: AtomicU64,
     /// Position of the first entry that reads may find.
     first: AtomicU64,
+    /// For reads on threads that may block, first come, first served: they leave most of those threads to others.
+    reading: Arc<tokio::sync::Semaphore>,
     removing: tokio::sync::Mutex<()>,
     /// Held by those who read an old state for long.
     snapshots: RwLock<()>,
@@ -116,6 +121,7 @@ impl RedbLog {
             queue: Queue::default(),
             head: AtomicU64::new(prepared.last.0),
             first: AtomicU64::new(prepared.first.0),
+            reading: Arc::new(tokio::sync::Semaphore::new(READS_MAX)),
             removing: tokio::sync::Mutex::default(),
             snapshots: RwLock::default(),
             failure: OnceLock::new(),

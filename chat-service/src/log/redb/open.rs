@@ -7,6 +7,7 @@ use std::collections::hash_map::RandomState;
 use std::fs;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -104,7 +105,7 @@ impl Opener {
     }
 
     pub(super) fn make_folder(&self) -> Result<(), OpenError> {
-        let made = fs::create_dir_all(&self.folder);
+        let made = make_private_folder(&self.folder);
         made.map_err(|source| OpenError::Folder { folder: self.folder.clone(), source })
     }
 
@@ -137,6 +138,7 @@ impl Opener {
         builder.set_repair_callback(move |session| {
             tracing::info!(file = %shown.display(), progress = session.progress(), "repairing");
         });
+        make_private_file(file).map_err(|error| OpenError::Io { file: file.to_owned(), reason: error.to_string() })?;
         #[cfg(test)]
         let opened = match disk {
             Some(disk) => builder.create_with_backend(super::disk::File::open(file, disk)),
@@ -279,7 +281,9 @@ impl Opener {
 
     /// Notes this process as the file's holder. Only a hint for people, so failing to is no failure.
     pub(super) fn say_who_holds_it(&self) {
-        if let Err(error) = fs::write(self.folder.join(HOLDER_FILE_NAME), std::process::id().to_string()) {
+        let file = self.folder.join(HOLDER_FILE_NAME);
+        let said = make_private_file(&file).and_then(|()| fs::write(&file, std::process::id().to_string()));
+        if let Err(error) = said {
             tracing::warn!(%error, "the log's holder could not be noted");
         }
     }
@@ -291,6 +295,25 @@ impl Opener {
             Ok(pid) => format!("process {pid}"),
             Err(_) => "another process".to_owned(),
         }
+    }
+}
+
+/// Makes a folder for the owner alone, if there is none. Those above it are like any others.
+fn make_private_folder(folder: &Path) -> io::Result<()> {
+    if let Some(above) = folder.parent() {
+        fs::create_dir_all(above)?;
+    }
+    match fs::DirBuilder::new().mode(0o700).create(folder) {
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists && folder.is_dir() => Ok(()),
+        made => made,
+    }
+}
+
+/// Makes an empty file for the owner alone, if there is none: redb would make one for everybody to read.
+pub(super) fn make_private_file(file: &Path) -> io::Result<()> {
+    match fs::OpenOptions::new().write(true).create_new(true).mode(0o600).open(file) {
+        Err(error) if error.kind() != io::ErrorKind::AlreadyExists => Err(error),
+        _ => Ok(()),
     }
 }
 

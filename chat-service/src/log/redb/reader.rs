@@ -92,7 +92,14 @@ impl Shared {
         read: impl FnOnce(&Shared) -> Result<T, ReadError> + Send + 'static,
     ) -> Result<T, LogError> {
         let shared = Arc::clone(self);
-        match tokio::task::spawn_blocking(move || read(&shared)).await {
+        let Ok(turn) = Arc::clone(&self.reading).acquire_owned().await else {
+            return Err(failed(what, &self.closed()));
+        };
+        let reading = move || {
+            let _turn = turn;
+            read(&shared)
+        };
+        match tokio::task::spawn_blocking(reading).await {
             Ok(read) => read.map_err(|error| failed(what, &error)),
             Err(error) => Err(LogError { what, cause: error.to_string() }),
         }

@@ -15,7 +15,7 @@ use super::super::{Device, Entry, Position, Side};
 use super::index::Run;
 use super::indexer::RunReader;
 use super::key::{Key, Keys};
-use super::open::{OpenError, Opener, Prepared, random_number};
+use super::open::{OpenError, Opener, Prepared, make_private_file, random_number};
 use super::posting::{Last, ListRef};
 use super::reader::ReadError;
 use super::recent::Posted;
@@ -528,6 +528,7 @@ fn copy_tables(
     failed: &dyn Fn(&dyn std::fmt::Display) -> ToolError,
 ) -> Result<u64, ToolError> {
     fs::remove_file(part).unwrap_or(());
+    make_private_file(part).map_err(|error| failed(&error))?;
     let copy = Database::create(part).map_err(|error| failed(&error))?;
     let begin = || {
         let mut writing = copy.begin_write().map_err(|error| failed(&error))?;
