@@ -9,6 +9,8 @@ mod acme;
 #[cfg(test)]
 mod auth;
 #[cfg(test)]
+mod bad_network;
+#[cfg(test)]
 mod chat;
 #[cfg(test)]
 mod chat_command;
