@@ -96,8 +96,8 @@ impl Client {
         &self.user
     }
 
-    /// Sends a message, and returns when it is on the server's disk; offline, when the client is connected again. A caller who does not want to
-    /// wait may drop the future once it was polled: the message is sent all the same.
+    /// Sends a message, and returns when it is on the server's disk; offline, when the client is connected again. For a caller who does not
+    /// want to wait there is [`queue`](Self::queue).
     ///
     /// # Errors
     /// If it was not stored; [`SendError`] says why, and whether it may still be sent.

@@ -1,7 +1,7 @@
 //! The client's task: it owns the connection, the outbox and whatever waits, and wakes for a command, for what the link tells, for what the
 //! program gives back, for the outbox or for a deadline. Decisions are made by [`Sending`] and [`Deliveries`]; it carries them out.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::{BTreeMap, HashMap};
 use std::hash::Hasher;
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -78,6 +78,8 @@ struct Asked {
     method: Method,
     members: Value,
     deadline: Instant,
+    /// On this connection.
+    published: bool,
     reply: oneshot::Sender<Result<Value, RequestError>>,
 }
 
@@ -171,7 +173,6 @@ struct Driver {
     next_request: u64,
     /// Not to be published before then.
     requests_paused_until: Option<Instant>,
-    published_requests: HashSet<u64>,
     reading: HashMap<UserId, Reading>,
 }
 
@@ -225,7 +226,6 @@ pub(crate) async fn start(
         asked: BTreeMap::new(),
         next_request: 0,
         requests_paused_until: None,
-        published_requests: HashSet::new(),
         reading: HashMap::new(),
     };
     driver.take_up(loaded?);
@@ -346,10 +346,8 @@ impl Driver {
                 link.publish(Token::Read(with.clone(), reading.seq), topic, payload, None)?;
             }
         }
-        for (number, asked) in &self.asked {
-            if !self.published_requests.insert(*number) {
-                continue;
-            }
+        for (number, asked) in self.asked.iter_mut().filter(|(_, asked)| !asked.published) {
+            asked.published = true;
             let topic = format!("chat/{me}/req/{}", asked.method.as_str());
             let correlation = [self.asker.to_be_bytes(), number.to_be_bytes()].concat();
             let payload = asked.members.to_string().into_bytes();
@@ -406,7 +404,7 @@ impl Driver {
                     return;
                 }
                 let deadline = Instant::now() + self.options.request_timeout;
-                self.asked.insert(self.next_request, Asked { method, members, deadline, reply });
+                self.asked.insert(self.next_request, Asked { method, members, deadline, published: false, reply });
                 self.next_request += 1;
             }
             Command::Close { reply } => drop(reply),
@@ -414,7 +412,6 @@ impl Driver {
     }
 
     fn reply(&mut self, number: u64, outcome: Result<Value, RequestError>) {
-        self.published_requests.remove(&number);
         if let Some(asked) = self.asked.remove(&number) {
             // Whoever does not wait any more does not care.
             drop(asked.reply.send(outcome));
@@ -521,7 +518,9 @@ impl Driver {
         }
         self.connected_before = true;
         self.sending.connected(publishes_per_s, now);
-        self.published_requests.clear();
+        for asked in self.asked.values_mut() {
+            asked.published = false;
+        }
         self.requests_paused_until = None;
         for reading in self.reading.values_mut() {
             reading.published = None;
@@ -575,7 +574,9 @@ impl Driver {
             }
             Token::Request(number) => match answer {
                 Answer::Refused(refusal) if is_passing(refusal) => {
-                    self.published_requests.remove(&number);
+                    if let Some(asked) = self.asked.get_mut(&number) {
+                        asked.published = false;
+                    }
                     self.requests_paused_until = Some(now + REQUESTS_PAUSE);
                 }
                 Answer::Refused(refusal) => {
