@@ -114,7 +114,7 @@ where
     }
 
     /// Sends what waits in the session's own queue, as far as the client has room.
-    pub(super) fn deliver_queued(&mut self) {
+    fn deliver_queued(&mut self) {
         let Some(session) = &mut self.session else { return };
         let mut retained_parts = 0;
         while self.engine.out.len() - self.out_at < OUT_DELIVERIES_MAX {

@@ -29,7 +29,7 @@ pub(super) struct Departure<S: Service> {
 }
 
 impl<S: Service> Departure<S> {
-    pub(super) fn forget_ordinary(&mut self) {
+    fn forget_ordinary(&mut self) {
         if !self.ordinary.is_empty() {
             let filters = std::mem::take(&mut self.ordinary);
             self.shared.subscriptions.unsubscribe(filters.iter().map(String::as_str), self.number.0);

@@ -94,7 +94,7 @@ where
         self.engine.refuse(refusal.code, &refusal.reason);
     }
 
-    pub(super) async fn open_session(
+    async fn open_session(
         &mut self,
         connect: Connect,
         departure: &mut Departure<S>,
@@ -281,7 +281,7 @@ where
     }
 
     /// The keep alive that an MQTT 5 client has to use in place of its own. MQTT 3.1.1 cannot be told, and keeps its own.
-    pub(super) fn keep_alive_told(&self, asked_s: u16) -> Option<u16> {
+    fn keep_alive_told(&self, asked_s: u16) -> Option<u16> {
         let max_s = self.shared.limits.keep_alive_max_s;
         let told = self.engine.is_v5() && max_s > 0 && (asked_s == 0 || asked_s > max_s);
         if told {
@@ -290,13 +290,13 @@ where
         told.then_some(max_s)
     }
 
-    pub(super) fn judge_will(&self, who: &Identity, will: &Will) -> Result<(), Refusal> {
+    fn judge_will(&self, who: &Identity, will: &Will) -> Result<(), Refusal> {
         self.shared.route(who, &will.topic, will.properties.response_topic.as_deref())?;
         self.shared.service.judge_will(who, &will.as_publish(who))
     }
 
     /// Goes on where the session's last connection ended: its ordinary subscriptions are this connection's now, and what waited comes first.
-    pub(super) fn take_up(&mut self, absent: Option<AbsentSession>, departure: &mut Departure<S>) {
+    fn take_up(&mut self, absent: Option<AbsentSession>, departure: &mut Departure<S>) {
         let Some(session) = &mut self.session else { return };
         let records: Vec<&SubscriptionRecord> = session.ordinary().collect();
         departure.ordinary.extend(records.iter().map(|record| record.filter.clone()));
@@ -337,7 +337,7 @@ where
     }
 
     /// From now on it is this. Subscriptions that it may not have any more end, and the client is told.
-    pub(super) async fn take_identity(&mut self, identity: Identity, departure: &mut Departure<S>) {
+    async fn take_identity(&mut self, identity: Identity, departure: &mut Departure<S>) {
         let Some(session) = &mut self.session else { return };
         let identity = Arc::new(identity);
         session.identity = Arc::clone(&identity);

@@ -93,7 +93,7 @@ where
         self.publish_held();
     }
 
-    pub(super) fn publish_now(&mut self, publish: Publish) {
+    fn publish_now(&mut self, publish: Publish) {
         let Some(session) = &self.session else {
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
@@ -174,14 +174,14 @@ where
     }
 
     /// A refusal is never silent: where no acknowledgement can carry it, the service tells it its own way.
-    pub(super) fn tell_refusal(&self, user: &str, topic: &str, packet_id: Option<u16>, refusal: &Refusal) {
+    fn tell_refusal(&self, user: &str, topic: &str, packet_id: Option<u16>, refusal: &Refusal) {
         self.shared.service.observe(Observation::Refused(refusal.code));
         if packet_id.is_none() || !self.engine.is_v5() {
             self.shared.service.refused(user, topic, refusal);
         }
     }
 
-    pub(super) fn push_pending(
+    fn push_pending(
         &mut self,
         packet_id: u16,
         qos: u8,

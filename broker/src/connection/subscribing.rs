@@ -80,7 +80,7 @@ where
         self.engine.suback(packet_id, &vec![Granted::Refused(refusal.code); filters], Some(&refusal.reason));
     }
 
-    pub(super) fn add_subscription(
+    fn add_subscription(
         &mut self,
         who: &Identity,
         wanted: Filter,
@@ -159,7 +159,7 @@ where
         }
     }
 
-    pub(super) fn insert_ordinary(
+    fn insert_ordinary(
         &self,
         record: &SubscriptionRecord,
         departure: &mut Departure<S>,

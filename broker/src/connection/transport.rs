@@ -72,7 +72,7 @@ where
         if progress { Poll::Ready(()) } else { Poll::Pending }
     }
 
-    pub(super) fn may_read(&self) -> bool {
+    fn may_read(&self) -> bool {
         self.unsent.is_empty()
             && self.held.is_empty()
             && self.packets.is_empty()
@@ -83,7 +83,7 @@ where
             && self.engine.out.len() - self.out_at < OUT_READING_MAX
     }
 
-    pub(super) fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), ()>> {
         if !self.early.is_empty() {
             let bytes = std::mem::take(&mut self.early);
             self.feed(&bytes);
@@ -109,7 +109,7 @@ where
         })
     }
 
-    pub(super) fn feed(&mut self, bytes: &[u8]) {
+    fn feed(&mut self, bytes: &[u8]) {
         let taken = self.engine.feed(bytes, &mut self.packets);
         if let Some(limit) = self.engine.overstepped.take() {
             self.limited(limit);
@@ -124,7 +124,7 @@ where
     }
 
     /// `true` if anything was written.
-    pub(super) fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, ()>> {
+    fn poll_write(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, ()>> {
         let mut written = false;
         while self.out_at < self.engine.out.len() {
             match Pin::new(&mut self.io).poll_write(cx, &self.engine.out[self.out_at..]) {
