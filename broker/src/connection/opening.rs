@@ -94,11 +94,7 @@ where
         self.engine.refuse(refusal.code, &refusal.reason);
     }
 
-    async fn open_session(
-        &mut self,
-        connect: Connect,
-        departure: &mut Departure<S>,
-    ) -> Result<(), ConnectRefusal> {
+    async fn open_session(&mut self, connect: Connect, departure: &mut Departure<S>) -> Result<(), ConnectRefusal> {
         let refuse = |code, reason: &str| ConnectRefusal { code, reason: reason.to_owned() };
         let assigned = connect.client_id.is_empty();
         if assigned && !self.engine.is_v5() && !connect.clean_start {

@@ -181,13 +181,7 @@ where
         }
     }
 
-    fn push_pending(
-        &mut self,
-        packet_id: u16,
-        qos: u8,
-        received_at: Instant,
-        outcome: Option<PublishOutcome>,
-    ) -> u64 {
+    fn push_pending(&mut self, packet_id: u16, qos: u8, received_at: Instant, outcome: Option<PublishOutcome>) -> u64 {
         let token = self.first_token + self.pending.len() as u64;
         self.pending.push_back(Pending { packet_id, qos, received_at, outcome });
         token

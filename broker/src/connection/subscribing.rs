@@ -159,11 +159,7 @@ where
         }
     }
 
-    fn insert_ordinary(
-        &self,
-        record: &SubscriptionRecord,
-        departure: &mut Departure<S>,
-    ) -> Result<(), FiltersFull> {
+    fn insert_ordinary(&self, record: &SubscriptionRecord, departure: &mut Departure<S>) -> Result<(), FiltersFull> {
         let Some(session) = &self.session else { return Ok(()) };
         let after = self.shared.last_ordinary();
         let subscription = OrdinarySubscription::new(record, after, &session.receiver);
