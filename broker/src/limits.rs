@@ -7,6 +7,9 @@ use std::time::Duration;
 
 use crate::admission::Network;
 
+/// So many filters of one packet are looked at, even if a session may have fewer: each is told what is wrong with it.
+const FILTERS_LOOKED_AT: usize = 1_000;
+
 /// Limits of the edge. Every one has a stated answer when it is reached.
 #[derive(Clone, Debug)]
 pub struct Limits {
@@ -34,7 +37,8 @@ pub struct Limits {
     pub topic_bytes: usize,
     /// Topic levels in names and filters, at least one (0x90, or 0x8F).
     pub topic_levels: usize,
-    /// Subscriptions of one session (SUBACK 0x97 or 0x80).
+    /// Subscriptions of one session (SUBACK 0x97 or 0x80). A packet has as many filters at most, or 1,000 if that is more (UNSUBSCRIBE:
+    /// DISCONNECT 0x97).
     pub subscriptions_per_session: usize,
     /// Distinct filters on ordinary topics of all a user's sessions together (SUBACK 0x97 or 0x80).
     pub filters_per_user: usize,
@@ -73,6 +77,11 @@ pub struct Limits {
 }
 
 impl Limits {
+    /// Filters that one SUBSCRIBE or UNSUBSCRIBE may have.
+    pub(crate) fn filters_per_packet(&self) -> usize {
+        self.subscriptions_per_session.max(FILTERS_LOOKED_AT)
+    }
+
     /// How often a client may publish, which is what CONNACK tells it.
     pub(crate) fn publishes_told(&self) -> Option<u32> {
         [self.publishes_per_s, self.user_publishes_per_s].into_iter().filter(|rate| *rate > 0).min()

@@ -157,6 +157,7 @@ impl Server {
         let metrics = Arc::new(Metrics::new());
         let announcer = Announcer::default();
         let blocks = Arc::new(Blocks::default());
+        let presence = Arc::new(Presence::new(Arc::clone(log), announcer.clone(), Duration::from_secs(10), None));
         let (queue, submissions) = mpsc::channel(sequencer::SUBMISSIONS_MAX);
         let parts = sequencer::Parts {
             log: Arc::clone(log),
@@ -165,6 +166,7 @@ impl Server {
             quotas: Quotas::NONE,
             new_conversations_per_hour: 0,
             blocks: Arc::clone(&blocks),
+            presence: Arc::clone(&presence),
             head: watch::Sender::new(log.head()),
         };
         let sequencing = tokio::spawn(sequencer::run(parts, submissions, std::future::pending()));
@@ -176,6 +178,7 @@ impl Server {
             metrics: Arc::clone(&metrics),
             blocks,
             receipts: Arc::clone(&receipts),
+            presence: Arc::clone(&presence),
             auth: Auth::development(),
             message_bytes_max: MESSAGE_BYTES_MAX,
         });
@@ -187,8 +190,8 @@ impl Server {
             message_bytes_max: MESSAGE_BYTES_MAX,
             requests,
             receipts,
-            typing: Arc::new(TypingRelay::new(Arc::clone(log), announcer.clone())),
-            presence: Arc::new(Presence::new(Arc::clone(log), announcer, Duration::from_secs(10), None)),
+            typing: Arc::new(TypingRelay::new(Arc::clone(log), announcer)),
+            presence,
             sessions: Sessions::new(Arc::clone(log), 0),
             auth: Auth::development(),
         };

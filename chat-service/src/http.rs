@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::extract::{Extension, State};
 use axum::http::{StatusCode, header};
-use axum::response::{Html, IntoResponse, Response};
+use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use broker::admission::Admission;
 use broker::service::Peer;
@@ -45,28 +45,6 @@ const HEAD_BYTES_MAX: usize = 16 * 1024;
 
 /// For [`Options::answer_timeout`]: no answer is large, but networks can be slow.
 pub const ANSWER_TIMEOUT: Duration = Duration::from_secs(60);
-
-/// What this is and how to begin.
-const FIRST_PAGE: &str = r#"<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width">
-<title>MQTT Chat</title>
-<style>
-  body { font: 1rem/1.5 system-ui, sans-serif; max-width: 44rem; margin: 3rem auto; padding: 0 1rem }
-  pre { background: #8881; padding: 1rem; overflow-x: auto }
-</style>
-<h1>MQTT Chat</h1>
-<p>This is <code>chatd</code>, a chat server over plain MQTT. Any MQTT 3.1.1 or 5 client is a chat client.</p>
-<p>Bob listens, in one terminal:</p>
-<pre>mosquitto_sub -u bob -i bob-phone -c -q 1 -t chat/bob/inbox</pre>
-<p>Alice writes, in another:</p>
-<pre>mosquitto_pub -u alice -q 1 -t chat/alice/out/bob -m 'hello'</pre>
-<p>From a browser or Node, connect any MQTT client over WebSocket to <code>/mqtt</code> on this address.</p>
-<p><a href="/docs">The protocol</a> and how to build on it.</p>
-<p><a href="/healthz">Health</a> · <a href="/readyz">readiness</a> · <a href="/metrics">metrics</a></p>
-</html>
-"#;
 
 /// How the listener treats its connections.
 #[derive(Clone, Debug)]
@@ -143,7 +121,6 @@ pub fn router(
     sizes: Sizes,
 ) -> Router {
     Router::new()
-        .route("/", get(async || Html(FIRST_PAGE)))
         .route("/healthz", get(async |State(probes): State<Probes>| verdict(&(probes.health)())))
         .route("/readyz", get(ready))
         .route("/metrics", get(exposition))

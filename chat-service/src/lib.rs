@@ -36,4 +36,5 @@ pub mod tls;
 pub mod tools;
 pub mod typing;
 pub mod views;
+pub mod web;
 pub mod webhooks;

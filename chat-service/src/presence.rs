@@ -1,7 +1,8 @@
 //! Presence: who has a device connected, told to those they share a conversation with.
 //!
 //! A user is online while any device is connected, and a grace period longer, so that a reconnect is not seen. Only changes are told, and
-//! only to those who listen, in small portions. After a restart nobody is online until they connect; when they were last seen is in the log.
+//! only to those who listen, in small portions; and two who begin a conversation are told of each other. After a restart nobody is online
+//! until they connect; when they were last seen is in the log.
 
 use std::collections::VecDeque;
 use std::future::Future;
@@ -32,6 +33,8 @@ const FIRST_STATES_MAX: usize = 2_000;
 const TELLING_MAX: usize = 4;
 /// From when a user's listeners were told until those are who came meanwhile: whoever subscribes again and again makes nobody wait.
 const TELL_INTERVAL: Duration = Duration::from_millis(100);
+/// Pairs who began to see each other and are to be told; of further ones each learns of the other with the next change.
+const MET_MAX: usize = 4_096;
 
 /// A user who has or had a device connected.
 #[derive(Debug, Default)]
@@ -51,6 +54,17 @@ struct State {
     leaving: VecDeque<(Instant, UserId)>,
     /// Users who came, to be told.
     arrived: VecDeque<UserId>,
+    /// Those who from now on see each other, to be told.
+    met: VecDeque<[UserId; 2]>,
+}
+
+/// What is to be told next.
+#[derive(Debug)]
+enum Change {
+    /// A user came or went.
+    Of(UserId),
+    /// These see each other from now on.
+    Met([UserId; 2]),
 }
 
 /// Who is there.
@@ -114,6 +128,24 @@ impl<L: Log> Presence<L> {
 
     fn is_online(&self, user: &UserId) -> bool {
         self.state.lock().online.contains_key(user)
+    }
+
+    /// These began a conversation, or one unblocked the other: each sees from now on whether the other is there.
+    pub fn met(&self, one: &UserId, other: &UserId) {
+        if !self.is_listened_to(one) && !self.is_listened_to(other) {
+            return;
+        }
+        let mut state = self.state.lock();
+        if state.met.len() < MET_MAX {
+            state.met.push_back([one.clone(), other.clone()]);
+            drop(state);
+            self.wake.notify_one();
+        }
+    }
+
+    /// Whether a device of this user wants to know who is there.
+    fn is_listened_to(&self, user: &UserId) -> bool {
+        self.announcer.has_subscribers(&Down::Presence.topic(user))
     }
 
     /// A connection of this user listens from now on: it is told the states as they are.
@@ -194,9 +226,13 @@ impl<L: Log> Presence<L> {
     pub async fn run(self: Arc<Self>, shutdown: impl Future<Output = ()>) {
         let telling = async {
             loop {
-                while let Some(user) = self.next_change() {
-                    if let Err(error) = self.tell(&user).await {
-                        tracing::error!(%error, %user, "who is there could not be told");
+                while let Some(change) = self.next_change() {
+                    let told = match &change {
+                        Change::Of(user) => self.tell(user).await,
+                        Change::Met(pair) => self.tell_pair(pair).await,
+                    };
+                    if let Err(error) = told {
+                        tracing::error!(%error, ?change, "who is there could not be told");
                     }
                 }
                 let due = self.state.lock().leaving.front().map(|(due, _)| *due);
@@ -212,22 +248,41 @@ impl<L: Log> Presence<L> {
         }
     }
 
-    /// The next user whose state is to be told.
-    fn next_change(&self) -> Option<UserId> {
+    /// What is to be told next.
+    fn next_change(&self) -> Option<Change> {
         let mut state = self.state.lock();
         let state = &mut *state;
         if let Some(user) = state.arrived.pop_front() {
-            return Some(user);
+            return Some(Change::Of(user));
+        }
+        if let Some(pair) = state.met.pop_front() {
+            return Some(Change::Met(pair));
         }
         let now = Instant::now();
         while let Some((gone_at, user)) = state.leaving.pop_front_if(|(gone_at, _)| *gone_at <= now) {
             // Who came back meanwhile is still there; who left again has a later place in the queue.
             if state.online.get(&user).is_some_and(|online| online.gone_at == Some(gone_at)) {
                 state.online.remove(&user);
-                return Some(user);
+                return Some(Change::Of(user));
             }
         }
         None
+    }
+
+    async fn tell_pair(&self, [one, other]: &[UserId; 2]) -> Result<(), LogError> {
+        let blocked = self.views.blocks(one, other).await? || self.views.blocks(other, one).await?;
+        if blocked || !self.views.share_a_conversation(one, other).await? {
+            return Ok(());
+        }
+        let mut messages = Vec::with_capacity(2);
+        for (listener, peer) in [(one, other), (other, one)] {
+            if let Some(event) = self.event(peer).await? {
+                let event: bytes::Bytes = encode_event(&event).into();
+                messages.push(LiveMessage::event(Down::Presence.topic(listener).into(), event));
+            }
+        }
+        self.announcer.announce(messages);
+        Ok(())
     }
 
     async fn tell(&self, user: &UserId) -> Result<(), LogError> {

@@ -26,6 +26,7 @@ use crate::auth::Auth;
 use crate::core::Send as ChatSend;
 use crate::log::{Body, ConversationHead, Log, PeerRecord};
 use crate::metrics::Metrics;
+use crate::presence::Presence;
 use crate::receipts::Receipts;
 use crate::sequencer::{Answer, Submission};
 use crate::views::{ViewError, Views};
@@ -123,6 +124,7 @@ struct Shared<L> {
     metrics: Arc<Metrics>,
     blocks: Arc<Blocks>,
     receipts: Arc<Receipts<L>>,
+    presence: Arc<Presence<L>>,
     auth: Arc<Auth>,
     message_bytes_max: usize,
     /// Answers leave one after another.
@@ -139,6 +141,8 @@ pub struct Parts<L> {
     pub metrics: Arc<Metrics>,
     pub blocks: Arc<Blocks>,
     pub receipts: Arc<Receipts<L>>,
+    /// Told who unblocks whom.
+    pub presence: Arc<Presence<L>>,
     /// Knows who is no user.
     pub auth: Arc<Auth>,
     /// Longest text, in bytes.
@@ -147,7 +151,7 @@ pub struct Parts<L> {
 
 impl<L: Log> Requests<L> {
     pub fn new(parts: Parts<L>) -> Self {
-        let Parts { log, queue, announcer, metrics, blocks, receipts, auth, message_bytes_max } = parts;
+        let Parts { log, queue, announcer, metrics, blocks, receipts, presence, auth, message_bytes_max } = parts;
         let shared = Shared {
             views: Views::new(Arc::clone(&log)),
             log,
@@ -156,6 +160,7 @@ impl<L: Log> Requests<L> {
             metrics,
             blocks,
             receipts,
+            presence,
             auth,
             message_bytes_max,
             leaving: Mutex::new(()),
@@ -311,7 +316,10 @@ impl<L: Log> Shared<L> {
             );
         }
         self.log.set_blocked(me, &with, blocks.then(|| now().as_ms())).await?;
-        self.blocks.set(me.clone(), with, blocks);
+        self.blocks.set(me.clone(), with.clone(), blocks);
+        if !blocks {
+            self.presence.met(me, &with);
+        }
         Ok(DoneOk {})
     }
 

@@ -14,7 +14,7 @@ use broker::live::LiveMessage;
 use broker::service::PublishOutcome;
 use chat_protocol::request::RequestError;
 use chat_protocol::topic::Down;
-use chat_protocol::{ConversationId, ErrorCode, Timestamp};
+use chat_protocol::{ConversationId, ErrorCode, Seq, Timestamp};
 use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -25,6 +25,7 @@ use crate::log::{
     Account, AppendError, Body, ConversationHead, Entry, IdKey, Log, LogError, NewEntry, PeerRecord, Position,
 };
 use crate::metrics::Metrics;
+use crate::presence::Presence;
 use crate::refusal;
 use crate::requests::Blocks;
 
@@ -80,6 +81,8 @@ pub struct Parts<L> {
     /// Conversations that one user may begin in an hour; 0: no limit.
     pub new_conversations_per_hour: u32,
     pub blocks: Arc<Blocks>,
+    /// Told who begins a conversation.
+    pub presence: Arc<Presence<L>>,
     /// Told how far the log goes.
     pub head: watch::Sender<Position>,
 }
@@ -90,11 +93,11 @@ pub async fn run<L: Log>(
     mut queue: mpsc::Receiver<Vec<Submission>>,
     shutdown: impl Future<Output = ()> + std::marker::Send,
 ) {
-    let Parts { log, announcer, metrics, quotas, new_conversations_per_hour, blocks, head } = parts;
+    let Parts { log, announcer, metrics, quotas, new_conversations_per_hour, blocks, presence, head } = parts;
     let mut shutdown = std::pin::pin!(shutdown);
     let mut open = true;
     let (committed, to_announce) = mpsc::channel(COMMITTED_BATCHES_MAX);
-    let announcing = tokio::spawn(announce(to_announce, announcer.clone(), Arc::clone(&metrics), head));
+    let announcing = tokio::spawn(announce(to_announce, announcer.clone(), Arc::clone(&metrics), presence, head));
     let beginnings = Beginnings::new(new_conversations_per_hour);
     let mut known = Known { quotas, blocks, beginnings, ..Known::default() };
     let mut gathered: Vec<Vec<Submission>> = Vec::new();
@@ -346,10 +349,11 @@ fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: 
 }
 
 /// Answers senders and puts messages on the bus, batch after batch in the order of the log.
-async fn announce(
+async fn announce<L: Log>(
     mut committed: mpsc::Receiver<Committed>,
     announcer: Announcer,
     metrics: Arc<Metrics>,
+    presence: Arc<Presence<L>>,
     head: watch::Sender<Position>,
 ) {
     let (every_inbox, every_sent) = (Down::Inbox.filter(), Down::Sent.filter());
@@ -421,6 +425,9 @@ async fn announce(
             announcer.announce(messages);
         }
         complete(outcomes);
+        for entry in plan.entries.iter().filter(|entry| entry.seq == Seq::FIRST) {
+            presence.met(&entry.from, &entry.to);
+        }
         if let Some(last) = positions.last() {
             head.send_replace(*last);
         }

@@ -37,6 +37,7 @@ use crate::settings::{self, AuthMode, Settings};
 use crate::sys;
 use crate::tls::{Spoken, Tls};
 use crate::typing::TypingRelay;
+use crate::web;
 use crate::webhooks::Webhooks;
 
 /// A bus that was silent for so long is not well.
@@ -121,6 +122,8 @@ impl Server {
         };
         let (head, committed) = watch::channel(log.head());
         let blocks = Arc::new(Blocks::default());
+        let presence =
+            Arc::new(Presence::new(Arc::clone(&log), announcer.clone(), limits.presence_grace, webhooks.presence()));
         let (queue, submissions) = mpsc::channel(sequencer::SUBMISSIONS_MAX);
         let (drain, draining) = watch::channel(false);
         let parts = sequencer::Parts {
@@ -130,13 +133,12 @@ impl Server {
             quotas,
             new_conversations_per_hour: limits.new_conversations_per_hour,
             blocks: Arc::clone(&blocks),
+            presence: Arc::clone(&presence),
             head,
         };
         let sequencing = tokio::spawn(sequencer::run(parts, submissions, told(draining)));
         let receipts = Arc::new(Receipts::new(Arc::clone(&log), announcer.clone()));
         let typing = Arc::new(TypingRelay::new(Arc::clone(&log), announcer.clone()));
-        let presence =
-            Arc::new(Presence::new(Arc::clone(&log), announcer.clone(), limits.presence_grace, webhooks.presence()));
         let requests = Requests::new(requests::Parts {
             log: Arc::clone(&log),
             queue: queue.clone(),
@@ -144,6 +146,7 @@ impl Server {
             metrics: Arc::clone(&metrics),
             blocks,
             receipts: Arc::clone(&receipts),
+            presence: Arc::clone(&presence),
             auth: Arc::clone(&auth),
             message_bytes_max: limits.message_bytes,
         });
@@ -190,6 +193,7 @@ impl Server {
         };
         let routes = http::router(health, readiness.clone(), Arc::clone(&metrics), settings.http.metrics, sizes)
             .merge(docs::router())
+            .merge(web::router(&settings.http.origins))
             .merge(broker::websocket::router(broker.clone(), websocket));
         let http_options = http::Options {
             connections: limits.connections,

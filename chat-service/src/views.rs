@@ -465,7 +465,18 @@ impl<L: Log> Views<L> {
     /// Whom a user shares a conversation with, and has not blocked.
     pub async fn peers(&self, me: &UserId) -> Result<Vec<UserId>, LogError> {
         let peers = self.log.peers(me).await?.into_iter();
-        Ok(peers.filter(|(_, record)| record.blocked_at_ms.is_none()).map(|(peer, _)| peer).collect())
+        let (peers, ids): (Vec<UserId>, Vec<ConversationId>) = peers
+            .filter(|(_, record)| record.blocked_at_ms.is_none())
+            .filter_map(|(peer, _)| ConversationId::between(me, &peer).ok().map(|id| (peer, id)))
+            .unzip();
+        // There is a record of whom a user once blocked, too, without any conversation.
+        let heads = self.log.heads(ids).await?;
+        Ok(peers.into_iter().zip(heads).filter_map(|(peer, head)| head.map(|_| peer)).collect())
+    }
+
+    pub async fn share_a_conversation(&self, one: &UserId, other: &UserId) -> Result<bool, LogError> {
+        let Ok(id) = ConversationId::between(one, other) else { return Ok(false) };
+        Ok(self.log.heads(vec![id]).await?.into_iter().flatten().next().is_some())
     }
 
     /// Whether a user has blocked another.

@@ -870,3 +870,28 @@ async fn a_subscribe_has_an_end() {
         alice.leave().await.unwrap();
     }
 }
+
+/// Nobody has more to end than a session may have, and each filter is looked for among all of them.
+#[tokio::test]
+async fn an_unsubscribe_has_an_end() {
+    let chatd = with("subscriptions_per_session", 3).await;
+    let names: Vec<String> = (0..1_001).map(|n| format!("f/{n}")).collect();
+    let filters: Vec<&str> = names.iter().map(String::as_str).collect();
+    for version in VERSIONS {
+        let mut alice = Connect::new(version, "alice", "phone").to(&chatd).await.unwrap();
+        alice.subscribe("f/7", 0).await.unwrap();
+        alice.send_bytes(&packet::unsubscribe(version, 7, &filters[..1_000])).await.unwrap();
+        let ended = |packet: &Packet| matches!(packet, Packet::Unsuback { packet_id: 7, .. }).then_some(());
+        alice.take("the UNSUBACK", ended).await.unwrap();
+        alice.send_bytes(&packet::unsubscribe(version, 8, &filters)).await.unwrap();
+        let packets = alice.until_closed().await.unwrap();
+        match (version, packets.as_slice()) {
+            (Version::V4, []) => {}
+            (Version::V5, [Packet::Disconnect { code: QUOTA_EXCEEDED, properties }]) => {
+                let reason = properties.reason().unwrap_or_default();
+                assert!(reason.contains("at most 1000 filters"), "{reason}");
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+}

@@ -610,12 +610,9 @@ async fn presence_is_told_to_those_who_share_a_conversation() {
     laptop.leave().await.unwrap();
     let mut bob = device(&chatd, Connect::v4("bob", "bob-phone")).await;
     // The state that is there comes first.
-    let state = bob.acked_message_on("chat/bob/event/presence").await.unwrap();
-    assert!(state.retain);
-    assert_eq!(state.json(), json!({"user": "alice", "status": "online"}));
+    assert_eq!(first_state(&mut bob, "bob").await, json!({"user": "alice", "status": "online"}));
     bob.leave().await.unwrap();
-    let offline = alice.acked_message_on("chat/alice/event/presence").await.unwrap().json();
-    assert_eq!((&offline["user"], &offline["status"]), (&json!("bob"), &json!("offline")));
+    let offline = event_with(&mut alice, "alice", "bob", "offline").await;
     let last_seen = number(&offline, "last_seen");
     let at = number(&ok(&mut alice, "alice", "whoami", json!({})).await, "at");
     assert!(last_seen <= at && at - last_seen < 60_000, "{last_seen}, now {at}");
@@ -635,9 +632,55 @@ async fn presence_is_told_to_those_who_share_a_conversation() {
     chatd.kill9().await.unwrap();
     chatd.restart().await.unwrap();
     let mut alice = device(&chatd, Connect::v5("alice", "alice-phone")).await;
-    let state = alice.acked_message_on("chat/alice/event/presence").await.unwrap();
-    assert!(state.retain);
-    assert_eq!(state.json()["status"], json!("offline"));
+    assert_eq!(first_state(&mut alice, "alice").await["status"], json!("offline"));
+    assert_well(&chatd).await;
+}
+
+/// Neither has to come again to be seen.
+#[tokio::test]
+async fn two_who_begin_a_conversation_see_each_other() {
+    let chatd = Chatd::start().await.unwrap();
+    let mut alice = device(&chatd, Connect::v5("alice", "alice-phone")).await;
+    let mut bob = device(&chatd, Connect::v4("bob", "bob-phone")).await;
+    let mut eve = device(&chatd, Connect::v5("eve", "eve-phone")).await;
+    alice.say("alice", "bob", "hello").await.unwrap();
+    for (me, peer, client) in [("alice", "bob", &mut alice), ("bob", "alice", &mut bob)] {
+        let state = client.acked_message_on(&format!("chat/{me}/event/presence")).await.unwrap();
+        assert!(!state.retain, "it is news");
+        assert_eq!(state.json(), json!({"user": peer, "status": "online"}));
+    }
+    // Only the first message makes a difference.
+    bob.say("bob", "alice", "hi").await.unwrap();
+    ok(&mut alice, "alice", "whoami", json!({})).await;
+    for client in [&mut alice, &mut bob] {
+        let rest = client.ping().await.unwrap();
+        assert!(!rest.iter().any(|packet| is_presence(packet)), "{rest:?}");
+    }
+    // Whoever is blocked does not see who blocked them, until that is taken back.
+    ok(&mut bob, "bob", "block", json!({"with": "eve"})).await;
+    eve.say("eve", "bob", "psst").await.unwrap();
+    ok(&mut eve, "eve", "whoami", json!({})).await;
+    ok(&mut bob, "bob", "unblock", json!({"with": "eve"})).await;
+    event(&mut eve, "eve", "presence", json!({"user": "bob", "status": "online"})).await;
+    event(&mut bob, "bob", "presence", json!({"user": "eve", "status": "online"})).await;
+    assert_well(&chatd).await;
+}
+
+/// A block is on record after it was taken back, and shows nothing of whom it was about.
+#[tokio::test]
+async fn blocking_somebody_does_not_show_whether_they_are_there() {
+    let chatd = Chatd::start().await.unwrap();
+    let bob = device(&chatd, Connect::v4("bob", "bob-phone")).await;
+    let mut eve = device(&chatd, Connect::v5("eve", "eve-phone")).await;
+    ok(&mut eve, "eve", "block", json!({"with": "bob"})).await;
+    ok(&mut eve, "eve", "unblock", json!({"with": "bob"})).await;
+    // A conversation with a third: when its state has come, all first states have.
+    let mut zoe = device(&chatd, Connect::v5("zoe", "zoe-phone")).await;
+    zoe.say("zoe", "eve", "hello").await.unwrap();
+    event(&mut eve, "eve", "presence", json!({"user": "zoe", "status": "online"})).await;
+    let mut laptop = device(&chatd, Connect::v5("eve", "eve-laptop")).await;
+    assert_eq!(first_state(&mut laptop, "eve").await["user"], json!("zoe"), "peers come in the order of their names");
+    bob.leave().await.unwrap();
     assert_well(&chatd).await;
 }
 
@@ -723,12 +766,26 @@ async fn the_examples_are_messengers() {
     assert_well(&chatd).await;
 }
 
+fn is_presence(packet: &Packet) -> bool {
+    matches!(packet, Packet::Publish(event) if event.topic.ends_with("/presence"))
+}
+
 /// The next presence of somebody with this status.
-async fn event_with(client: &mut Client, me: &str, user: &str, status: &str) {
+async fn event_with(client: &mut Client, me: &str, user: &str, status: &str) -> Value {
     loop {
         let event = client.acked_message_on(&format!("chat/{me}/event/presence")).await.unwrap().json();
         if event["user"] == json!(user) && event["status"] == json!(status) {
-            return;
+            return event;
+        }
+    }
+}
+
+/// The first of the states that are there when somebody subscribes.
+async fn first_state(client: &mut Client, me: &str) -> Value {
+    loop {
+        let event = client.acked_message_on(&format!("chat/{me}/event/presence")).await.unwrap();
+        if event.retain {
+            return event.json();
         }
     }
 }

@@ -154,6 +154,33 @@ async fn who_is_made_to_wait_is_not_silent() {
     nothing_more(&mut client).await;
 }
 
+/// A client that says good-bye and closes while there is something for it to read resets the connection. What it sent before counts all the
+/// same, and so does the good-bye, however long the server makes it wait.
+#[tokio::test]
+async fn what_was_sent_before_a_reset_counts() {
+    const PUBLISHES: u16 = 30;
+    let chatd = Chatd::start_with(Options::default().set("limits.publishes_per_s", 20)).await.unwrap();
+    let mut watching = connected(&chatd, Version::V5, "watching").await;
+    watching.subscribe("last/#", 1).await.unwrap();
+    let leaving = Connect::v4("alice", "phone").will(will("last/will", "gone"));
+    for connect in [leaving.clone(), leaving.over_web_socket()] {
+        let mut client = connect.to(&chatd).await.unwrap();
+        let publish = |packet_id| Publish { packet_id, ..Publish::new("last/words", packet_id.to_string(), 1) };
+        let mut bytes: Vec<u8> = (1..=PUBLISHES).flat_map(|n| packet::publish(Version::V4, &publish(n))).collect();
+        bytes.extend(packet::disconnect(Version::V4, 0, &Properties::none()));
+        client.send_bytes(&bytes).await.unwrap();
+        assert_next(&mut watching, "last/words", "1", 1, false).await;
+        // The first PUBACK is on its way, and nobody reads it.
+        drop(client);
+        for n in 2..=PUBLISHES {
+            assert_next(&mut watching, "last/words", &n.to_string(), 1, false).await;
+        }
+        eventually("the client is gone", PATIENCE, async || chatd.metric("chatd_connections").await.unwrap() == 1.0)
+            .await;
+        nothing_more(&mut watching).await;
+    }
+}
+
 /// Keep alive ends a client that takes nothing of what it is sent, too: that nothing is read from it then is its own doing.
 #[tokio::test]
 async fn who_takes_no_bytes_is_gone_after_the_keep_alive() {

@@ -3,6 +3,7 @@
 //! The codec here shares nothing with the server's: a mistake that both sides make alike would not be seen. Nothing here sleeps to let
 //! something happen; it waits for what has to happen, with a deadline.
 
+pub mod allocated;
 pub mod chatd;
 pub mod command;
 pub mod contract;

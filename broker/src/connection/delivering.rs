@@ -45,7 +45,7 @@ where
     /// Sends whatever the client has room for, and reads the log for more.
     pub(super) fn deliver(&mut self) {
         let Some(session) = &mut self.session else { return };
-        if self.end.is_some() || self.engine.closing {
+        if self.end.is_some() || self.engine.closing || self.cut {
             return;
         }
         let mut has_room = true;

@@ -91,6 +91,8 @@ struct Connection<S: Service, T> {
     early: Vec<u8>,
     out_at: usize,
     needs_flush: bool,
+    /// Nothing that is written arrives any more. What the client sent before is still read and worked off, a DISCONNECT with it.
+    cut: bool,
     mailbox: Arc<Mailbox>,
     session: Option<Session>,
     pending: VecDeque<Pending>,
@@ -159,6 +161,7 @@ where
         early: Vec::new(),
         out_at: 0,
         needs_flush: false,
+        cut: false,
         session: None,
         pending: VecDeque::new(),
         first_token: 0,

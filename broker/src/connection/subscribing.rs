@@ -19,9 +19,6 @@ use crate::session::{LiveTopic, Queued, RetainedWanted, Slot, Subscribed, Subscr
 use crate::stream::DurableStream;
 use crate::topics::filter;
 
-/// So many filters of a SUBSCRIBE are looked at, even if a session may have fewer: each is told what is wrong with it.
-const FILTERS_LOOKED_AT: usize = 1_000;
-
 impl<S, T> Connection<S, T>
 where
     S: Service,
@@ -38,7 +35,7 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
-        if filters.len() > self.shared.limits.subscriptions_per_session.max(FILTERS_LOOKED_AT) {
+        if filters.len() > self.shared.limits.filters_per_packet() {
             self.refuse_too_many(packet_id, filters.len());
             return;
         }
@@ -74,7 +71,7 @@ where
     fn refuse_too_many(&mut self, packet_id: u16, filters: usize) {
         self.limited("subscriptions_per_session");
         self.shared.service.observe(Observation::Refused(RefusalCode::QuotaExceeded));
-        let most = self.shared.limits.subscriptions_per_session.max(FILTERS_LOOKED_AT);
+        let most = self.shared.limits.filters_per_packet();
         let sentence = format!("a SUBSCRIBE has at most {most} filters");
         let refusal = self.refusal(RefusalCode::QuotaExceeded, &sentence);
         self.engine.suback(packet_id, &vec![Granted::Refused(refusal.code); filters], Some(&refusal.reason));
@@ -174,6 +171,14 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
+        let most = self.shared.limits.filters_per_packet();
+        if filters.len() > most {
+            // UNSUBACK has no code for it, and nobody has so many subscriptions to end.
+            self.limited("subscriptions_per_session");
+            let sentence = format!("an UNSUBSCRIBE has at most {most} filters");
+            self.engine.disconnect(DisconnectReasonCode::QuotaExceeded, &sentence);
+            return;
+        }
         let mut existed = Vec::with_capacity(filters.len());
         for filter in filters {
             let at = session.subscriptions.iter().position(|one| one.record.filter == *filter);

@@ -44,12 +44,17 @@ where
             self.waiting = None;
             progress = true;
         }
-        match self.poll_write(cx) {
-            Poll::Ready(Ok(true)) => progress = true,
-            Poll::Ready(Ok(false)) | Poll::Pending => {}
-            Poll::Ready(Err(())) => {
-                self.end = Some(End::Socket);
-                return Poll::Ready(());
+        if self.cut {
+            self.forget_output();
+        } else {
+            match self.poll_write(cx) {
+                Poll::Ready(Ok(true)) => progress = true,
+                Poll::Ready(Ok(false)) | Poll::Pending => {}
+                Poll::Ready(Err(())) => {
+                    self.cut = true;
+                    self.forget_output();
+                    progress = true;
+                }
             }
         }
         self.dry = false;
@@ -57,6 +62,10 @@ where
             match self.poll_read(cx) {
                 Poll::Ready(Ok(())) => progress = true,
                 Poll::Ready(Err(())) => {
+                    self.end = Some(End::Socket);
+                    return Poll::Ready(());
+                }
+                Poll::Pending if self.cut => {
                     self.end = Some(End::Socket);
                     return Poll::Ready(());
                 }
@@ -152,6 +161,13 @@ where
             }
         }
         Poll::Ready(Ok(written))
+    }
+
+    /// Nobody takes it any more: it stays unacknowledged.
+    fn forget_output(&mut self) {
+        self.out_at = 0;
+        self.engine.out.clear();
+        self.unwritten.clear();
     }
 
     pub(super) async fn write_last_bytes(&mut self) {
