@@ -307,8 +307,13 @@ async fn ids_of_the_callers_making() {
     chatd.kill9().await.unwrap();
     let waits = alice.queue_as(id.clone(), &bob, "paid").await.unwrap();
     assert_eq!(alice.queue_as(id.clone(), &bob, "paid").await.unwrap_err(), SendError::SameId(id.clone()));
+    // To somebody else it is another message.
+    let to_carol = alice.queue_as(id.clone(), &user("carol"), "paid too").await.unwrap();
     chatd.restart_on_same_ports().await.unwrap();
     assert_eq!(waits.await.unwrap().seq.get(), 1);
+    to_carol.await.unwrap();
+    let with_carol = alice.history(&user("carol"), Range::Before(None), 10).await.unwrap();
+    assert_eq!(with_carol.entries[0].text.as_deref(), Some("paid too"));
     let other = alice.queue_as(id, &bob, "not paid").await.unwrap().await.unwrap_err();
     assert!(matches!(other, SendError::Refused(refusal) if refusal.code == Some(ErrorCode::IdConflict)));
 }

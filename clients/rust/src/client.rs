@@ -114,10 +114,11 @@ impl Client {
     }
 
     /// The same under an id of the caller's making: for as long as the server remembers it (seven days at least) the message is stored once,
-    /// however often a program says so, in whichever run and on whichever device.
+    /// however often a program says so, in whichever run and on whichever device. Ids count within a conversation: messages to two users may have
+    /// the same.
     ///
     /// # Errors
-    /// As [`queue`](Self::queue), and [`SendError::SameId`] if a message of this id is in the outbox already.
+    /// As [`queue`](Self::queue), and [`SendError::SameId`] if a message of this id to the same user is in the outbox already.
     pub async fn queue_as(&self, id: MessageId, to: &UserId, text: impl Into<String>) -> Result<Queued, SendError> {
         let (reply, queued) = oneshot::channel();
         let command = Command::Queue { id, to: to.clone(), text: text.into(), reply };

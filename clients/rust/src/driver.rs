@@ -24,7 +24,7 @@ use crate::event::{ConnectionState, Delivery, Event, Stored};
 use crate::events::{Events, Teller, events};
 use crate::link::{Ended, Incoming, Link, LinkEvent, QueueFull, Token, UnackedPacket};
 use crate::options::{Credential, Options, Session};
-use crate::outbox::{Change, Outbox, Unsent};
+use crate::outbox::{Change, Key, Outbox, Unsent};
 use crate::sending::{Outcome, Sending, is_passing};
 
 /// Requests that wait for an answer, at most.
@@ -164,9 +164,9 @@ struct Driver {
     connected_before: bool,
     desk: Desk,
     changes: Vec<Change>,
-    queuing: HashMap<MessageId, Queuing>,
+    queuing: HashMap<Key, Queuing>,
     sending: Sending,
-    waiters: HashMap<MessageId, Waiter>,
+    waiters: HashMap<Key, Waiter>,
     deliveries: Deliveries<UnackedPacket>,
     returns: Arc<Returns>,
     asked: BTreeMap<u64, Asked>,
@@ -239,7 +239,7 @@ impl Driver {
         let oldest_ms = now_ms().saturating_sub(u64::try_from(ID_MEMORY.as_millis()).unwrap_or(u64::MAX));
         for unsent in loaded {
             if unsent.queued_at.as_ms() < oldest_ms {
-                self.changes.push(Change::Remove(unsent.id.clone()));
+                self.forget(&unsent);
                 self.not_sent(unsent, SendError::TooOld);
             } else {
                 self.sending.push(unsent);
@@ -332,7 +332,7 @@ impl Driver {
         let me = &self.options.user;
         while let Some(unsent) = self.sending.next(now) {
             let topic = format!("chat/{me}/out/{}/{}", unsent.to, unsent.id);
-            link.publish(Token::Message(unsent.id.clone()), topic, unsent.text.clone().into_bytes(), None)?;
+            link.publish(Token::Message(unsent.key()), topic, unsent.text.clone().into_bytes(), None)?;
         }
         if self.requests_paused_until.is_some_and(|until| now < until) {
             return Ok(());
@@ -369,15 +369,16 @@ impl Driver {
     fn command(&mut self, command: Command) {
         match command {
             Command::Queue { id, to, text, reply } => {
-                if self.queuing.contains_key(&id) || self.sending.has(&id) {
+                let key = (to.clone(), id.clone());
+                if self.queuing.contains_key(&key) || self.sending.has(&key) {
                     // Whoever does not wait any more does not care.
                     drop(reply.send(Err(SendError::SameId(id))));
                     return;
                 }
                 let (waiter, outcome) = oneshot::channel();
                 let queued_at = Timestamp::from_ms(now_ms());
-                self.changes.push(Change::Add(Unsent { id: id.clone(), to, text, queued_at }));
-                self.queuing.insert(id, Queuing { reply, waiter, outcome });
+                self.changes.push(Change::Add(Unsent { id, to, text, queued_at }));
+                self.queuing.insert(key, Queuing { reply, waiter, outcome });
             }
             Command::Read { with, seq, reply } => {
                 let reading = self.reading.entry(with).or_insert(Reading { seq, published: None, waiters: Vec::new() });
@@ -448,10 +449,10 @@ impl Driver {
         for change in changes {
             // What could not be removed is sent again in the next run, under the same id.
             let Change::Add(unsent) = change else { continue };
-            let Some(Queuing { reply, waiter, outcome: outcomes }) = self.queuing.remove(&unsent.id) else { continue };
+            let Some(Queuing { reply, waiter, outcome: outcomes }) = self.queuing.remove(&unsent.key()) else { continue };
             match &outcome {
                 Ok(()) => {
-                    self.waiters.insert(unsent.id.clone(), waiter);
+                    self.waiters.insert(unsent.key(), waiter);
                     // Whoever does not wait any more does not care: it is sent all the same.
                     drop(reply.send(Ok((unsent.id.clone(), outcomes))));
                     self.sending.push(unsent);
@@ -462,8 +463,13 @@ impl Driver {
         Ok(())
     }
 
+    /// It does not wait any more.
+    fn forget(&mut self, unsent: &Unsent) {
+        self.changes.push(Change::Remove { to: unsent.to.clone(), id: unsent.id.clone() });
+    }
+
     fn not_sent(&mut self, unsent: Unsent, error: SendError) {
-        if let Some(waiter) = self.waiters.remove(&unsent.id)
+        if let Some(waiter) = self.waiters.remove(&unsent.key())
             && waiter.send(Err(error.clone())).is_ok()
         {
             return;
@@ -535,12 +541,12 @@ impl Driver {
     fn answered(&mut self, token: Token, answer: &Answer) {
         let now = Instant::now();
         match token {
-            Token::Message(id) => {
-                let Some((unsent, outcome)) = self.sending.answered(&id, answer, now) else { return };
-                self.changes.push(Change::Remove(id));
+            Token::Message(key) => {
+                let Some((unsent, outcome)) = self.sending.answered(&key, answer, now) else { return };
+                self.forget(&unsent);
                 match outcome {
                     Outcome::Stored(stored) => {
-                        if let Some(waiter) = self.waiters.remove(&unsent.id) {
+                        if let Some(waiter) = self.waiters.remove(&key) {
                             // Whoever does not wait any more does not care.
                             drop(waiter.send(Ok(stored)));
                         }

@@ -83,7 +83,7 @@ pub enum SendError {
     /// It waited in the outbox for longer than servers remember ids: it may have been stored or not. Look at the history before sending it anew.
     #[error("not sent again: it is older than the server's memory of ids, and may have been stored already")]
     TooOld,
-    /// A message of this id waits already.
+    /// A message of this id to the same user waits already.
     #[error("not sent: a message with the id {0} waits already")]
     SameId(MessageId),
     /// There is no connection, and will be none. The message is still in the outbox.

@@ -21,7 +21,7 @@ use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
 
 use chat_protocol::topic::Down;
-use chat_protocol::{MessageId, Seq, UserId};
+use chat_protocol::{Seq, UserId};
 use futures_util::FutureExt;
 use parking_lot::Mutex;
 use rumqttc::v5::mqttbytes::QoS;
@@ -36,6 +36,7 @@ use tokio::task::JoinHandle;
 
 use crate::answer::Answer;
 use crate::options::{Credential, Listen, Options, Session, Transport};
+use crate::outbox::Key;
 
 /// Packets that wait to be written, and publishes under way.
 const QUEUE: usize = 1_024;
@@ -47,7 +48,7 @@ const PACKET_BYTES_MAX: u32 = 8 * 1024 * 1024;
 /// What a publish was, for whoever hears the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Token {
-    Message(MessageId),
+    Message(Key),
     Read(UserId, Seq),
     Request(u64),
 }

@@ -29,13 +29,27 @@ pub struct Unsent {
     pub queued_at: Timestamp,
 }
 
+/// An unsent message's name: ids count within a conversation, as on the server.
+pub(crate) type Key = (UserId, MessageId);
+
+impl Unsent {
+    pub(crate) fn key(&self) -> Key {
+        (self.to.clone(), self.id.clone())
+    }
+}
+
 /// What changes in an outbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// This waits, behind all others.
     Add(Unsent),
-    /// This does not wait any more. Forgetting it costs a needless resend and nothing else.
-    Remove(MessageId),
+    /// The message to `to` that has this id does not wait any more. Forgetting it costs a needless resend and nothing else.
+    Remove {
+        /// To whom it was: others may be sent messages of the same id.
+        to: UserId,
+        /// Its id.
+        id: MessageId,
+    },
 }
 
 /// Keeps messages until they are stored on the server. Called from a thread that may block, never by two at once.
@@ -71,7 +85,7 @@ impl Outbox for MemoryOutbox {
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 enum Line {
     Add(Unsent),
-    Remove(MessageId),
+    Remove { to: UserId, id: MessageId },
 }
 
 /// A file of JSON lines, readable by its owner alone. One process at a time: a second one is refused.
@@ -128,8 +142,8 @@ impl FileOutbox {
                 |problem: String| OutboxError::Damaged { path: self.path.display().to_string(), line: number, problem };
             match serde_json::from_slice(&line).map_err(|error| damaged(error.to_string()))? {
                 Line::Add(unsent) => self.waiting.push(unsent),
-                Line::Remove(id) => {
-                    self.waiting.retain(|unsent| unsent.id != id);
+                Line::Remove { to, id } => {
+                    self.waiting.retain(|unsent| unsent.to != to || unsent.id != id);
                     self.gone_lines += 2;
                 }
             }
@@ -146,7 +160,7 @@ impl FileOutbox {
                     adds = true;
                     Line::Add(unsent.clone())
                 }
-                Change::Remove(id) => Line::Remove(id.clone()),
+                Change::Remove { to, id } => Line::Remove { to: to.clone(), id: id.clone() },
             };
             serde_json::to_writer(&mut bytes, &line)?;
             bytes.push(b'\n');
@@ -193,13 +207,13 @@ impl Outbox for FileOutbox {
         for change in changes {
             match change {
                 Change::Add(unsent) => self.waiting.push(unsent.clone()),
-                Change::Remove(id) => {
-                    gone.insert(id);
+                Change::Remove { to, id } => {
+                    gone.insert((to, id));
                     self.gone_lines += 2;
                 }
             }
         }
-        self.waiting.retain(|unsent| !gone.contains(&unsent.id));
+        self.waiting.retain(|unsent| !gone.contains(&(&unsent.to, &unsent.id)));
         if self.gone_lines > GONE_LINES_MAX && self.gone_lines > self.waiting.len() {
             self.write_anew().map_err(|error| failed(&self.path, &error))?;
         }
@@ -236,7 +250,7 @@ mod tests {
     }
 
     fn remove(id: &str) -> Change {
-        Change::Remove(MessageId::parse(id).unwrap())
+        Change::Remove { to: UserId::parse("bob").unwrap(), id: MessageId::parse(id).unwrap() }
     }
 
     fn ids(outbox: &mut FileOutbox) -> Vec<String> {
@@ -254,6 +268,20 @@ mod tests {
         let mut outbox = FileOutbox::open(&path).unwrap();
         assert_eq!(ids(&mut outbox), ["b", "c"]);
         assert_eq!(outbox.load().unwrap()[0], unsent("b"));
+    }
+
+    /// A bot answers two people under the same number.
+    #[test]
+    fn ids_count_within_a_conversation() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("outbox");
+        let to_carol = Unsent { to: UserId::parse("carol").unwrap(), ..unsent("a") };
+        let mut outbox = FileOutbox::open(&path).unwrap();
+        outbox.apply(&[add("a"), Change::Add(to_carol.clone())]).unwrap();
+        outbox.apply(&[remove("a")]).unwrap();
+        assert_eq!(outbox.load().unwrap(), [to_carol.clone()]);
+        drop(outbox);
+        assert_eq!(FileOutbox::open(&path).unwrap().load().unwrap(), [to_carol]);
     }
 
     #[test]

@@ -6,12 +6,12 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use chat_protocol::{ErrorCode, MessageId};
+use chat_protocol::ErrorCode;
 
 use crate::answer::Answer;
 use crate::error::Refusal;
 use crate::event::Stored;
-use crate::outbox::Unsent;
+use crate::outbox::{Key, Unsent};
 
 /// Published and not answered.
 const WINDOW: usize = 16;
@@ -44,8 +44,12 @@ impl Sending {
     }
 
     /// Whether it waits.
-    pub(crate) fn has(&self, id: &MessageId) -> bool {
-        self.waiting.iter().any(|unsent| unsent.id == *id)
+    pub(crate) fn has(&self, key: &Key) -> bool {
+        self.position(key).is_some()
+    }
+
+    fn position(&self, (to, id): &Key) -> Option<usize> {
+        self.waiting.iter().position(|unsent| unsent.id == *id && unsent.to == *to)
     }
 
     /// A connection is there. It takes so many publishes a second, if it said so.
@@ -81,11 +85,11 @@ impl Sending {
     }
 
     /// What became of it, with the message; `None` if it is to be tried again, or is long known.
-    pub(crate) fn answered(&mut self, id: &MessageId, answer: &Answer, now: Instant) -> Option<(Unsent, Outcome)> {
-        let at = self.waiting.iter().position(|unsent| unsent.id == *id)?;
+    pub(crate) fn answered(&mut self, key: &Key, answer: &Answer, now: Instant) -> Option<(Unsent, Outcome)> {
+        let at = self.position(key)?;
         let outcome = match answer {
             Answer::Stored { seq, at, receiver_away } => {
-                Outcome::Stored(Stored { id: id.clone(), seq: *seq, at: *at, receiver_away: *receiver_away })
+                Outcome::Stored(Stored { id: key.1.clone(), seq: *seq, at: *at, receiver_away: *receiver_away })
             }
             Answer::Refused(refusal) if is_passing(refusal) => {
                 // It and all after it are published again, in this order.
@@ -144,7 +148,7 @@ impl Pace {
 
 #[cfg(test)]
 mod tests {
-    use chat_protocol::{Seq, Timestamp, UserId};
+    use chat_protocol::{MessageId, Seq, Timestamp, UserId};
 
     use super::*;
 
@@ -174,21 +178,21 @@ mod tests {
         (sending, now)
     }
 
-    fn id(id: &str) -> MessageId {
-        MessageId::parse(id).unwrap()
+    fn key(id: &str) -> Key {
+        unsent(id).key()
     }
 
     #[test]
     fn in_order_and_again_after_a_reconnect() {
         let (mut sending, now) = three();
         assert_eq!(published(&mut sending, now), ["a", "b", "c"]);
-        let (unsent, outcome) = sending.answered(&id("a"), &stored(1), now).unwrap();
+        let (unsent, outcome) = sending.answered(&key("a"), &stored(1), now).unwrap();
         assert!(matches!(outcome, Outcome::Stored(Stored { receiver_away: false, .. })));
-        assert_eq!(unsent.id, id("a"));
+        assert_eq!(unsent.key(), key("a"));
         sending.disconnected();
         sending.connected(None, now);
         assert_eq!(published(&mut sending, now), ["b", "c"]);
-        assert_eq!(sending.answered(&id("a"), &stored(1), now), None, "known already");
+        assert_eq!(sending.answered(&key("a"), &stored(1), now), None, "known already");
     }
 
     #[test]
@@ -198,8 +202,8 @@ mod tests {
             sending.push(unsent(&format!("m-{number}")));
         }
         assert_eq!(published(&mut sending, now).len(), WINDOW);
-        sending.answered(&id("m-0"), &stored(1), now).unwrap();
-        sending.answered(&id("m-1"), &stored(2), now).unwrap();
+        sending.answered(&key("m-0"), &stored(1), now).unwrap();
+        sending.answered(&key("m-1"), &stored(2), now).unwrap();
         assert_eq!(published(&mut sending, now), ["m-16", "m-17"]);
     }
 
@@ -207,14 +211,14 @@ mod tests {
     fn what_passes_is_tried_again_in_order() {
         let (mut sending, now) = three();
         assert_eq!(published(&mut sending, now).len(), 3);
-        assert!(sending.answered(&id("a"), &stored(1), now).is_some());
-        assert_eq!(sending.answered(&id("b"), &refused(ErrorCode::TooFast), now), None);
-        assert_eq!(sending.answered(&id("c"), &refused(ErrorCode::TooFast), now), None);
+        assert!(sending.answered(&key("a"), &stored(1), now).is_some());
+        assert_eq!(sending.answered(&key("b"), &refused(ErrorCode::TooFast), now), None);
+        assert_eq!(sending.answered(&key("c"), &refused(ErrorCode::TooFast), now), None);
         assert_eq!(published(&mut sending, now), [""; 0]);
         let later = sending.wake_at().unwrap();
         assert_eq!(later, now + PAUSE_MIN);
         assert_eq!(published(&mut sending, later), ["b", "c"]);
-        assert_eq!(sending.answered(&id("b"), &refused(ErrorCode::Unavailable), later), None);
+        assert_eq!(sending.answered(&key("b"), &refused(ErrorCode::Unavailable), later), None);
         assert_eq!(sending.wake_at(), Some(later + PAUSE_MIN * 2), "longer each time");
     }
 
@@ -222,8 +226,8 @@ mod tests {
     fn what_is_refused_is_given_back() {
         let (mut sending, now) = three();
         assert_eq!(published(&mut sending, now).len(), 3);
-        let (unsent, outcome) = sending.answered(&id("b"), &refused(ErrorCode::UnknownUser), now).unwrap();
-        assert_eq!(unsent.id, id("b"));
+        let (unsent, outcome) = sending.answered(&key("b"), &refused(ErrorCode::UnknownUser), now).unwrap();
+        assert_eq!(unsent.key(), key("b"));
         assert!(matches!(outcome, Outcome::Refused(Refusal { code: Some(ErrorCode::UnknownUser), .. })));
         sending.disconnected();
         assert_eq!(published(&mut sending, now), ["a", "c"]);
@@ -242,7 +246,7 @@ mod tests {
             now = now.max(wake_at);
             for id in published(&mut sending, now) {
                 at.push(now - begun);
-                sending.answered(&MessageId::parse(&id).unwrap(), &stored(1), now).unwrap();
+                sending.answered(&key(&id), &stored(1), now).unwrap();
             }
         }
         assert_eq!(at.len(), 300);
