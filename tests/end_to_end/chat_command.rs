@@ -123,6 +123,10 @@ async fn exit_codes() {
         assert!(done.err.contains(sentence) && done.out.is_empty(), "{arguments:?}: {done:?}");
         assert!(!done.err.contains("alice-pw"), "{done:?}");
     }
+    let mut command = alice.chat(&["whoami"]).await.unwrap();
+    command.env("CHAT_TOKEN", "nonsense");
+    let done = command::ended(command).await.unwrap();
+    assert!(done.code == Some(4) && done.err.contains("login"), "{done:?}");
     drop(folder);
 }
 

@@ -1,12 +1,17 @@
 //! The Rust client: nothing sent twice, nothing lost, in order, whatever the network, the server and the program itself do.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use chat_client::{
     Client, Closed, ConnectError, ConnectionState, ErrorCode, Event, Events, FileOutbox, Kind, Listen, Options, Range,
     RequestError, SendError, Seq, Session, TypingState, UserId,
 };
 use end_to_end::{Chatd, PATIENCE};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
 use tokio::time::timeout;
 
 use crate::auth;
@@ -165,6 +170,8 @@ async fn logins() {
     assert_eq!(alice.whoami().await.unwrap().user, user("alice"));
     let refused = Client::connect(with("wrong")).await.unwrap_err();
     assert!(matches!(refused, ConnectError::Closed(Closed::LoginRefused(_))), "{refused:?}");
+    let token = Client::connect(options(chatd.mqtt_addr(), "alice", "laptop").token(async || Ok("wrong".into()))).await;
+    assert!(matches!(token.unwrap_err(), ConnectError::Closed(Closed::LoginRefused(_))));
     // A program that begins offline hears of it by an event.
     let (client, mut events) = Client::start(with("wrong")).await.unwrap();
     assert!(matches!(next_where(&mut events, state_of).await, ConnectionState::Closed(Closed::LoginRefused(_))));
@@ -174,9 +181,41 @@ async fn logins() {
 
 #[tokio::test]
 async fn nobody_is_there() {
-    let address = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
+    let address = TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
     let refused = Client::connect(options(address, "alice", "laptop")).await.unwrap_err();
     assert!(matches!(refused, ConnectError::Unreachable(_)), "{refused:?}");
+}
+
+/// Whatever keeps silent, an attempt to connect ends, and the next one is made.
+#[tokio::test]
+async fn an_attempt_ends_in_time() {
+    let chatd = Chatd::start().await.unwrap();
+    let tries = |server| options(server, "alice", "laptop").connect_timeout(Duration::from_secs(1));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let token = {
+        let asked = Arc::clone(&asked);
+        move || {
+            let is_first = asked.fetch_add(1, Ordering::SeqCst) == 0;
+            async move { if is_first { std::future::pending().await } else { Ok("token".to_owned()) } }
+        }
+    };
+    let (alice, mut events) = Client::start(tries(chatd.mqtt_addr()).token(token)).await.unwrap();
+    let lost = next_where(&mut events, state_of).await;
+    assert!(matches!(&lost, ConnectionState::Lost { reason, .. } if reason.contains("no token")), "{lost:?}");
+    assert_eq!(alice.whoami().await.unwrap().user, user("alice"));
+
+    let silent = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let server = silent.local_addr().unwrap();
+    // CONNECT is not answered; then it is, and SUBSCRIBE is not.
+    for answer in [&[][..], &[0x20, 3, 0, 0, 0]] {
+        let (connected, taken) = tokio::join!(Client::connect(tries(server)), async {
+            let mut client = silent.accept().await.unwrap().0;
+            client.write_all(answer).await.unwrap();
+            client
+        });
+        assert!(matches!(connected.unwrap_err(), ConnectError::Unreachable(_)), "{answer:?}");
+        drop(taken);
+    }
 }
 
 #[tokio::test]

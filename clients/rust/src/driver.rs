@@ -663,8 +663,8 @@ impl Driver {
             Ended::Lost(reason) => reason,
             Ended::LoginRefused(reason) => {
                 self.logins_refused += 1;
-                let is_token = matches!(self.options.credential, Credential::Token(_));
-                if !is_token || self.logins_refused >= TOKENS_MAX {
+                let may_be_renewed = matches!(self.options.credential, Credential::Token(_)) && self.first.is_none();
+                if !may_be_renewed || self.logins_refused >= TOKENS_MAX {
                     return Err(Closed::LoginRefused(reason).into());
                 }
                 reason

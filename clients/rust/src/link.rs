@@ -6,7 +6,8 @@
 //! rumqttc 0.25's oddities and what guards against them here:
 //! - Its event loop reconnects by itself and then publishes again what was not acknowledged, or forgets it when the session is new. A loop
 //!   is dropped with its first error, so neither happens.
-//! - `poll` must not be cancelled: a packet that was taken from the queue would be lost. A task of its own does nothing but poll.
+//! - `poll` must not be cancelled: a packet that was taken from the queue would be lost. A task of its own does nothing but poll, and a loop
+//!   whose poll took too long is dropped.
 //! - It does not say which packet identifier a publish gets. It numbers them in the order of its queue and reports each as it goes out, so the
 //!   tokens of what was queued are matched in that order.
 //! - It refuses packets above 10 KiB unless told otherwise, and panics if a keep alive is below 5 s.
@@ -19,6 +20,7 @@
 use std::collections::{HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
 use chat_protocol::topic::Down;
 use chat_protocol::{Seq, UserId};
@@ -33,6 +35,7 @@ use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, S
 use rumqttc::{Outgoing, TlsConfiguration, Transport as RumqttcTransport};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, timeout_at};
 
 use crate::answer::Answer;
 use crate::options::{Credential, Listen, Options, Session, Transport};
@@ -127,16 +130,24 @@ impl Link {
         let queued = Arc::new(Mutex::new(VecDeque::new()));
         // The loop is made before the token is there, so that packets can be queued; only its options change until it is polled.
         let (client, mut event_loop) = AsyncClient::new(mqtt.clone(), QUEUE);
-        let pump = Pump { number, events, queued: Arc::clone(&queued), under_way: HashMap::new() };
+        let pump = Pump {
+            number,
+            events,
+            queued: Arc::clone(&queued),
+            under_way: HashMap::new(),
+            patience: options.connect_timeout,
+            open_by: Some(Instant::now() + options.connect_timeout),
+        };
         let farewell = pump.events.clone();
         let connected = async move {
             let password = match credential {
                 Credential::None => None,
                 Credential::Password(password) => Some(password),
-                Credential::Token(callback) => match callback().await {
-                    Ok(token) => Some(token),
-                    Err(error) => {
-                        pump.tell(LinkEvent::Ended(Ended::Lost(format!("no token: {error}")))).await;
+                Credential::Token(callback) => match pump.in_time(callback()).await {
+                    Some(Ok(token)) => Some(token),
+                    failed => {
+                        let why = failed.and_then(Result::err).map_or("none in time".to_owned(), |why| why.to_string());
+                        pump.tell(LinkEvent::Ended(Ended::Lost(format!("no token: {why}")))).await;
                         return;
                     }
                 },
@@ -229,7 +240,8 @@ fn mqtt_options(options: &Options, tls: Option<&Arc<rustls::ClientConfig>>) -> M
         Transport::WebSocketTls => RumqttcTransport::Wss(tls()),
     });
     mqtt.set_keep_alive(options.keep_alive);
-    mqtt.set_connection_timeout(options.connect_timeout.as_secs());
+    // The pump is more exact, and waits for the subscriptions too.
+    mqtt.set_connection_timeout(options.connect_timeout.as_secs() + 1);
     mqtt.set_clean_start(options.session == Session::Temporary);
     mqtt.set_session_expiry_interval(Some(match options.session {
         Session::Durable => u32::MAX,
@@ -248,9 +260,21 @@ struct Pump {
     events: mpsc::Sender<(u64, LinkEvent)>,
     queued: Arc<Mutex<VecDeque<Token>>>,
     under_way: HashMap<u16, Token>,
+    /// How long a connection that is not open yet may be silent.
+    patience: Duration,
+    /// `None`: it is open.
+    open_by: Option<Instant>,
 }
 
 impl Pump {
+    /// `None` if the connection should have been open before that.
+    async fn in_time<T>(&self, work: impl Future<Output = T>) -> Option<T> {
+        match self.open_by {
+            Some(open_by) => timeout_at(open_by, work).await.ok(),
+            None => Some(work.await),
+        }
+    }
+
     /// Nobody listening any more is the end of this task too.
     async fn tell(&self, event: LinkEvent) -> bool {
         self.events.send((self.number, event)).await.is_ok()
@@ -258,14 +282,18 @@ impl Pump {
 
     async fn run(mut self, mut event_loop: EventLoop) {
         loop {
-            let told = match event_loop.poll().await {
-                Ok(Event::Outgoing(outgoing)) => {
+            let told = match self.in_time(event_loop.poll()).await {
+                Some(Ok(Event::Outgoing(outgoing))) => {
                     self.on_outgoing(&outgoing);
                     true
                 }
-                Ok(Event::Incoming(packet)) => self.on_incoming(packet).await,
-                Err(error) => {
+                Some(Ok(Event::Incoming(packet))) => self.on_incoming(packet).await,
+                Some(Err(error)) => {
                     self.tell(LinkEvent::Ended(ended(&error))).await;
+                    false
+                }
+                None => {
+                    self.tell(LinkEvent::Ended(Ended::Lost("the server does not answer".to_owned()))).await;
                     false
                 }
             };
@@ -293,6 +321,7 @@ impl Pump {
                 LinkEvent::Connected { resumed: accepted.session_present, publishes_per_s }
             }
             Packet::SubAck(answer) => {
+                self.open_by = None;
                 let refused = answer.return_codes.iter().any(|code| !matches!(code, SubscribeReasonCode::Success(_)));
                 let reason = answer.properties.and_then(|properties| properties.reason_string);
                 LinkEvent::Subscribed(if refused {
@@ -309,7 +338,10 @@ impl Pump {
                 };
                 LinkEvent::Answered(token, Answer::read(reason_code(answer.reason), reason, properties))
             }
-            Packet::Publish(publish) => LinkEvent::Published(Incoming {
+            Packet::Publish(publish) => {
+                // What waited comes before the subscriptions are answered.
+                self.open_by = self.open_by.map(|_| Instant::now() + self.patience);
+                LinkEvent::Published(Incoming {
                 topic: String::from_utf8_lossy(&publish.topic).into_owned(),
                 payload: publish.payload.to_vec(),
                 waited: publish.retain,
@@ -318,7 +350,7 @@ impl Pump {
                     .as_ref()
                     .and_then(|properties| properties.correlation_data.as_ref().map(|bytes| bytes.to_vec())),
                 packet: UnackedPacket(publish),
-            }),
+            })}
             _ => return true,
         };
         self.tell(event).await
