@@ -9,7 +9,7 @@ use chat_client::{
     Client, Closed, ConnectError, ConnectionState, ErrorCode, Event, Events, FileOutbox, Kind, Listen, Options, Range,
     RequestError, SendError, Seq, Session, TypingState, UserId,
 };
-use end_to_end::{Chatd, PATIENCE};
+use end_to_end::{Chatd, PATIENCE, eventually};
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpListener;
 use tokio::time::timeout;
@@ -355,6 +355,35 @@ async fn ids_of_the_callers_making() {
     assert_eq!(with_carol.entries[0].text.as_deref(), Some("paid too"));
     let other = alice.queue_as(id, &bob, "not paid").await.unwrap().await.unwrap_err();
     assert!(matches!(other, SendError::Refused(refusal) if refusal.code == Some(ErrorCode::IdConflict)));
+}
+
+/// A disk that is full has room again one day: what waits in an outbox can wait for that.
+#[tokio::test]
+async fn a_full_disk_is_waited_for() {
+    let chatd = Chatd::start().await.unwrap();
+    let (alice, _events) = connect(&chatd, "alice", "laptop").await;
+    let bob = user("bob");
+    alice.send(&bob, "first").await.unwrap();
+    let size = std::fs::metadata(chatd.data().join("log.redb")).unwrap().len();
+    chatd.limit_file_bytes(Some(size)).unwrap();
+    let mut sent = 1;
+    // What the file has room for inside is still taken.
+    let waits = loop {
+        let mut sending = alice.queue(&bob, format!("{sent} {}", "x".repeat(15_000))).await.unwrap();
+        tokio::select! {
+            stored = &mut sending => drop(stored.unwrap()),
+            () = refused(&chatd) => break sending,
+        }
+        sent += 1;
+    };
+    chatd.limit_file_bytes(None).unwrap();
+    assert_eq!(timeout(PATIENCE, waits).await.expect("it is sent in time").unwrap().seq.get(), sent + 1);
+}
+
+/// Waits until the server has refused something for want of room.
+async fn refused(chatd: &Chatd) {
+    let refused = async || chatd.metric("chatd_refused_total").await.unwrap() > 0.0;
+    eventually("the disk is full", PATIENCE, refused).await;
 }
 
 /// What the server will never take is given back to somebody, once.

@@ -115,9 +115,9 @@ impl Sending {
     }
 }
 
-/// It may succeed a little later, as it is.
+/// It may succeed later, as it is.
 pub(crate) fn is_passing(refusal: &Refusal) -> bool {
-    matches!(refusal.code, Some(ErrorCode::Unavailable | ErrorCode::TooFast))
+    matches!(refusal.code, Some(ErrorCode::Unavailable | ErrorCode::TooFast | ErrorCode::StorageFull))
 }
 
 /// Publishes no faster than a server allows: a second's worth at once, and then one after the other.
