@@ -150,7 +150,13 @@ async fn refusals_are_typed() {
             other => panic!("{other:?}"),
         }
     }
+    // What would end every connection by which it went out is not sent, and keeps nothing else back.
+    let huge = "x".repeat(2 * 1024 * 1024);
+    let refused = alice.send(&user("bob"), huge.as_str()).await.unwrap_err();
+    assert!(matches!(&refused, SendError::Refused(refusal) if refusal.code == Some(ErrorCode::TextTooLong)), "{refused:?}");
     alice.send(&user("bob"), "x".repeat(16 * 1024)).await.unwrap();
+    let refused = alice.edit(&user("bob"), Seq::FIRST, &huge).await.unwrap_err();
+    assert!(matches!(refused, RequestError::Refused { code: Some(ErrorCode::TextTooLong), .. }), "{refused:?}");
     let unknown = alice.history(&user("carol"), Range::Before(None), 10).await.unwrap_err();
     let RequestError::Refused { code, message } = unknown else { panic!("{unknown:?}") };
     assert_eq!(code, Some(ErrorCode::UnknownConversation));

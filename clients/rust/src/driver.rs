@@ -19,10 +19,10 @@ use tokio::task::JoinHandle;
 
 use crate::answer::Answer;
 use crate::deliveries::{Arrived, Deliveries, Returns, Ticket};
-use crate::error::{Closed, ConnectError, OutboxError, RequestError, SendError};
+use crate::error::{Closed, ConnectError, OutboxError, Refusal, RequestError, SendError};
 use crate::event::{ConnectionState, Delivery, Event, Stored};
 use crate::events::{Events, Teller, events};
-use crate::link::{Ended, Incoming, Link, LinkEvent, QueueFull, Token, UnackedPacket};
+use crate::link::{Ended, Incoming, Link, LinkEvent, Outgoing, QueueFull, Token, UnackedPacket};
 use crate::options::{Credential, Options, Session};
 use crate::outbox::{Change, Key, Outbox, Unsent};
 use crate::sending::{Outcome, Sending, is_passing};
@@ -136,10 +136,12 @@ enum Connection {
         link: Link,
         resumed: bool,
         publishes_per_s: Option<u32>,
+        packet_bytes_max: usize,
     },
     Open {
         link: Link,
         since: Instant,
+        packet_bytes_max: usize,
     },
 }
 
@@ -312,7 +314,6 @@ impl Driver {
             self.deliveries.returned(&key, fate);
         }
         self.time_out(now);
-        self.write_outbox();
         if matches!(&self.connection, Connection::None { retry_at } if now >= *retry_at) {
             self.link_number += 1;
             let sender = self.link_events_sender.clone();
@@ -322,18 +323,16 @@ impl Driver {
         if self.publish(now).is_err() {
             self.lost("the server does not take what is sent to it".to_owned());
         }
+        self.write_outbox();
     }
 
     fn publish(&mut self, now: Instant) -> Result<(), QueueFull> {
-        let Connection::Open { link, .. } = &self.connection else { return Ok(()) };
+        self.publish_messages(now)?;
+        let Connection::Open { link, packet_bytes_max, .. } = &self.connection else { return Ok(()) };
         while let Some(packet) = self.deliveries.next_acknowledged() {
             link.acknowledge(&packet)?;
         }
         let me = &self.options.user;
-        while let Some(unsent) = self.sending.next(now) {
-            let topic = format!("chat/{me}/out/{}/{}", unsent.to, unsent.id);
-            link.publish(Token::Message(unsent.key()), topic, unsent.text.clone().into_bytes(), None)?;
-        }
         if self.requests_paused_until.is_some_and(|until| now < until) {
             return Ok(());
         }
@@ -343,15 +342,40 @@ impl Driver {
                 reading.published = Some(reading.seq);
                 let topic = format!("chat/{me}/read/{with}");
                 let payload = reading.seq.to_string().into_bytes();
-                link.publish(Token::Read(with.clone(), reading.seq), topic, payload, None)?;
+                let outgoing = Outgoing { topic, payload, answer_to: None };
+                link.publish(Token::Read(with.clone(), reading.seq), outgoing)?;
             }
         }
+        let mut refused = Vec::new();
         for (number, asked) in self.asked.iter_mut().filter(|(_, asked)| !asked.published) {
             asked.published = true;
             let topic = format!("chat/{me}/req/{}", asked.method.as_str());
-            let correlation = [self.asker.to_be_bytes(), number.to_be_bytes()].concat();
             let payload = asked.members.to_string().into_bytes();
-            link.publish(Token::Request(*number), topic, payload, Some((&self.response_topic, correlation)))?;
+            let correlation = [self.asker.to_be_bytes(), number.to_be_bytes()].concat();
+            let outgoing = Outgoing { topic, payload, answer_to: Some((&self.response_topic, correlation)) };
+            match too_large(&outgoing, *packet_bytes_max) {
+                Some(refusal) => refused.push((*number, Answer::Refused(refusal))),
+                None => link.publish(Token::Request(*number), outgoing)?,
+            }
+        }
+        for (number, refusal) in refused {
+            self.answered(Token::Request(number), &refusal);
+        }
+        Ok(())
+    }
+
+    /// As many as may be under way now.
+    fn publish_messages(&mut self, now: Instant) -> Result<(), QueueFull> {
+        while let Connection::Open { link, packet_bytes_max, .. } = &self.connection
+            && let Some(unsent) = self.sending.next(now)
+        {
+            let topic = format!("chat/{}/out/{}/{}", self.options.user, unsent.to, unsent.id);
+            let outgoing = Outgoing { topic, payload: unsent.text.clone().into_bytes(), answer_to: None };
+            let token = Token::Message(unsent.key());
+            match too_large(&outgoing, *packet_bytes_max) {
+                Some(refusal) => self.answered(token, &Answer::Refused(refusal)),
+                None => link.publish(token, outgoing)?,
+            }
         }
         Ok(())
     }
@@ -481,7 +505,7 @@ impl Driver {
 
     fn link_event(&mut self, event: LinkEvent) -> Result<(), Ending> {
         match event {
-            LinkEvent::Connected { resumed, publishes_per_s } => {
+            LinkEvent::Connected { resumed, publishes_per_s, packet_bytes_max } => {
                 self.logins_refused = 0;
                 self.connection = match std::mem::replace(&mut self.connection, Connection::gone()) {
                     Connection::Opening(link) => {
@@ -489,7 +513,8 @@ impl Driver {
                         if link.subscribe(user, *listen, &self.response_topic).is_err() {
                             return self.ended(Ended::Lost("the first packet found no room".to_owned()));
                         }
-                        Connection::Subscribing { link, resumed, publishes_per_s }
+                        let packet_bytes_max = packet_bytes_max.map_or(usize::MAX, |bytes| bytes as usize);
+                        Connection::Subscribing { link, resumed, publishes_per_s, packet_bytes_max }
                     }
                     other => other,
                 };
@@ -509,9 +534,9 @@ impl Driver {
         let now = Instant::now();
         let (resumed, publishes_per_s);
         self.connection = match std::mem::replace(&mut self.connection, Connection::gone()) {
-            Connection::Subscribing { link, resumed: is_resumed, publishes_per_s: rate } => {
+            Connection::Subscribing { link, resumed: is_resumed, publishes_per_s: rate, packet_bytes_max } => {
                 (resumed, publishes_per_s) = (is_resumed, rate);
-                Connection::Open { link, since: now }
+                Connection::Open { link, since: now, packet_bytes_max }
             }
             other => {
                 self.connection = other;
@@ -780,6 +805,15 @@ impl Connection {
     fn gone() -> Self {
         Self::None { retry_at: Instant::now() }
     }
+}
+
+/// A packet that the server does not take would end every connection by which it went out.
+fn too_large(outgoing: &Outgoing<'_>, packet_bytes_max: usize) -> Option<Refusal> {
+    (outgoing.packet_bytes() > packet_bytes_max).then(|| Refusal {
+        code: Some(ErrorCode::TextTooLong),
+        reason_code: 0x95,
+        message: format!("text_too_long: the server takes packets of {packet_bytes_max} bytes at most"),
+    })
 }
 
 /// An event that is told once.

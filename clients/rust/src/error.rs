@@ -67,7 +67,7 @@ pub enum ConnectError {
 pub struct Refusal {
     /// Which rule; `None` if this library does not know the server's word for it.
     pub code: Option<ErrorCode>,
-    /// MQTT 5 reason code of the acknowledgement, 0x80 and above.
+    /// MQTT 5 reason code of the acknowledgement, 0x80 and above; 0x95 for a packet too large for the server, which is not sent at all.
     pub reason_code: u8,
     /// The server's sentence, which begins with the code.
     pub message: String,

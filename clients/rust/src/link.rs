@@ -10,6 +10,7 @@
 //!   whose poll took too long is dropped.
 //! - It does not say which packet identifier a publish gets. It numbers them in the order of its queue and reports each as it goes out, so the
 //!   tokens of what was queued are matched in that order.
+//! - A packet that is larger than the server allows is an error to it, which ends the link: whoever publishes asks [`Outgoing::packet_bytes`] before.
 //! - It refuses packets above 10 KiB unless told otherwise, and panics if a keep alive is below 5 s.
 //! - After a refused publish a packet identifier that collided stays stuck. Identifiers never collide here: at most [`QUEUE`] are under way, and
 //!   it has as many more to give.
@@ -32,7 +33,7 @@ use rumqttc::v5::mqttbytes::v5::{
     SubscribeReasonCode,
 };
 use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, StateError};
-use rumqttc::{Outgoing, TlsConfiguration, Transport as RumqttcTransport};
+use rumqttc::{Outgoing as Written, TlsConfiguration, Transport as RumqttcTransport};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
 use tokio::time::{Instant, timeout_at};
@@ -61,7 +62,7 @@ pub(crate) enum Token {
 #[expect(clippy::large_enum_variant, reason = "the large one is the common one")]
 pub(crate) enum LinkEvent {
     /// The server accepted the connection.
-    Connected { resumed: bool, publishes_per_s: Option<u32> },
+    Connected { resumed: bool, publishes_per_s: Option<u32>, packet_bytes_max: Option<u32> },
     /// The subscriptions are there; or why one is not.
     Subscribed(Result<(), String>),
     /// Something was published to us.
@@ -101,6 +102,24 @@ pub(crate) enum Ended {
 /// The queue to the server is full: the link is of no use any more.
 #[derive(Debug)]
 pub(crate) struct QueueFull;
+
+/// What a publish is made of.
+#[derive(Debug)]
+pub(crate) struct Outgoing<'a> {
+    pub(crate) topic: String,
+    pub(crate) payload: Vec<u8>,
+    /// Response topic and correlation data.
+    pub(crate) answer_to: Option<(&'a str, Vec<u8>)>,
+}
+
+impl Outgoing<'_> {
+    /// Of its packet, at most.
+    pub(crate) fn packet_bytes(&self) -> usize {
+        // Fixed header 5, packet identifier 2, length of the properties 4; a string has 2 before it, and a property 1.
+        let properties = self.answer_to.as_ref().map_or(0, |(topic, correlation)| 6 + topic.len() + correlation.len());
+        13 + self.topic.len() + properties + self.payload.len()
+    }
+}
 
 #[derive(Debug)]
 pub(crate) struct Link {
@@ -188,13 +207,8 @@ impl Link {
     }
 
     /// At QoS 1: it is answered.
-    pub(crate) fn publish(
-        &self,
-        token: Token,
-        topic: String,
-        payload: Vec<u8>,
-        answer_to: Option<(&str, Vec<u8>)>,
-    ) -> Result<(), QueueFull> {
+    pub(crate) fn publish(&self, token: Token, outgoing: Outgoing<'_>) -> Result<(), QueueFull> {
+        let Outgoing { topic, payload, answer_to } = outgoing;
         let properties = answer_to.map(|(topic, correlation)| PublishProperties {
             response_topic: Some(topic.to_owned()),
             correlation_data: Some(correlation.into()),
@@ -283,8 +297,8 @@ impl Pump {
     async fn run(mut self, mut event_loop: EventLoop) {
         loop {
             let told = match self.in_time(event_loop.poll()).await {
-                Some(Ok(Event::Outgoing(outgoing))) => {
-                    self.on_outgoing(&outgoing);
+                Some(Ok(Event::Outgoing(written))) => {
+                    self.on_written(&written);
                     true
                 }
                 Some(Ok(Event::Incoming(packet))) => self.on_incoming(packet).await,
@@ -303,8 +317,8 @@ impl Pump {
         }
     }
 
-    fn on_outgoing(&mut self, outgoing: &Outgoing) {
-        if let Outgoing::Publish(packet_id) = outgoing
+    fn on_written(&mut self, written: &Written) {
+        if let Written::Publish(packet_id) = written
             && *packet_id != 0
             && let Some(token) = self.queued.lock().pop_front()
         {
@@ -315,10 +329,11 @@ impl Pump {
     async fn on_incoming(&mut self, packet: Packet) -> bool {
         let event = match packet {
             Packet::ConnAck(accepted) => {
+                let packet_bytes_max = accepted.properties.as_ref().and_then(|properties| properties.max_packet_size);
                 let properties = accepted.properties.map(|properties| properties.user_properties).unwrap_or_default();
                 let rate = properties.iter().find_map(|(key, value)| (key == "publishes_per_s").then_some(value));
                 let publishes_per_s = rate.and_then(|rate| rate.parse().ok());
-                LinkEvent::Connected { resumed: accepted.session_present, publishes_per_s }
+                LinkEvent::Connected { resumed: accepted.session_present, publishes_per_s, packet_bytes_max }
             }
             Packet::SubAck(answer) => {
                 self.open_by = None;
