@@ -268,6 +268,33 @@ async fn what_was_not_taken_comes_again() {
     }
 }
 
+/// An older backup is put back under a program that runs: numbers are given again, and what has them now is not taken for what had them before.
+#[tokio::test]
+async fn a_server_goes_back_in_time() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let alice_options = options(chatd.mqtt_addr(), "alice", "laptop").listen(Listen::Nothing);
+    let (alice, _events) = Client::connect(alice_options).await.unwrap();
+    let (_bob, mut to_bob) = connect(&chatd, "bob", "phone").await;
+    let say = async |text: &str| alice.send(&user("bob"), text).await.unwrap().seq.get();
+    assert_eq!(say("before the backup").await, 1);
+    let folder = tempfile::tempdir().unwrap();
+    let backup = folder.path().join("backup");
+    let (code, _, said) = chatd.tool(&["backup", backup.to_str().unwrap()]).await.unwrap();
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(say("two").await, 2);
+    assert_eq!(say("three").await, 3);
+    for text in ["before the backup", "two", "three"] {
+        assert_eq!(next_where(&mut to_bob, text_of).await, text);
+    }
+    chatd.kill9().await.unwrap();
+    std::fs::remove_dir_all(chatd.data()).unwrap();
+    let (code, _, said) = chatd.tool(&["restore", backup.to_str().unwrap()]).await.unwrap();
+    assert_eq!(code, Some(0), "{said}");
+    chatd.restart_on_same_ports().await.unwrap();
+    assert_eq!(say("another two").await, 2);
+    assert_eq!(next_where(&mut to_bob, text_of).await, "another two");
+}
+
 #[tokio::test]
 async fn listeners_of_all_kinds() {
     let chatd = Chatd::start_with(end_to_end::Options::default().set("auth.observers", "archive")).await;

@@ -545,7 +545,6 @@ impl Driver {
         };
         if self.connected_before && !resumed && self.options.session == Session::Durable {
             tracing::warn!("the server has forgotten this device: it is a new one to it");
-            self.deliveries.forget();
         }
         self.connected_before = true;
         self.sending.connected(publishes_per_s, now);
@@ -642,7 +641,7 @@ impl Driver {
                 return;
             }
         };
-        let key = (message.conversation.clone(), message.seq);
+        let key = (message.conversation.clone(), message.seq, message.at);
         match self.deliveries.arrived(key.clone(), incoming.packet) {
             Arrived::New => {
                 let ticket = Ticket::new(key, &self.returns);
