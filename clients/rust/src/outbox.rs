@@ -121,6 +121,8 @@ impl FileOutbox {
         let file = private(OpenOptions::new().create(true).read(true).append(true))
             .open(&path)
             .map_err(|error| failed(&path, &error))?;
+        // A file that a crash takes out of its folder keeps nothing.
+        sync_folder(&path).map_err(|error| failed(&path, &error))?;
         let mut outbox = Self { path, file, _lock: lock, waiting: Vec::new(), gone_lines: 0 };
         outbox.read()?;
         Ok(outbox)
@@ -174,7 +176,7 @@ impl FileOutbox {
         written
     }
 
-    /// Only what waits, in a new file that takes the old one's place when it is safe.
+    /// Only what waits, in a new file that takes the old one's place when it is safe. Until then the old one is as good.
     fn write_anew(&mut self) -> std::io::Result<()> {
         let new_path = self.path.with_added_extension("new");
         let mut bytes = Vec::new();
@@ -182,17 +184,14 @@ impl FileOutbox {
             serde_json::to_writer(&mut bytes, &Line::Add(unsent.clone()))?;
             bytes.push(b'\n');
         }
-        let mut file = private(OpenOptions::new().create(true).truncate(true).write(true)).open(&new_path)?;
+        let mut file = private(OpenOptions::new().create(true).read(true).append(true)).open(&new_path)?;
+        // Of a time before.
+        file.set_len(0)?;
         file.write_all(&bytes)?;
         file.sync_all()?;
         std::fs::rename(&new_path, &self.path)?;
-        if let Some(folder) = self.path.parent() {
-            let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-            File::open(folder)?.sync_all()?;
-        }
-        self.file = private(OpenOptions::new().append(true).read(true)).open(&self.path)?;
-        self.gone_lines = 0;
-        Ok(())
+        self.file = file;
+        sync_folder(&self.path)
     }
 }
 
@@ -215,10 +214,20 @@ impl Outbox for FileOutbox {
         }
         self.waiting.retain(|unsent| !gone.contains(&(&unsent.to, &unsent.id)));
         if self.gone_lines > GONE_LINES_MAX && self.gone_lines > self.waiting.len() {
-            self.write_anew().map_err(|error| failed(&self.path, &error))?;
+            // All is safe where it is: what fails here is room, and is tried again after as many lines more.
+            if let Err(error) = self.write_anew() {
+                tracing::warn!(path = %self.path.display(), %error, "the outbox could not be written anew");
+            }
+            self.gone_lines = 0;
         }
         Ok(())
     }
+}
+
+/// Makes the name of a file in it safe.
+fn sync_folder(path: &Path) -> std::io::Result<()> {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(folder)?.sync_all()
 }
 
 fn failed(path: &Path, error: &std::io::Error) -> OutboxError {
@@ -335,6 +344,22 @@ mod tests {
         outbox.apply(&[add("last")]).unwrap();
         drop(outbox);
         assert_eq!(ids(&mut FileOutbox::open(&path).unwrap()), ["first", "last"]);
+    }
+
+    /// What cannot be written anew, for want of room or of a right, is still what it was.
+    #[test]
+    fn no_room_for_a_new_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("outbox");
+        // In its place nothing can be written.
+        std::fs::create_dir(folder.path().join("outbox.new")).unwrap();
+        let mut outbox = FileOutbox::open(&path).unwrap();
+        for number in 0..3_000 {
+            outbox.apply(&[add(&format!("m-{number}")), remove(&format!("m-{number}"))]).unwrap();
+        }
+        outbox.apply(&[add("last")]).unwrap();
+        drop(outbox);
+        assert_eq!(ids(&mut FileOutbox::open(&path).unwrap()), ["last"]);
     }
 
     #[cfg(unix)]
