@@ -356,6 +356,22 @@ async fn an_outbox_survives() {
     assert!(read_outbox(&path).is_empty());
 }
 
+/// Who hears that a client has ended may open its outbox again at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_lets_the_outbox_go() {
+    let nowhere = TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let alice = || {
+        let outbox = FileOutbox::open(folder.path().join("outbox")).expect("nobody has it open");
+        options(nowhere, "alice", "laptop").outbox(outbox)
+    };
+    for _ in 0..100 {
+        Client::connect(alice()).await.unwrap_err();
+        let (client, _events) = Client::start(alice()).await.unwrap();
+        client.close().await;
+    }
+}
+
 fn read_outbox(path: &Path) -> Vec<chat_client::Unsent> {
     chat_client::Outbox::load(&mut FileOutbox::open(path).unwrap()).unwrap()
 }

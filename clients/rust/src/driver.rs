@@ -101,11 +101,13 @@ struct Reading {
 struct Ending {
     why: Closed,
     reply: Option<oneshot::Sender<()>>,
+    /// What the first attempt met, for whoever waits for that.
+    unreachable: Option<String>,
 }
 
 impl From<Closed> for Ending {
     fn from(why: Closed) -> Self {
-        Self { why, reply: None }
+        Self { why, reply: None, unreachable: None }
     }
 }
 
@@ -113,8 +115,8 @@ impl From<Closed> for Ending {
 enum Desk {
     Idle(Box<dyn Outbox>),
     Busy(JoinHandle<Written>),
-    /// A thread that panicked took it along.
-    Lost,
+    /// It is closed, or a thread that panicked took it along.
+    Gone,
 }
 
 struct Written {
@@ -272,15 +274,15 @@ impl Driver {
         let written = async {
             match &mut self.desk {
                 Desk::Busy(writing) => writing.await,
-                Desk::Idle(_) | Desk::Lost => std::future::pending().await,
+                Desk::Idle(_) | Desk::Gone => std::future::pending().await,
             }
         };
         let returned = self.returns.changed.notified();
         tokio::select! {
             command = self.commands.recv() => match command {
-                Some(Command::Close { reply }) => return Err(Ending { why: Closed::ByUs, reply: Some(reply) }),
+                Some(Command::Close { reply }) => return Err(Ending { reply: Some(reply), ..Closed::ByUs.into() }),
                 Some(command) => self.command(command),
-                None => return Err(Ending { why: Closed::ByUs, reply: None }),
+                None => return Err(Closed::ByUs.into()),
             },
             Some((number, event)) = self.link_events.recv() => {
                 if number == self.link_number {
@@ -449,7 +451,7 @@ impl Driver {
         if self.changes.is_empty() || !matches!(self.desk, Desk::Idle(_)) {
             return;
         }
-        if let Desk::Idle(mut outbox) = std::mem::replace(&mut self.desk, Desk::Lost) {
+        if let Desk::Idle(mut outbox) = std::mem::replace(&mut self.desk, Desk::Gone) {
             let changes = std::mem::take(&mut self.changes);
             self.desk = Desk::Busy(tokio::task::spawn_blocking(move || {
                 let outcome = outbox.apply(&changes);
@@ -462,7 +464,7 @@ impl Driver {
         let Written { outbox, changes, outcome } = match written {
             Ok(written) => written,
             Err(error) => {
-                self.desk = Desk::Lost;
+                self.desk = Desk::Gone;
                 return Err(Closed::Outbox(format!("its thread ended: {error}")).into());
             }
         };
@@ -696,10 +698,8 @@ impl Driver {
             Ended::Refused(reason) => return Err(Closed::Refused(reason).into()),
             Ended::TakenOver => return Err(Closed::TakenOver.into()),
         };
-        if let Some(first) = self.first.take() {
-            // Whoever does not wait any more has nothing to close.
-            drop(first.send(Err(ConnectError::Unreachable(reason))));
-            return Err(Closed::ByUs.into());
+        if self.first.is_some() {
+            return Err(Ending { unreachable: Some(reason), ..Closed::ByUs.into() });
         }
         self.lost(reason);
         Ok(())
@@ -744,6 +744,8 @@ impl Driver {
             }
             self.write_outbox();
         }
+        // Whoever hears that it is over may open it again.
+        self.desk = Desk::Gone;
         for number in self.asked.keys().copied().collect::<Vec<_>>() {
             self.reply(number, Err(RequestError::Closed(ending.why.clone())));
         }
@@ -757,7 +759,12 @@ impl Driver {
             drop(waiter.send(Err(SendError::Closed(ending.why.clone()))));
         }
         if let Some(first) = self.first.take() {
-            drop(first.send(Err(ConnectError::Closed(ending.why.clone()))));
+            let why = match ending.unreachable {
+                Some(reason) => ConnectError::Unreachable(reason),
+                None => ConnectError::Closed(ending.why.clone()),
+            };
+            // Whoever does not wait any more has nothing to close.
+            drop(first.send(Err(why)));
         }
         self.events.tell(Event::Connection(ConnectionState::Closed(ending.why)));
         if let Some(reply) = ending.reply {
