@@ -3,11 +3,11 @@
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chat_client::{
-    Client, Closed, ConnectError, ConnectionState, ErrorCode, Event, Events, FileOutbox, Kind, Listen, Options, Range,
-    RequestError, SendError, Seq, Session, TypingState, UserId,
+    Change, Client, Closed, ConnectError, ConnectionState, ErrorCode, Event, Events, FileOutbox, Kind, Listen,
+    Options, Outbox, Range, RequestError, SendError, Seq, Session, Timestamp, TypingState, Unsent, UserId,
 };
 use end_to_end::{Chatd, PATIENCE, eventually};
 use tokio::io::AsyncWriteExt;
@@ -52,6 +52,13 @@ fn text_of(event: &Event) -> Option<String> {
             Kind::Text(text) => Some(text.clone()),
             _ => None,
         },
+        _ => None,
+    }
+}
+
+fn not_sent(event: &Event) -> Option<(String, SendError)> {
+    match event {
+        Event::NotSent { text, error, .. } => Some((text.clone(), error.clone())),
         _ => None,
     }
 }
@@ -356,6 +363,27 @@ async fn an_outbox_survives() {
     assert!(read_outbox(&path).is_empty());
 }
 
+/// What an earlier run may have sent so long ago that the server does not know it again is given back, and not sent twice.
+#[tokio::test]
+async fn what_is_too_old_is_given_back() {
+    let chatd = Chatd::start().await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("outbox");
+    let now_ms = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();
+    let days_ago = |id: &str, days: u64| {
+        let queued_at = Timestamp::from_ms(now_ms - days * 24 * 3_600_000);
+        Change::Add(Unsent { id: id.parse().unwrap(), to: user("bob"), text: id.to_owned(), queued_at })
+    };
+    FileOutbox::open(&path).unwrap().apply(&[days_ago("eight", 8), days_ago("six", 6)]).unwrap();
+    let outbox = FileOutbox::open(&path).unwrap();
+    let (alice, mut events) = Client::connect(options(chatd.mqtt_addr(), "alice", "laptop").outbox(outbox)).await.unwrap();
+    let (text, error) = next_where(&mut events, not_sent).await;
+    assert_eq!((text.as_str(), error), ("eight", SendError::TooOld));
+    assert_eq!(next_where(&mut events, text_of).await, "six");
+    alice.close().await;
+    assert!(read_outbox(&path).is_empty());
+}
+
 /// Who hears that a client has ended may open its outbox again at once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_end_lets_the_outbox_go() {
@@ -372,8 +400,8 @@ async fn an_end_lets_the_outbox_go() {
     }
 }
 
-fn read_outbox(path: &Path) -> Vec<chat_client::Unsent> {
-    chat_client::Outbox::load(&mut FileOutbox::open(path).unwrap()).unwrap()
+fn read_outbox(path: &Path) -> Vec<Unsent> {
+    FileOutbox::open(path).unwrap().load().unwrap()
 }
 
 /// Work that may be done again sends under ids of its own: once is enough for the server, and in the outbox there is room for one.
@@ -445,11 +473,7 @@ async fn a_refusal_finds_somebody() {
     drop(alice.queue(&user("alice"), "nobody waits").await.unwrap());
     chatd.restart_on_same_ports().await.unwrap();
     assert!(matches!(waits.await, Err(SendError::Refused(_))));
-    let (text, error) = next_where(&mut events, |event| match event {
-        Event::NotSent { text, error, .. } => Some((text.clone(), error.clone())),
-        _ => None,
-    })
-    .await;
+    let (text, error) = next_where(&mut events, not_sent).await;
     assert_eq!(text, "nobody waits");
     assert!(matches!(error, SendError::Refused(_)));
 }

@@ -232,22 +232,20 @@ pub(crate) async fn start(
         requests_paused_until: None,
         reading: HashMap::new(),
     };
-    driver.take_up(loaded?);
+    for unsent in loaded? {
+        driver.sending.take_up(unsent);
+    }
     tokio::spawn(driver.run());
     Ok((events, closed))
 }
 
 impl Driver {
-    /// What an earlier run left.
-    fn take_up(&mut self, loaded: Vec<Unsent>) {
-        let oldest_ms = now_ms().saturating_sub(u64::try_from(ID_MEMORY.as_millis()).unwrap_or(u64::MAX));
-        for unsent in loaded {
-            if unsent.queued_at.as_ms() < oldest_ms {
-                self.forget(&unsent);
-                self.not_sent(unsent, SendError::TooOld);
-            } else {
-                self.sending.push(unsent);
-            }
+    /// Gives back what must not be published again.
+    fn give_up_the_too_old(&mut self) {
+        let memory_ms = u64::try_from(ID_MEMORY.as_millis()).unwrap_or(u64::MAX);
+        for unsent in self.sending.too_old(Timestamp::from_ms(now_ms().saturating_sub(memory_ms))) {
+            self.forget(&unsent);
+            self.not_sent(unsent, SendError::TooOld);
         }
     }
 
@@ -549,6 +547,7 @@ impl Driver {
             tracing::warn!("the server has forgotten this device: it is a new one to it");
         }
         self.connected_before = true;
+        self.give_up_the_too_old();
         self.sending.connected(publishes_per_s, now);
         for asked in self.asked.values_mut() {
             asked.published = false;

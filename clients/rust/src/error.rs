@@ -80,7 +80,8 @@ pub enum SendError {
     /// The server refused it, and will refuse it again.
     #[error("not sent: {0}")]
     Refused(#[from] Refusal),
-    /// It waited in the outbox for longer than servers remember ids: it may have been stored or not. Look at the history before sending it anew.
+    /// It was published, or may have been in an earlier run, and was not answered for longer than servers remember ids: it may have been stored or
+    /// not. Look at the history before sending it anew.
     #[error("not sent again: it is older than the server's memory of ids, and may have been stored already")]
     TooOld,
     /// A message of this id to the same user waits already.

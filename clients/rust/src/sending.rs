@@ -6,7 +6,7 @@
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
-use chat_protocol::ErrorCode;
+use chat_protocol::{ErrorCode, Timestamp};
 
 use crate::answer::Answer;
 use crate::error::Refusal;
@@ -28,10 +28,17 @@ pub(crate) enum Outcome {
     Refused(Refusal),
 }
 
+#[derive(Debug)]
+struct Waiting {
+    unsent: Unsent,
+    /// It was published before, or may have been in an earlier run: the server may have it.
+    may_be_stored: bool,
+}
+
 #[derive(Debug, Default)]
 pub(crate) struct Sending {
     /// In order; the first `published` of them are on their way.
-    waiting: VecDeque<Unsent>,
+    waiting: VecDeque<Waiting>,
     published: usize,
     paused_until: Option<Instant>,
     pause: Option<Duration>,
@@ -40,7 +47,20 @@ pub(crate) struct Sending {
 
 impl Sending {
     pub(crate) fn push(&mut self, unsent: Unsent) {
-        self.waiting.push_back(unsent);
+        self.waiting.push_back(Waiting { unsent, may_be_stored: false });
+    }
+
+    /// From an earlier run.
+    pub(crate) fn take_up(&mut self, unsent: Unsent) {
+        self.waiting.push_back(Waiting { unsent, may_be_stored: true });
+    }
+
+    /// Takes out what the server may have stored and forgotten the id of: it must not be published again. For before a connection is used.
+    pub(crate) fn too_old(&mut self, oldest: Timestamp) -> Vec<Unsent> {
+        let is_old = |waiting: &Waiting| waiting.may_be_stored && waiting.unsent.queued_at < oldest;
+        let (old, rest): (VecDeque<_>, _) = std::mem::take(&mut self.waiting).into_iter().partition(is_old);
+        self.waiting = rest;
+        old.into_iter().map(|waiting| waiting.unsent).collect()
     }
 
     /// Whether it waits.
@@ -49,7 +69,7 @@ impl Sending {
     }
 
     fn position(&self, (to, id): &Key) -> Option<usize> {
-        self.waiting.iter().position(|unsent| unsent.id == *id && unsent.to == *to)
+        self.waiting.iter().position(|Waiting { unsent, .. }| unsent.id == *id && unsent.to == *to)
     }
 
     /// A connection is there. It takes so many publishes a second, if it said so.
@@ -72,8 +92,10 @@ impl Sending {
         if self.published == self.waiting.len() || self.pace.as_mut().is_some_and(|pace| !pace.take(now)) {
             return None;
         }
+        let waiting = self.waiting.get_mut(self.published)?;
         self.published += 1;
-        self.waiting.get(self.published - 1)
+        waiting.may_be_stored = true;
+        Some(&waiting.unsent)
     }
 
     /// When [`next`](Self::next) should be asked again, if nothing else happens before.
@@ -111,7 +133,7 @@ impl Sending {
         if at < self.published {
             self.published -= 1;
         }
-        Some((self.waiting.remove(at)?, outcome))
+        Some((self.waiting.remove(at)?.unsent, outcome))
     }
 }
 
@@ -148,7 +170,7 @@ impl Pace {
 
 #[cfg(test)]
 mod tests {
-    use chat_protocol::{MessageId, Seq, Timestamp, UserId};
+    use chat_protocol::{MessageId, Seq, UserId};
 
     use super::*;
 
@@ -231,6 +253,24 @@ mod tests {
         assert!(matches!(outcome, Outcome::Refused(Refusal { code: Some(ErrorCode::UnknownUser), .. })));
         sending.disconnected();
         assert_eq!(published(&mut sending, now), ["a", "c"]);
+    }
+
+    /// A laptop may sleep for longer than the server remembers ids.
+    #[test]
+    fn what_may_be_stored_and_forgotten_is_not_published_again() {
+        let (mut sending, now) = (Sending::default(), Instant::now());
+        sending.take_up(unsent("of-an-earlier-run"));
+        for id in ["published", "never-published"] {
+            sending.push(unsent(id));
+        }
+        sending.connected(None, now);
+        assert!(sending.next(now).is_some() && sending.next(now).is_some());
+        sending.disconnected();
+        assert_eq!(sending.too_old(Timestamp::from_ms(1)), []);
+        let old = sending.too_old(Timestamp::from_ms(2));
+        assert_eq!(old, [unsent("of-an-earlier-run"), unsent("published")]);
+        sending.connected(None, now);
+        assert_eq!(published(&mut sending, now), ["never-published"]);
     }
 
     #[test]
