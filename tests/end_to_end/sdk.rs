@@ -463,6 +463,26 @@ async fn refused(chatd: &Chatd) {
     eventually("the disk is full", PATIENCE, refused).await;
 }
 
+/// To be answered takes no longer than is allowed; what was read is said all the same, when the server is there again.
+#[tokio::test]
+async fn questions_end_in_time() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let (bob, _to_bob) = connect(&chatd, "bob", "phone").await;
+    let hurried = options(chatd.mqtt_addr(), "alice", "laptop").request_timeout(Duration::from_millis(200));
+    let (alice, mut to_alice) = Client::connect(hurried).await.unwrap();
+    let seq = bob.send(&user("alice"), "hello").await.unwrap().seq;
+    assert_eq!(next_where(&mut to_alice, text_of).await, "hello");
+    chatd.kill9().await.unwrap();
+    assert_eq!(alice.whoami().await.unwrap_err(), RequestError::TimedOut);
+    assert_eq!(alice.mark_read(&user("bob"), seq).await.unwrap_err(), RequestError::TimedOut);
+    chatd.restart_on_same_ports().await.unwrap();
+    let is_read = async || {
+        let listed = bob.conversations(None, 1).await.unwrap();
+        listed.conversations[0].standing.read == seq.get()
+    };
+    eventually("it is read", PATIENCE, is_read).await;
+}
+
 /// What the server will never take is given back to somebody, once.
 #[tokio::test]
 async fn a_refusal_finds_somebody() {

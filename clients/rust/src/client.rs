@@ -127,10 +127,11 @@ impl Client {
         Ok(Queued { id, outcome, closed: Arc::clone(&self.closed) })
     }
 
-    /// This user has read the conversation with `with` up to `seq`.
+    /// This user has read the conversation with `with` up to `seq`. Offline it is said as soon as the client is connected again, whether somebody
+    /// still waits for that or not.
     ///
     /// # Errors
-    /// If there is no such entry, or no connection and none will be.
+    /// As every request.
     pub async fn mark_read(&self, with: &UserId, seq: Seq) -> Result<(), RequestError> {
         let (reply, done) = oneshot::channel();
         let command = Command::Read { with: with.clone(), seq, reply };

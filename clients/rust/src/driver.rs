@@ -90,11 +90,17 @@ struct Queuing {
     outcome: Outcomes,
 }
 
-/// How far a conversation was read, as long as the server has not confirmed it.
+/// How far a conversation was read, as long as the server has not confirmed it, whether anybody waits for that or not.
 struct Reading {
     seq: Seq,
     published: Option<Seq>,
-    waiters: Vec<oneshot::Sender<Result<(), RequestError>>>,
+    readers: Vec<Reader>,
+}
+
+/// Somebody who waits for that.
+struct Reader {
+    deadline: Instant,
+    reply: oneshot::Sender<Result<(), RequestError>>,
 }
 
 /// The end, and who waits for it.
@@ -303,8 +309,9 @@ impl Driver {
         let sending = if is_open { self.sending.wake_at() } else { None };
         let asks = !self.asked.is_empty() || !self.reading.is_empty();
         let requests = if is_open && asks { self.requests_paused_until } else { None };
-        let deadline = self.asked.values().map(|asked| asked.deadline).min();
-        [retry_at, sending, requests, deadline].into_iter().flatten().min()
+        let asked = self.asked.values().map(|asked| asked.deadline).min();
+        let readers = self.reading.values().flat_map(|reading| &reading.readers).map(|reader| reader.deadline).min();
+        [retry_at, sending, requests, asked, readers].into_iter().flatten().min()
     }
 
     /// Everything that can be done now.
@@ -386,6 +393,12 @@ impl Driver {
         for number in late {
             self.reply(number, Err(RequestError::TimedOut));
         }
+        for reading in self.reading.values_mut() {
+            for late in reading.readers.extract_if(.., |reader| now >= reader.deadline) {
+                // Whoever does not wait any more does not care.
+                drop(late.reply.send(Err(RequestError::TimedOut)));
+            }
+        }
     }
 
     // ---- commands ------------------------------------------------------------------------------------------------------
@@ -405,10 +418,10 @@ impl Driver {
                 self.queuing.insert(key, Queuing { reply, waiter, outcome });
             }
             Command::Read { with, seq, reply } => {
-                let reading = self.reading.entry(with).or_insert(Reading { seq, published: None, waiters: Vec::new() });
+                let reading = self.reading.entry(with).or_insert(Reading { seq, published: None, readers: Vec::new() });
                 reading.seq = reading.seq.max(seq);
-                reading.waiters.retain(|waiter| !waiter.is_closed());
-                reading.waiters.push(reply);
+                reading.readers.retain(|reader| !reader.reply.is_closed());
+                reading.readers.push(Reader { deadline: Instant::now() + self.options.request_timeout, reply });
             }
             Command::Typing { to, state } => {
                 if let Connection::Open { link, .. } = &self.connection {
@@ -597,9 +610,9 @@ impl Driver {
                     return;
                 }
                 if let Some(reading) = self.reading.remove(&with) {
-                    for waiter in reading.waiters {
+                    for reader in reading.readers {
                         // Whoever does not wait any more does not care.
-                        drop(waiter.send(outcome.clone()));
+                        drop(reader.reply.send(outcome.clone()));
                     }
                 }
             }
@@ -749,9 +762,9 @@ impl Driver {
             self.reply(number, Err(RequestError::Closed(ending.why.clone())));
         }
         for (_, reading) in std::mem::take(&mut self.reading) {
-            for waiter in reading.waiters {
+            for reader in reading.readers {
                 // Whoever does not wait any more does not care.
-                drop(waiter.send(Err(RequestError::Closed(ending.why.clone()))));
+                drop(reader.reply.send(Err(RequestError::Closed(ending.why.clone()))));
             }
         }
         for (_, waiter) in std::mem::take(&mut self.waiters) {
