@@ -318,6 +318,26 @@ async fn who_reads_may_go() {
     assert_eq!((done.code, done.err.as_str()), (Some(0), ""));
 }
 
+/// Nobody can read what it says: it does what it was asked to all the same.
+#[tokio::test]
+async fn who_hears_may_be_nobody() {
+    let chatd = Chatd::start().await.unwrap();
+    let (alice, _bob) = two(&chatd).await;
+    for (line, code) in [
+        ("printf '\\377\\nsent\\n' | $CHAT send bob 2>/dev/full", 1),
+        ("$CHAT send Alice hi 2>/dev/full", 2),
+        ("$CHAT whoami --profile gone 2>/dev/full", 2),
+        ("$CHAT history bob >/dev/full", 1),
+    ] {
+        let done = command::ended(alice.shell(line).await.unwrap()).await.unwrap();
+        assert_eq!(done.code, Some(code), "{line}: {done:?}");
+    }
+    assert_eq!(ok(&alice, &["history", "bob", "--json"]).await.json()[0]["text"], "sent");
+    // What the library says is for people too, and has no colours where nobody sees them.
+    let done = command::ended(alice.shell("CHAT_LOG=debug $CHAT whoami").await.unwrap()).await.unwrap();
+    assert!(done.err.contains("DEBUG") && !done.err.contains('\u{1b}'), "{done:?}");
+}
+
 #[tokio::test]
 async fn history() {
     let chatd = fast().await;

@@ -3,7 +3,7 @@
 //! Invariant: whatever others wrote goes through [`safe`]. A text of several lines is indented from the second on, so that none can look
 //! like a message of its own.
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, Write as _};
 
 use chat_client::{AnsweredEntry, ConversationOk, Envelope, Kind, UserId};
 use jiff::ZonedDateTime;
@@ -42,9 +42,7 @@ enum Paint {
 
 impl Output {
     pub(crate) fn new(form: Form) -> Self {
-        let wants = |name: &str| std::env::var_os(name).is_none_or(|value| value.is_empty());
-        let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        let colours = !form.json && io::stdout().is_terminal() && wants("NO_COLOR") && !is_dumb;
+        let colours = !form.json && is_coloured(&io::stdout());
         Self { json: form.json, paint: if colours { Paint::Colours } else { Paint::Plain } }
     }
 
@@ -146,6 +144,13 @@ impl Output {
 pub(crate) enum Names {
     From,
     FromAndTo,
+}
+
+/// Whether what is written there has colours.
+pub(crate) fn is_coloured(to: &impl io::IsTerminal) -> bool {
+    let is_unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
+    let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    to.is_terminal() && !is_unwanted && !is_dumb
 }
 
 fn paragraph(text: &str) -> String {

@@ -7,6 +7,8 @@ mod pages;
 mod requests;
 mod send;
 
+use std::io::Write as _;
+
 use chat_client::{Client, Events, Listen};
 use clap::CommandFactory as _;
 
@@ -42,7 +44,9 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
 /// For people, on the standard error.
 pub(crate) fn note(sentence: impl std::fmt::Display) {
     // It may quote what others wrote.
-    eprintln!("chat: {}", safe::line(&sentence.to_string()));
+    let line = format!("chat: {}\n", safe::line(&sentence.to_string()));
+    // That nobody can read it is no reason to end.
+    std::io::stderr().write_all(line.as_bytes()).ok();
 }
 
 /// Connects to send and to ask, without a place of its own.
