@@ -7,11 +7,13 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use end_to_end::command::{self, Done, Person, Running};
+use end_to_end::packet::{self, Publish, Version};
 use end_to_end::programs;
 use end_to_end::{Chatd, Dice, Options, PATIENCE, eventually};
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::auth;
 
@@ -98,7 +100,7 @@ async fn exit_codes() {
         command.env("CHAT_PASSWORD", password);
         command::ended(command).await.unwrap()
     };
-    let nobody = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
+    let nobody = TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
     let nowhere = format!("mqtt://{nobody}");
     for (password, arguments, code, sentence) in [
         ("alice-pw", &["send", "bob", "hi"][..], 0, ""),
@@ -182,7 +184,15 @@ async fn interrupted() {
     sending.signal(Signal::INT).unwrap();
     assert_eq!(sending.ended().await.unwrap(), Some(130));
 
-    // Nobody reads what it prints: it is stopped all the same, and what was not written comes again.
+    // Nobody reads what it prints, and the pipe is full: it is stopped all the same.
+    let line = "head -c 65536 /dev/zero; exec $CHAT send bob two --json";
+    let mut sending = Running::new(alice.shell(line).await.unwrap()).unwrap();
+    let stored = async || ok(&bob, &["history", "alice", "--json"]).await.json().len() == 2;
+    eventually("it is stored", PATIENCE, stored).await;
+    sending.signal(Signal::TERM).unwrap();
+    assert_eq!(sending.ended().await.unwrap(), Some(130));
+
+    // Nor does the listener's reader, and what was not written comes again.
     let long = format!("{}\n", "x".repeat(2_000)).repeat(100);
     assert_eq!(alice.run_with(&["send", "bob"], long).await.unwrap().code, Some(0));
     let mut listening = bob.start(&["listen", "--json"]).await.unwrap();
@@ -196,6 +206,33 @@ async fn interrupted() {
     let mut listening = bob.start(&["listen", "--json"]).await.unwrap();
     let next = seq(&listening.json().await.unwrap().unwrap());
     assert!(next <= last + 1, "{next} after {last}");
+}
+
+/// A bot that waits for a server's answer can be stopped all the same.
+#[tokio::test]
+async fn an_interrupted_bot() {
+    let chatd = Chatd::start().await.unwrap();
+    let carol = Person::new("carol", &chatd).unwrap();
+    let server = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = format!("mqtt://{}", server.local_addr().unwrap());
+    let mut bot = carol.start(&["bot", "echo", "--server", &address]).await.unwrap();
+    // It takes the connection and the subscriptions, delivers a message, and is silent from then on.
+    let message = r#"{"v":1,"kind":"text","conversation":"alice:carol","seq":1,"from":"alice","to":"carol","at":1,"text":"hi"}"#;
+    let publish = Publish { packet_id: 1, ..Publish::new("chat/carol/inbox", message, 1) };
+    let said = [&[0x20, 3, 0, 0, 0][..], &[0x90, 4, 0, 1, 0, 1], &packet::publish(Version::V5, &publish)].concat();
+    let mut heard = Vec::new();
+    // Where there is a terminal, it asks first whether a password is wanted.
+    while !String::from_utf8_lossy(&heard).contains("chat/carol/read/alice") {
+        let mut connection = server.accept().await.unwrap().0;
+        connection.write_all(&said).await.unwrap();
+        heard.clear();
+        while connection.read_buf(&mut heard).await.unwrap() > 0 {
+            if String::from_utf8_lossy(&heard).contains("chat/carol/read/alice") {
+                bot.signal(Signal::INT).unwrap();
+            }
+        }
+    }
+    assert_eq!(bot.ended().await.unwrap(), Some(0));
 }
 
 /// `chat listen` is killed again and again while messages come.

@@ -35,9 +35,18 @@ pub(crate) async fn run(arguments: Arguments) -> Result<(), Failure> {
         Some(Command::Send(send)) => send::run(&mut settings, send).await,
         Some(Command::Listen(listen)) => follow::listen(&mut settings, listen).await,
         Some(Command::Tail(tail)) => follow::tail(&mut settings, tail).await,
-        Some(Command::History(history)) => history::run(&mut settings, history).await,
+        Some(Command::History(history)) => until_interrupted(history::run(&mut settings, history)).await,
         Some(Command::Bot(Bot::Echo)) => bot::echo(&mut settings).await,
-        Some(command) => requests::run(&mut settings, command).await,
+        Some(command) => until_interrupted(requests::run(&mut settings, command)).await,
+    }
+}
+
+/// For what has nothing to finish.
+async fn until_interrupted(work: impl Future<Output = Result<(), Failure>>) -> Result<(), Failure> {
+    tokio::select! {
+        biased;
+        outcome = work => outcome,
+        interrupted = login::interrupted() => Err(interrupted),
     }
 }
 
