@@ -88,6 +88,22 @@ async fn send_and_listen() {
         texts.push(all.json().await.unwrap().unwrap()["text"].as_str().unwrap().to_owned());
     }
     assert_eq!(texts[texts.len() - 3..], ["here?", "from alice", "from carol"]);
+
+    // So it is where the device has a name, as in a profile.
+    let mut all = bob.start(&["listen", "--device", "desk", "--json"]).await.unwrap();
+    while tokio::time::timeout(Duration::from_millis(300), all.json()).await.is_err() {
+        ok(&alice, &["send", "bob", "is the desk there?"]).await;
+    }
+    all.signal(Signal::INT).unwrap();
+    assert_eq!(all.ended().await.unwrap(), Some(0));
+    let mut from_carol = bob.start(&["listen", "--from", "carol", "--device", "desk", "--json"]).await.unwrap();
+    ok(&alice, &["send", "bob", "alice again"]).await;
+    ok(&carol, &["send", "bob", "carol again"]).await;
+    while from_carol.json().await.unwrap().unwrap()["text"] != "carol again" {}
+    from_carol.signal(Signal::INT).unwrap();
+    assert_eq!(from_carol.ended().await.unwrap(), Some(0));
+    let mut all = bob.start(&["listen", "--device", "desk", "--json"]).await.unwrap();
+    while all.json().await.unwrap().unwrap()["text"] != "alice again" {}
 }
 
 #[tokio::test]

@@ -7,9 +7,10 @@ use chat_client::{Client, Closed, ConnectError, Events, Listen, Options};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use tokio::sync::SetOnce;
 
+use crate::commands::note;
 use crate::failure::Failure;
 use crate::safe;
-use crate::settings::{Credential, Settings};
+use crate::settings::{self, Credential, Settings};
 use crate::signals::Signals;
 
 /// Whether a password was asked for.
@@ -71,6 +72,9 @@ fn can_ask(settings: &Settings) -> bool {
 async fn ask(settings: &mut Settings) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::usage(format!("asking for a password: {error}"));
     let prompt = format!("Password of {} at {}: ", settings.user, safe::line(&settings.server));
+    if let Some(warning) = settings::unencrypted(&settings.server) {
+        note(warning);
+    }
     let terminal = File::open("/dev/tty").map_err(|error| failed(&error))?;
     let before = tcgetattr(&terminal).map_err(|error| failed(&error))?;
     // From here on a signal does not end us while nothing that is typed can be seen.
