@@ -591,6 +591,13 @@ async fn settings_from_all_sides() {
         "{done:?}"
     );
     assert!(!done.err.contains("alice-pw"), "{done:?}");
+    // A certificate that is none.
+    let pem = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    write(&alice.home().join("ca.pem"), pem, 0o600);
+    let file = "default_profile = \"me\"\n[profiles.me]\nserver = \"mqtts://localhost:1\"\nuser = \"alice\"\nca_file = \"ca.pem\"\n";
+    write(&other, file, 0o600);
+    let done = run(&["whoami", "--config", other.to_str().unwrap()], &[]).await;
+    assert!(done.code == Some(2) && done.err.contains("TLS"), "{done:?}");
 }
 
 /// Nobody gave a password, the server wants one, and somebody sits at the terminal.

@@ -63,7 +63,7 @@ impl Client {
     /// ```
     ///
     /// # Errors
-    /// If the first attempt fails, or what waits in the outbox cannot be read. See [`start`](Self::start) for a program that begins offline.
+    /// If the first attempt fails, what waits in the outbox cannot be read, or the certificates do not fit. See [`start`](Self::start) for a program that begins offline.
     pub async fn connect(options: Options) -> Result<(Self, Events), ConnectError> {
         let (first, accepted) = oneshot::channel();
         let (client, events) = Self::begin(options, Some(first)).await?;

@@ -192,7 +192,7 @@ pub(crate) async fn start(
     first: Option<oneshot::Sender<Result<(), ConnectError>>>,
 ) -> Result<(Events, Arc<ClosedSlot>), ConnectError> {
     let tls = if options.transport.is_tls() {
-        Some(options.tls().map_err(|error| ConnectError::Unreachable(error.to_string()))?)
+        Some(options.tls()?)
     } else {
         None
     };
@@ -436,6 +436,10 @@ impl Driver {
                 }
             }
             Command::Ask { method, members, reply } => {
+                if self.asked.len() >= REQUESTS_MAX {
+                    // What nobody waits for any more makes room.
+                    self.asked.retain(|_, asked| !asked.reply.is_closed());
+                }
                 if self.asked.len() >= REQUESTS_MAX {
                     // Whoever does not wait any more does not care.
                     drop(reply.send(Err(RequestError::TooMany)));

@@ -59,6 +59,9 @@ pub enum ConnectError {
     /// Unsent messages of earlier could not be read.
     #[error("the outbox: {0}")]
     Outbox(#[from] OutboxError),
+    /// The certificates that the options name make no sense.
+    #[error(transparent)]
+    Options(#[from] InvalidOptions),
 }
 
 /// The server said no: nothing was stored or changed.
