@@ -233,7 +233,8 @@ async fn an_interrupted_bot() {
     let address = format!("mqtt://{}", server.local_addr().unwrap());
     let mut bot = carol.start(&["bot", "echo", "--server", &address]).await.unwrap();
     // It takes the connection and the subscriptions, delivers a message, and is silent from then on.
-    let message = r#"{"v":1,"kind":"text","conversation":"alice:carol","seq":1,"from":"alice","to":"carol","at":1,"text":"hi"}"#;
+    let message =
+        r#"{"v":1,"kind":"text","conversation":"alice:carol","seq":1,"from":"alice","to":"carol","at":1,"text":"hi"}"#;
     let publish = Publish { packet_id: 1, ..Publish::new("chat/carol/inbox", message, 1) };
     let said = [&[0x20, 3, 0, 0, 0][..], &[0x90, 4, 0, 1, 0, 1], &packet::publish(Version::V5, &publish)].concat();
     let mut heard = Vec::new();
@@ -386,9 +387,33 @@ async fn who_hears_may_be_nobody() {
         assert_eq!(done.code, Some(code), "{line}: {done:?}");
     }
     assert_eq!(ok(&alice, &["history", "bob", "--json"]).await.json()[0]["text"], "sent");
-    // What the library says is for people too, and has no colours where nobody sees them.
-    let done = command::ended(alice.shell("CHAT_LOG=debug $CHAT whoami").await.unwrap()).await.unwrap();
-    assert!(done.err.contains("DEBUG") && !done.err.contains('\u{1b}'), "{done:?}");
+}
+
+/// What the library says may quote what a server said, and is no command to a terminal either.
+#[tokio::test]
+async fn the_log_is_harmless() {
+    let chatd = Chatd::start().await.unwrap();
+    let bob = Person::new("bob", &chatd).unwrap();
+    let server = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = format!("mqtt://{}", server.local_addr().unwrap());
+    let mut command = bob.chat(&["listen", "--server", &address, "-n", "1", "--json"]).await.unwrap();
+    command.env("CHAT_LOG", "debug");
+    let talking = async {
+        let mut connection = server.accept().await.unwrap().0;
+        let event = Publish::new("chat/bob/event/\u{1b}[2J\u{9b}31m\u{202e}", "", 0);
+        let message =
+            r#"{"v":1,"kind":"text","conversation":"alice:bob","seq":1,"from":"alice","to":"bob","at":1,"text":"hi"}"#;
+        let message = Publish { packet_id: 1, ..Publish::new("chat/bob/inbox", message, 1) };
+        let [event, message] = [event, message].map(|publish| packet::publish(Version::V5, &publish));
+        let said = [&[0x20, 3, 0, 0, 0][..], &[0x90, 4, 0, 1, 0, 1], &event, &message].concat();
+        connection.write_all(&said).await.unwrap();
+        // Until it has said goodbye.
+        while connection.read_buf(&mut Vec::new()).await.unwrap() > 0 {}
+    };
+    let (done, ()) = tokio::join!(command::ended(command), talking);
+    let done = done.unwrap();
+    assert!(done.code == Some(0) && done.err.contains("chat/bob/event/\\u{1b}[2J\\u{9b}31m\\u{202e}"), "{done:?}");
+    assert!(!done.err.contains('\u{1b}'), "{done:?}");
 }
 
 #[tokio::test]

@@ -6,8 +6,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chat_client::{
-    Change, Client, Closed, ConnectError, ConnectionState, ErrorCode, Event, Events, FileOutbox, Kind, Listen,
-    Options, Outbox, Range, RequestError, SendError, Seq, Session, Timestamp, TypingState, Unsent, UserId,
+    Change, Client, Closed, ConnectError, ConnectionState, ErrorCode, Event, Events, FileOutbox, Kind, Listen, Options,
+    Outbox, Range, RequestError, SendError, Seq, Session, Timestamp, TypingState, Unsent, UserId,
 };
 use end_to_end::{Chatd, PATIENCE, eventually};
 use tokio::io::AsyncWriteExt;
@@ -160,7 +160,10 @@ async fn refusals_are_typed() {
     // What would end every connection by which it went out is not sent, and keeps nothing else back.
     let huge = "x".repeat(2 * 1024 * 1024);
     let refused = alice.send(&user("bob"), huge.as_str()).await.unwrap_err();
-    assert!(matches!(&refused, SendError::Refused(refusal) if refusal.code == Some(ErrorCode::TextTooLong)), "{refused:?}");
+    assert!(
+        matches!(&refused, SendError::Refused(refusal) if refusal.code == Some(ErrorCode::TextTooLong)),
+        "{refused:?}"
+    );
     alice.send(&user("bob"), "x".repeat(16 * 1024)).await.unwrap();
     let refused = alice.edit(&user("bob"), Seq::FIRST, &huge).await.unwrap_err();
     assert!(matches!(refused, RequestError::Refused { code: Some(ErrorCode::TextTooLong), .. }), "{refused:?}");
@@ -376,7 +379,8 @@ async fn what_is_too_old_is_given_back() {
     };
     FileOutbox::open(&path).unwrap().apply(&[days_ago("eight", 8), days_ago("six", 6)]).unwrap();
     let outbox = FileOutbox::open(&path).unwrap();
-    let (alice, mut events) = Client::connect(options(chatd.mqtt_addr(), "alice", "laptop").outbox(outbox)).await.unwrap();
+    let (alice, mut events) =
+        Client::connect(options(chatd.mqtt_addr(), "alice", "laptop").outbox(outbox)).await.unwrap();
     let (text, error) = next_where(&mut events, not_sent).await;
     assert_eq!((text.as_str(), error), ("eight", SendError::TooOld));
     assert_eq!(next_where(&mut events, text_of).await, "six");

@@ -22,7 +22,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::arguments::Arguments;
 use crate::failure::{Failure, FailureKind};
-use crate::output::is_coloured;
+use crate::output::StandardError;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -45,15 +45,13 @@ fn main() -> ExitCode {
 /// What the library has to say goes to the standard error, as much as `CHAT_LOG` asks for. The chat in the terminal has no place for it.
 fn log() {
     let filter = EnvFilter::try_from_env("CHAT_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
-    let stderr = std::io::stderr;
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(stderr).with_ansi(is_coloured(&stderr())).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(|| StandardError).init();
 }
 
 fn end(failure: &Failure) -> ExitCode {
     commands::note(failure);
     if failure.kind == FailureKind::Usage {
-        // Whoever did not read the first line does not miss the second.
-        std::io::stderr().write_all(b"See chat --help.\n").ok();
+        StandardError.write_all(b"See chat --help.\n").ok();
     }
     ExitCode::from(failure.kind.exit_code())
 }

@@ -1,9 +1,9 @@
-//! What is printed: the forms for people and for programs, and the standard output itself.
+//! What is printed: the forms for people and for programs, and the standard output and error themselves.
 //!
 //! Invariant: whatever others wrote goes through [`safe`]. A text of several lines is indented from the second on, so that none can look
 //! like a message of its own.
 
-use std::io::{self, Write as _};
+use std::io::{self, IsTerminal as _, Write};
 
 use chat_client::{AnsweredEntry, ConversationOk, Envelope, Kind, UserId};
 use jiff::ZonedDateTime;
@@ -42,7 +42,9 @@ enum Paint {
 
 impl Output {
     pub(crate) fn new(form: Form) -> Self {
-        let colours = !form.json && is_coloured(&io::stdout());
+        let wants = |name: &str| std::env::var_os(name).is_none_or(|value| value.is_empty());
+        let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        let colours = !form.json && io::stdout().is_terminal() && wants("NO_COLOR") && !is_dumb;
         Self { json: form.json, paint: if colours { Paint::Colours } else { Paint::Plain } }
     }
 
@@ -139,18 +141,32 @@ impl Output {
     }
 }
 
+/// The standard error. Whole lines are written to it, and made safe: they may quote what others wrote.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StandardError;
+
+impl Write for StandardError {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        let mut safe = String::with_capacity(lines.len());
+        for line in safe::lines(&String::from_utf8_lossy(lines)) {
+            safe.push_str(&line);
+            safe.push('\n');
+        }
+        // Nobody has to read it: that is no reason to end.
+        io::stderr().write_all(safe.as_bytes()).ok();
+        Ok(lines.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
 /// Whose names stand before a message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Names {
     From,
     FromAndTo,
-}
-
-/// Whether what is written there has colours.
-pub(crate) fn is_coloured(to: &impl io::IsTerminal) -> bool {
-    let is_unwanted = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
-    let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-    to.is_terminal() && !is_unwanted && !is_dumb
 }
 
 fn paragraph(text: &str) -> String {

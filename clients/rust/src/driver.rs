@@ -191,11 +191,7 @@ pub(crate) async fn start(
     commands: mpsc::Receiver<Command>,
     first: Option<oneshot::Sender<Result<(), ConnectError>>>,
 ) -> Result<(Events, Arc<ClosedSlot>), ConnectError> {
-    let tls = if options.transport.is_tls() {
-        Some(options.tls()?)
-    } else {
-        None
-    };
+    let tls = if options.transport.is_tls() { Some(options.tls()?) } else { None };
     let mut outbox = std::mem::replace(&mut *options.outbox.lock(), Box::new(crate::outbox::MemoryOutbox));
     let (outbox, loaded) = tokio::task::spawn_blocking(move || {
         let loaded = outbox.load();
@@ -490,7 +486,9 @@ impl Driver {
         for change in changes {
             // What could not be removed is sent again in the next run, under the same id.
             let Change::Add(unsent) = change else { continue };
-            let Some(Queuing { reply, waiter, outcome: outcomes }) = self.queuing.remove(&unsent.key()) else { continue };
+            let Some(Queuing { reply, waiter, outcome: outcomes }) = self.queuing.remove(&unsent.key()) else {
+                continue;
+            };
             match &outcome {
                 Ok(()) => {
                     self.waiters.insert(unsent.key(), waiter);

@@ -357,15 +357,16 @@ impl Pump {
                 // What waited comes before the subscriptions are answered.
                 self.open_by = self.open_by.map(|_| Instant::now() + self.patience);
                 LinkEvent::Published(Incoming {
-                topic: String::from_utf8_lossy(&publish.topic).into_owned(),
-                payload: publish.payload.to_vec(),
-                waited: publish.retain,
-                correlation: publish
-                    .properties
-                    .as_ref()
-                    .and_then(|properties| properties.correlation_data.as_ref().map(|bytes| bytes.to_vec())),
-                packet: UnackedPacket(publish),
-            })}
+                    topic: String::from_utf8_lossy(&publish.topic).into_owned(),
+                    payload: publish.payload.to_vec(),
+                    waited: publish.retain,
+                    correlation: publish
+                        .properties
+                        .as_ref()
+                        .and_then(|properties| properties.correlation_data.as_ref().map(|bytes| bytes.to_vec())),
+                    packet: UnackedPacket(publish),
+                })
+            }
             _ => return true,
         };
         self.tell(event).await

@@ -15,6 +15,7 @@ use clap::CommandFactory as _;
 use crate::arguments::{Arguments, Bot, Command};
 use crate::failure::Failure;
 use crate::login;
+use crate::output::StandardError;
 use crate::safe;
 use crate::settings::Settings;
 
@@ -54,8 +55,7 @@ async fn until_interrupted(work: impl Future<Output = Result<(), Failure>>) -> R
 pub(crate) fn note(sentence: impl std::fmt::Display) {
     // It may quote what others wrote.
     let line = format!("chat: {}\n", safe::line(&sentence.to_string()));
-    // That nobody can read it is no reason to end.
-    std::io::stderr().write_all(line.as_bytes()).ok();
+    StandardError.write_all(line.as_bytes()).ok();
 }
 
 /// Connects to send and to ask, without a place of its own.
