@@ -36,7 +36,7 @@ use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, S
 use rumqttc::{Outgoing as Written, TlsConfiguration, Transport as RumqttcTransport};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::answer::Answer;
 use crate::options::{Credential, Listen, Options, Session, Transport};
@@ -149,27 +149,30 @@ impl Link {
         let queued = Arc::new(Mutex::new(VecDeque::new()));
         // The loop is made before the token is there, so that packets can be queued; only its options change until it is polled.
         let (client, mut event_loop) = AsyncClient::new(mqtt.clone(), QUEUE);
+        let open_by = Instant::now() + options.connect_timeout;
         let pump = Pump {
             number,
             events,
             queued: Arc::clone(&queued),
             under_way: HashMap::new(),
             patience: options.connect_timeout,
-            open_by: Some(Instant::now() + options.connect_timeout),
+            open_by: Some(open_by),
         };
         let farewell = pump.events.clone();
         let connected = async move {
             let password = match credential {
                 Credential::None => None,
                 Credential::Password(password) => Some(password),
-                Credential::Token(callback) => match pump.in_time(callback()).await {
-                    Some(Ok(token)) => Some(token),
-                    failed => {
-                        let why = failed.and_then(Result::err).map_or("none in time".to_owned(), |why| why.to_string());
-                        pump.tell(LinkEvent::Ended(Ended::Lost(format!("no token: {why}")))).await;
-                        return;
+                Credential::Token(callback) => {
+                    let token = timeout_at(open_by, callback()).await;
+                    match token.unwrap_or_else(|_| Err("none in time".into())) {
+                        Ok(token) => Some(token),
+                        Err(error) => {
+                            pump.tell(LinkEvent::Ended(Ended::Lost(format!("no token: {error}")))).await;
+                            return;
+                        }
                     }
-                },
+                }
             };
             // Without a password the user name goes alone, as in development mode.
             mqtt.set_credentials(user.as_str(), password.unwrap_or_default());
@@ -281,14 +284,6 @@ struct Pump {
 }
 
 impl Pump {
-    /// `None` if the connection should have been open before that.
-    async fn in_time<T>(&self, work: impl Future<Output = T>) -> Option<T> {
-        match self.open_by {
-            Some(open_by) => timeout_at(open_by, work).await.ok(),
-            None => Some(work.await),
-        }
-    }
-
     /// Nobody listening any more is the end of this task too.
     async fn tell(&self, event: LinkEvent) -> bool {
         self.events.send((self.number, event)).await.is_ok()
@@ -296,18 +291,19 @@ impl Pump {
 
     async fn run(mut self, mut event_loop: EventLoop) {
         loop {
-            let told = match self.in_time(event_loop.poll()).await {
-                Some(Ok(Event::Outgoing(written))) => {
+            let polled = tokio::select! {
+                biased;
+                polled = event_loop.poll() => polled.map_err(|error| ended(&error)),
+                () = passed(self.open_by) => Err(Ended::Lost("the server does not answer".to_owned())),
+            };
+            let told = match polled {
+                Ok(Event::Outgoing(written)) => {
                     self.on_written(&written);
                     true
                 }
-                Some(Ok(Event::Incoming(packet))) => self.on_incoming(packet).await,
-                Some(Err(error)) => {
-                    self.tell(LinkEvent::Ended(ended(&error))).await;
-                    false
-                }
-                None => {
-                    self.tell(LinkEvent::Ended(Ended::Lost("the server does not answer".to_owned()))).await;
+                Ok(Event::Incoming(packet)) => self.on_incoming(packet).await,
+                Err(why) => {
+                    self.tell(LinkEvent::Ended(why)).await;
                     false
                 }
             };
@@ -377,6 +373,14 @@ impl Incoming {
     /// QoS 0 needs none.
     pub(crate) fn wants_acknowledgement(&self) -> bool {
         self.packet.0.qos != QoS::AtMostOnce
+    }
+}
+
+/// Never, if there is no such moment.
+async fn passed(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -288,9 +288,10 @@ mod tests {
         let mut outbox = FileOutbox::open(&path).unwrap();
         outbox.apply(&[add("a"), Change::Add(to_carol.clone())]).unwrap();
         outbox.apply(&[remove("a")]).unwrap();
-        assert_eq!(outbox.load().unwrap(), [to_carol.clone()]);
+        let rest = vec![to_carol];
+        assert_eq!(outbox.load().unwrap(), rest);
         drop(outbox);
-        assert_eq!(FileOutbox::open(&path).unwrap().load().unwrap(), [to_carol]);
+        assert_eq!(FileOutbox::open(&path).unwrap().load().unwrap(), rest);
     }
 
     #[test]
