@@ -189,6 +189,22 @@ async fn sent_again_under_an_id() {
     assert_eq!(ok(&bob, &["history", "alice", "--json"]).await.numbers("seq"), [1, 2, 3]);
 }
 
+/// A user may send so many a second, and three programs of that user want to send more: what is put off keeps its place.
+#[tokio::test]
+async fn too_fast_is_not_out_of_order() {
+    let chatd = Chatd::start_with(Options::default().set("limits.user_publishes_per_s", 40)).await.unwrap();
+    let (alice, _bob) = two(&chatd).await;
+    let send = async |peer: &str| alice.run_with(&["send", peer], lines(40)).await.unwrap();
+    let (bob, carol, dave) = tokio::join!(send("bob"), send("carol"), send("dave"));
+    for (peer, done) in [("bob", bob), ("carol", carol), ("dave", dave)] {
+        assert_eq!((done.code, done.err.as_str()), (Some(0), ""), "{peer}");
+        let history = ok(&alice, &["history", peer, "--json"]).await.json();
+        let texts: String = history.iter().map(|entry| format!("{}\n", entry["text"].as_str().unwrap())).collect();
+        assert_eq!(texts, lines(40), "{peer}");
+    }
+    assert!(chatd.limited("user_publishes_per_s").await.unwrap() > 0.0, "nothing was put off");
+}
+
 /// Whoever pipes lines into it can stop it, and hears what is stored.
 #[tokio::test]
 async fn interrupted() {

@@ -2,6 +2,9 @@
 //!
 //! Pure: time comes in. Invariants: messages are published in the order in which they were queued; none is forgotten before the server has
 //! stored or refused it; none is published twice at once on one connection, but after a pause.
+//!
+//! They are stored in that order too, but for one case: when the server puts one off, those that are under way behind it may be stored before it. So no
+//! more are under way than the server's rate asks for, and one at a time after it has put off any.
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -13,8 +16,12 @@ use crate::error::Refusal;
 use crate::event::Stored;
 use crate::outbox::{Key, Unsent};
 
-/// Published and not answered.
+/// Published and not answered, at most.
 const WINDOW: usize = 16;
+/// How long an answer may take before the window makes publishing slower than the server's rate: 20 ms.
+const WINDOWS_PER_S: u32 = 50;
+/// For so long after the server has put one off, the next is published when the one before is answered.
+const CAUTION: Duration = Duration::from_secs(60);
 /// How long nothing is published after the server could not answer, at first and at most.
 const PAUSE_MIN: Duration = Duration::from_millis(500);
 const PAUSE_MAX: Duration = Duration::from_secs(30);
@@ -35,14 +42,34 @@ struct Waiting {
     may_be_stored: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Sending {
     /// In order; the first `published` of them are on their way.
     waiting: VecDeque<Waiting>,
     published: usize,
+    /// How many may be.
+    window: usize,
+    /// How many may be if the server puts none off.
+    window_max: usize,
+    put_off_at: Option<Instant>,
     paused_until: Option<Instant>,
     pause: Option<Duration>,
     pace: Option<Pace>,
+}
+
+impl Default for Sending {
+    fn default() -> Self {
+        Self {
+            waiting: VecDeque::new(),
+            published: 0,
+            window: WINDOW,
+            window_max: WINDOW,
+            put_off_at: None,
+            paused_until: None,
+            pause: None,
+            pace: None,
+        }
+    }
 }
 
 impl Sending {
@@ -75,7 +102,10 @@ impl Sending {
     /// A connection is there. It takes so many publishes a second, if it said so.
     pub(crate) fn connected(&mut self, publishes_per_s: Option<u32>, now: Instant) {
         self.disconnected();
-        self.pace = publishes_per_s.filter(|rate| *rate > 0).map(|rate| Pace::new(rate, now));
+        let rate = publishes_per_s.filter(|rate| *rate > 0);
+        self.pace = rate.map(|rate| Pace::new(rate, now));
+        self.window_max = rate.map_or(WINDOW, |rate| ((rate / WINDOWS_PER_S) as usize).clamp(1, WINDOW));
+        self.window = if self.put_off_at.is_some() { 1 } else { self.window_max };
     }
 
     pub(crate) fn disconnected(&mut self) {
@@ -85,7 +115,7 @@ impl Sending {
 
     /// The next to publish, if one may be now.
     pub(crate) fn next(&mut self, now: Instant) -> Option<&Unsent> {
-        if self.paused_until.is_some_and(|until| now < until) || self.published >= WINDOW {
+        if self.paused_until.is_some_and(|until| now < until) || self.published >= self.window {
             return None;
         }
         self.paused_until = None;
@@ -100,7 +130,7 @@ impl Sending {
 
     /// When [`next`](Self::next) should be asked again, if nothing else happens before.
     pub(crate) fn wake_at(&self) -> Option<Instant> {
-        if self.published == self.waiting.len() || self.published >= WINDOW {
+        if self.published == self.waiting.len() || self.published >= self.window {
             return None;
         }
         self.paused_until.max(self.pace.as_ref().map(|pace| pace.free_at))
@@ -116,6 +146,8 @@ impl Sending {
             Answer::Refused(refusal) if is_passing(refusal) => {
                 // It and all after it are published again, in this order.
                 self.published = self.published.min(at);
+                self.window = 1;
+                self.put_off_at = Some(now);
                 if self.paused_until.is_none() {
                     let pause = self.pause.map_or(PAUSE_MIN, |pause| (pause * 2).min(PAUSE_MAX));
                     self.pause = Some(pause);
@@ -130,6 +162,10 @@ impl Sending {
             }
         };
         self.pause = None;
+        if self.put_off_at.is_some_and(|put_off_at| now >= put_off_at + CAUTION) {
+            self.put_off_at = None;
+            self.window = self.window_max;
+        }
         if at < self.published {
             self.published -= 1;
         }
@@ -239,9 +275,31 @@ mod tests {
         assert_eq!(published(&mut sending, now), [""; 0]);
         let later = sending.wake_at().unwrap();
         assert_eq!(later, now + PAUSE_MIN);
-        assert_eq!(published(&mut sending, later), ["b", "c"]);
+        assert_eq!(published(&mut sending, later), ["b"], "nothing may overtake it");
         assert_eq!(sending.answered(&key("b"), &refused(ErrorCode::Unavailable), later), None);
-        assert_eq!(sending.wake_at(), Some(later + PAUSE_MIN * 2), "longer each time");
+        let later = later + PAUSE_MIN * 2;
+        assert_eq!(sending.wake_at(), Some(later), "longer each time");
+        assert_eq!(published(&mut sending, later), ["b"]);
+        assert!(sending.answered(&key("b"), &stored(2), later).is_some());
+        for id in ["d", "e", "f"] {
+            sending.push(unsent(id));
+        }
+        assert_eq!(published(&mut sending, later), ["c"]);
+        let later = later + CAUTION;
+        assert!(sending.answered(&key("c"), &stored(3), later).is_some());
+        assert_eq!(published(&mut sending, later), ["d", "e", "f"]);
+    }
+
+    #[test]
+    fn a_slow_server_has_no_more_under_way_than_its_rate_asks_for() {
+        for (rate, count) in [(None, 16), (Some(0), 16), (Some(4_000), 16), (Some(200), 4), (Some(10), 1)] {
+            let (mut sending, now) = (Sending::default(), Instant::now());
+            for number in 0..40 {
+                sending.push(unsent(&format!("m-{number}")));
+            }
+            sending.connected(rate, now);
+            assert_eq!(published(&mut sending, now).len(), count, "{rate:?}");
+        }
     }
 
     #[test]
