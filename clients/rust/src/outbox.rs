@@ -122,7 +122,7 @@ impl FileOutbox {
             .open(&path)
             .map_err(|error| failed(&path, &error))?;
         // A file that a crash takes out of its folder keeps nothing.
-        sync_folder(&path).map_err(|error| failed(&path, &error))?;
+        sync_folder(&path);
         let mut outbox = Self { path, file, _lock: lock, waiting: Vec::new(), gone_lines: 0 };
         outbox.read()?;
         Ok(outbox)
@@ -191,7 +191,8 @@ impl FileOutbox {
         file.sync_all()?;
         std::fs::rename(&new_path, &self.path)?;
         self.file = file;
-        sync_folder(&self.path)
+        sync_folder(&self.path);
+        Ok(())
     }
 }
 
@@ -224,10 +225,10 @@ impl Outbox for FileOutbox {
     }
 }
 
-/// Makes the name of a file in it safe.
-fn sync_folder(path: &Path) -> std::io::Result<()> {
+/// Makes the name of a file safe in its folder. Where the file system cannot, there is nothing better.
+fn sync_folder(path: &Path) {
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(folder)?.sync_all()
+    File::open(folder).and_then(|folder| folder.sync_all()).ok();
 }
 
 fn failed(path: &Path, error: &std::io::Error) -> OutboxError {
