@@ -94,7 +94,7 @@ pub struct FileOutbox {
     path: PathBuf,
     file: File,
     /// Held as long as this is.
-    _lock: File,
+    lock: File,
     waiting: Vec<Unsent>,
     gone_lines: usize,
 }
@@ -123,7 +123,7 @@ impl FileOutbox {
             .map_err(|error| failed(&path, &error))?;
         // A file that a crash takes out of its folder keeps nothing.
         sync_folder(&path);
-        let mut outbox = Self { path, file, _lock: lock, waiting: Vec::new(), gone_lines: 0 };
+        let mut outbox = Self { path, file, lock, waiting: Vec::new(), gone_lines: 0 };
         outbox.read()?;
         Ok(outbox)
     }
@@ -193,6 +193,13 @@ impl FileOutbox {
         self.file = file;
         sync_folder(&self.path);
         Ok(())
+    }
+}
+
+impl Drop for FileOutbox {
+    /// Closing it would do, if no process that this one is just starting had it open for a moment longer.
+    fn drop(&mut self) {
+        self.lock.unlock().ok();
     }
 }
 
