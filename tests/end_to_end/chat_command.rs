@@ -7,11 +7,13 @@ use std::process::Stdio;
 use std::time::Duration;
 
 use end_to_end::command::{self, Done, Person, Running};
+use end_to_end::packet::{self, Publish, Version};
 use end_to_end::programs;
 use end_to_end::{Chatd, Dice, Options, PATIENCE, eventually};
 use rustix::process::Signal;
 use serde_json::Value;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpListener;
 
 use crate::auth;
 
@@ -83,9 +85,26 @@ async fn send_and_listen() {
     assert_eq!(from_carol.json().await.unwrap().unwrap()["text"], "from carol");
     let mut texts = Vec::new();
     while texts.last().is_none_or(|text| text != "from carol") {
-        texts.push(all.json().await.unwrap().unwrap()["text"].as_str().unwrap().to_owned());
+        // What was printed when it was stopped may come again: an unsend has no text.
+        texts.push(all.json().await.unwrap().unwrap()["text"].as_str().unwrap_or_default().to_owned());
     }
     assert_eq!(texts[texts.len() - 3..], ["here?", "from alice", "from carol"]);
+
+    // So it is where the device has a name, as in a profile.
+    let mut all = bob.start(&["listen", "--device", "desk", "--json"]).await.unwrap();
+    while tokio::time::timeout(Duration::from_millis(300), all.json()).await.is_err() {
+        ok(&alice, &["send", "bob", "is the desk there?"]).await;
+    }
+    all.signal(Signal::INT).unwrap();
+    assert_eq!(all.ended().await.unwrap(), Some(0));
+    let mut from_carol = bob.start(&["listen", "--from", "carol", "--device", "desk", "--json"]).await.unwrap();
+    ok(&alice, &["send", "bob", "alice again"]).await;
+    ok(&carol, &["send", "bob", "carol again"]).await;
+    while from_carol.json().await.unwrap().unwrap()["text"] != "carol again" {}
+    from_carol.signal(Signal::INT).unwrap();
+    assert_eq!(from_carol.ended().await.unwrap(), Some(0));
+    let mut all = bob.start(&["listen", "--device", "desk", "--json"]).await.unwrap();
+    while all.json().await.unwrap().unwrap()["text"] != "alice again" {}
 }
 
 #[tokio::test]
@@ -98,7 +117,7 @@ async fn exit_codes() {
         command.env("CHAT_PASSWORD", password);
         command::ended(command).await.unwrap()
     };
-    let nobody = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
+    let nobody = TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
     let nowhere = format!("mqtt://{nobody}");
     for (password, arguments, code, sentence) in [
         ("alice-pw", &["send", "bob", "hi"][..], 0, ""),
@@ -123,6 +142,10 @@ async fn exit_codes() {
         assert!(done.err.contains(sentence) && done.out.is_empty(), "{arguments:?}: {done:?}");
         assert!(!done.err.contains("alice-pw"), "{done:?}");
     }
+    let mut command = alice.chat(&["whoami"]).await.unwrap();
+    command.env("CHAT_TOKEN", "nonsense");
+    let done = command::ended(command).await.unwrap();
+    assert!(done.code == Some(4) && done.err.contains("login"), "{done:?}");
     drop(folder);
 }
 
@@ -167,6 +190,22 @@ async fn sent_again_under_an_id() {
     assert_eq!(ok(&bob, &["history", "alice", "--json"]).await.numbers("seq"), [1, 2, 3]);
 }
 
+/// A user may send so many a second, and three programs of that user want to send more: what is put off keeps its place.
+#[tokio::test]
+async fn too_fast_is_not_out_of_order() {
+    let chatd = Chatd::start_with(Options::default().set("limits.user_publishes_per_s", 40)).await.unwrap();
+    let (alice, _bob) = two(&chatd).await;
+    let send = async |peer: &str| alice.run_with(&["send", peer], lines(40)).await.unwrap();
+    let (bob, carol, dave) = tokio::join!(send("bob"), send("carol"), send("dave"));
+    for (peer, done) in [("bob", bob), ("carol", carol), ("dave", dave)] {
+        assert_eq!((done.code, done.err.as_str()), (Some(0), ""), "{peer}");
+        let history = ok(&alice, &["history", peer, "--json"]).await.json();
+        let texts: String = history.iter().map(|entry| format!("{}\n", entry["text"].as_str().unwrap())).collect();
+        assert_eq!(texts, lines(40), "{peer}");
+    }
+    assert!(chatd.limited("user_publishes_per_s").await.unwrap() > 0.0, "nothing was put off");
+}
+
 /// Whoever pipes lines into it can stop it, and hears what is stored.
 #[tokio::test]
 async fn interrupted() {
@@ -178,7 +217,15 @@ async fn interrupted() {
     sending.signal(Signal::INT).unwrap();
     assert_eq!(sending.ended().await.unwrap(), Some(130));
 
-    // Nobody reads what it prints: it is stopped all the same, and what was not written comes again.
+    // Nobody reads what it prints, and the pipe is full: it is stopped all the same.
+    let line = "head -c 65536 /dev/zero; exec $CHAT send bob two --json";
+    let mut sending = Running::new(alice.shell(line).await.unwrap()).unwrap();
+    let stored = async || ok(&bob, &["history", "alice", "--json"]).await.json().len() == 2;
+    eventually("it is stored", PATIENCE, stored).await;
+    sending.signal(Signal::TERM).unwrap();
+    assert_eq!(sending.ended().await.unwrap(), Some(130));
+
+    // Nor does the listener's reader, and what was not written comes again.
     let long = format!("{}\n", "x".repeat(2_000)).repeat(100);
     assert_eq!(alice.run_with(&["send", "bob"], long).await.unwrap().code, Some(0));
     let mut listening = bob.start(&["listen", "--json"]).await.unwrap();
@@ -192,6 +239,34 @@ async fn interrupted() {
     let mut listening = bob.start(&["listen", "--json"]).await.unwrap();
     let next = seq(&listening.json().await.unwrap().unwrap());
     assert!(next <= last + 1, "{next} after {last}");
+}
+
+/// A bot that waits for a server's answer can be stopped all the same.
+#[tokio::test]
+async fn an_interrupted_bot() {
+    let chatd = Chatd::start().await.unwrap();
+    let carol = Person::new("carol", &chatd).unwrap();
+    let server = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = format!("mqtt://{}", server.local_addr().unwrap());
+    let mut bot = carol.start(&["bot", "echo", "--server", &address]).await.unwrap();
+    // It takes the connection and the subscriptions, delivers a message, and is silent from then on.
+    let message =
+        r#"{"v":1,"kind":"text","conversation":"alice:carol","seq":1,"from":"alice","to":"carol","at":1,"text":"hi"}"#;
+    let publish = Publish { packet_id: 1, ..Publish::new("chat/carol/inbox", message, 1) };
+    let said = [&[0x20, 3, 0, 0, 0][..], &[0x90, 4, 0, 1, 0, 1], &packet::publish(Version::V5, &publish)].concat();
+    let mut heard = Vec::new();
+    // Where there is a terminal, it asks first whether a password is wanted.
+    while !String::from_utf8_lossy(&heard).contains("chat/carol/read/alice") {
+        let mut connection = server.accept().await.unwrap().0;
+        connection.write_all(&said).await.unwrap();
+        heard.clear();
+        while connection.read_buf(&mut heard).await.unwrap() > 0 {
+            if String::from_utf8_lossy(&heard).contains("chat/carol/read/alice") {
+                bot.signal(Signal::INT).unwrap();
+            }
+        }
+    }
+    assert_eq!(bot.ended().await.unwrap(), Some(0));
 }
 
 /// `chat listen` is killed again and again while messages come.
@@ -312,6 +387,50 @@ async fn who_reads_may_go() {
     let line = "$CHAT history alice --all --json | head -n 1";
     let done = command::ended(bob.shell(line).await.unwrap()).await.unwrap();
     assert_eq!((done.code, done.err.as_str()), (Some(0), ""));
+}
+
+/// Nobody can read what it says: it does what it was asked to all the same.
+#[tokio::test]
+async fn who_hears_may_be_nobody() {
+    let chatd = Chatd::start().await.unwrap();
+    let (alice, _bob) = two(&chatd).await;
+    for (line, code) in [
+        ("printf '\\377\\nsent\\n' | $CHAT send bob 2>/dev/full", 1),
+        ("$CHAT send Alice hi 2>/dev/full", 2),
+        ("$CHAT whoami --profile gone 2>/dev/full", 2),
+        ("$CHAT history bob >/dev/full", 1),
+    ] {
+        let done = command::ended(alice.shell(line).await.unwrap()).await.unwrap();
+        assert_eq!(done.code, Some(code), "{line}: {done:?}");
+    }
+    assert_eq!(ok(&alice, &["history", "bob", "--json"]).await.json()[0]["text"], "sent");
+}
+
+/// What the library says may quote what a server said, and is no command to a terminal either.
+#[tokio::test]
+async fn the_log_is_harmless() {
+    let chatd = Chatd::start().await.unwrap();
+    let bob = Person::new("bob", &chatd).unwrap();
+    let server = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let address = format!("mqtt://{}", server.local_addr().unwrap());
+    let mut command = bob.chat(&["listen", "--server", &address, "-n", "1", "--json"]).await.unwrap();
+    command.env("CHAT_LOG", "debug");
+    let talking = async {
+        let mut connection = server.accept().await.unwrap().0;
+        let event = Publish::new("chat/bob/event/\u{1b}[2J\u{9b}31m\u{202e}", "", 0);
+        let message =
+            r#"{"v":1,"kind":"text","conversation":"alice:bob","seq":1,"from":"alice","to":"bob","at":1,"text":"hi"}"#;
+        let message = Publish { packet_id: 1, ..Publish::new("chat/bob/inbox", message, 1) };
+        let [event, message] = [event, message].map(|publish| packet::publish(Version::V5, &publish));
+        let said = [&[0x20, 3, 0, 0, 0][..], &[0x90, 4, 0, 1, 0, 1], &event, &message].concat();
+        connection.write_all(&said).await.unwrap();
+        // Until it has said goodbye.
+        while connection.read_buf(&mut Vec::new()).await.unwrap() > 0 {}
+    };
+    let (done, ()) = tokio::join!(command::ended(command), talking);
+    let done = done.unwrap();
+    assert!(done.code == Some(0) && done.err.contains("chat/bob/event/\\u{1b}[2J\\u{9b}31m\\u{202e}"), "{done:?}");
+    assert!(!done.err.contains('\u{1b}'), "{done:?}");
 }
 
 #[tokio::test]
@@ -514,6 +633,13 @@ async fn settings_from_all_sides() {
         "{done:?}"
     );
     assert!(!done.err.contains("alice-pw"), "{done:?}");
+    // A certificate that is none.
+    let pem = "-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n";
+    write(&alice.home().join("ca.pem"), pem, 0o600);
+    let file = "default_profile = \"me\"\n[profiles.me]\nserver = \"mqtts://localhost:1\"\nuser = \"alice\"\nca_file = \"ca.pem\"\n";
+    write(&other, file, 0o600);
+    let done = run(&["whoami", "--config", other.to_str().unwrap()], &[]).await;
+    assert!(done.code == Some(2) && done.err.contains("TLS"), "{done:?}");
 }
 
 /// Nobody gave a password, the server wants one, and somebody sits at the terminal.

@@ -1,12 +1,17 @@
 //! The Rust client: nothing sent twice, nothing lost, in order, whatever the network, the server and the program itself do.
 
 use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use chat_client::{
-    Client, Closed, ConnectError, ConnectionState, ErrorCode, Event, Events, FileOutbox, Kind, Listen, Options, Range,
-    RequestError, SendError, Seq, Session, TypingState, UserId,
+    Change, Client, Closed, ConnectError, ConnectionState, ErrorCode, Event, Events, FileOutbox, Kind, Listen, Options,
+    Outbox, Range, RequestError, SendError, Seq, Session, Timestamp, TypingState, Unsent, UserId,
 };
-use end_to_end::{Chatd, PATIENCE};
+use end_to_end::{Chatd, PATIENCE, eventually};
+use tokio::io::AsyncWriteExt;
+use tokio::net::TcpListener;
 use tokio::time::timeout;
 
 use crate::auth;
@@ -47,6 +52,13 @@ fn text_of(event: &Event) -> Option<String> {
             Kind::Text(text) => Some(text.clone()),
             _ => None,
         },
+        _ => None,
+    }
+}
+
+fn not_sent(event: &Event) -> Option<(String, SendError)> {
+    match event {
+        Event::NotSent { text, error, .. } => Some((text.clone(), error.clone())),
         _ => None,
     }
 }
@@ -145,7 +157,16 @@ async fn refusals_are_typed() {
             other => panic!("{other:?}"),
         }
     }
+    // What would end every connection by which it went out is not sent, and keeps nothing else back.
+    let huge = "x".repeat(2 * 1024 * 1024);
+    let refused = alice.send(&user("bob"), huge.as_str()).await.unwrap_err();
+    assert!(
+        matches!(&refused, SendError::Refused(refusal) if refusal.code == Some(ErrorCode::TextTooLong)),
+        "{refused:?}"
+    );
     alice.send(&user("bob"), "x".repeat(16 * 1024)).await.unwrap();
+    let refused = alice.edit(&user("bob"), Seq::FIRST, &huge).await.unwrap_err();
+    assert!(matches!(refused, RequestError::Refused { code: Some(ErrorCode::TextTooLong), .. }), "{refused:?}");
     let unknown = alice.history(&user("carol"), Range::Before(None), 10).await.unwrap_err();
     let RequestError::Refused { code, message } = unknown else { panic!("{unknown:?}") };
     assert_eq!(code, Some(ErrorCode::UnknownConversation));
@@ -165,6 +186,8 @@ async fn logins() {
     assert_eq!(alice.whoami().await.unwrap().user, user("alice"));
     let refused = Client::connect(with("wrong")).await.unwrap_err();
     assert!(matches!(refused, ConnectError::Closed(Closed::LoginRefused(_))), "{refused:?}");
+    let token = Client::connect(options(chatd.mqtt_addr(), "alice", "laptop").token(async || Ok("wrong".into()))).await;
+    assert!(matches!(token.unwrap_err(), ConnectError::Closed(Closed::LoginRefused(_))));
     // A program that begins offline hears of it by an event.
     let (client, mut events) = Client::start(with("wrong")).await.unwrap();
     assert!(matches!(next_where(&mut events, state_of).await, ConnectionState::Closed(Closed::LoginRefused(_))));
@@ -174,9 +197,41 @@ async fn logins() {
 
 #[tokio::test]
 async fn nobody_is_there() {
-    let address = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
+    let address = TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
     let refused = Client::connect(options(address, "alice", "laptop")).await.unwrap_err();
     assert!(matches!(refused, ConnectError::Unreachable(_)), "{refused:?}");
+}
+
+/// Whatever keeps silent, an attempt to connect ends, and the next one is made.
+#[tokio::test]
+async fn an_attempt_ends_in_time() {
+    let chatd = Chatd::start().await.unwrap();
+    let tries = |server| options(server, "alice", "laptop").connect_timeout(Duration::from_secs(1));
+    let asked = Arc::new(AtomicUsize::new(0));
+    let token = {
+        let asked = Arc::clone(&asked);
+        move || {
+            let is_first = asked.fetch_add(1, Ordering::SeqCst) == 0;
+            async move { if is_first { std::future::pending().await } else { Ok("token".to_owned()) } }
+        }
+    };
+    let (alice, mut events) = Client::start(tries(chatd.mqtt_addr()).token(token)).await.unwrap();
+    let lost = next_where(&mut events, state_of).await;
+    assert!(matches!(&lost, ConnectionState::Lost { reason, .. } if reason.contains("no token")), "{lost:?}");
+    assert_eq!(alice.whoami().await.unwrap().user, user("alice"));
+
+    let silent = TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let server = silent.local_addr().unwrap();
+    // CONNECT is not answered; then it is, and SUBSCRIBE is not.
+    for answer in [&[][..], &[0x20, 3, 0, 0, 0]] {
+        let (connected, taken) = tokio::join!(Client::connect(tries(server)), async {
+            let mut client = silent.accept().await.unwrap().0;
+            client.write_all(answer).await.unwrap();
+            client
+        });
+        assert!(matches!(connected.unwrap_err(), ConnectError::Unreachable(_)), "{answer:?}");
+        drop(taken);
+    }
 }
 
 #[tokio::test]
@@ -221,6 +276,33 @@ async fn what_was_not_taken_comes_again() {
     for number in 2..5 {
         assert_eq!(next_where(&mut to_bob, text_of).await, format!("{number}"));
     }
+}
+
+/// An older backup is put back under a program that runs: numbers are given again, and what has them now is not taken for what had them before.
+#[tokio::test]
+async fn a_server_goes_back_in_time() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let alice_options = options(chatd.mqtt_addr(), "alice", "laptop").listen(Listen::Nothing);
+    let (alice, _events) = Client::connect(alice_options).await.unwrap();
+    let (_bob, mut to_bob) = connect(&chatd, "bob", "phone").await;
+    let say = async |text: &str| alice.send(&user("bob"), text).await.unwrap().seq.get();
+    assert_eq!(say("before the backup").await, 1);
+    let folder = tempfile::tempdir().unwrap();
+    let backup = folder.path().join("backup");
+    let (code, _, said) = chatd.tool(&["backup", backup.to_str().unwrap()]).await.unwrap();
+    assert_eq!(code, Some(0), "{said}");
+    assert_eq!(say("two").await, 2);
+    assert_eq!(say("three").await, 3);
+    for text in ["before the backup", "two", "three"] {
+        assert_eq!(next_where(&mut to_bob, text_of).await, text);
+    }
+    chatd.kill9().await.unwrap();
+    std::fs::remove_dir_all(chatd.data()).unwrap();
+    let (code, _, said) = chatd.tool(&["restore", backup.to_str().unwrap()]).await.unwrap();
+    assert_eq!(code, Some(0), "{said}");
+    chatd.restart_on_same_ports().await.unwrap();
+    assert_eq!(say("another two").await, 2);
+    assert_eq!(next_where(&mut to_bob, text_of).await, "another two");
 }
 
 #[tokio::test]
@@ -284,8 +366,46 @@ async fn an_outbox_survives() {
     assert!(read_outbox(&path).is_empty());
 }
 
-fn read_outbox(path: &Path) -> Vec<chat_client::Unsent> {
-    chat_client::Outbox::load(&mut FileOutbox::open(path).unwrap()).unwrap()
+/// What an earlier run may have sent so long ago that the server does not know it again is given back, and not sent twice.
+#[tokio::test]
+async fn what_is_too_old_is_given_back() {
+    let chatd = Chatd::start().await.unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("outbox");
+    let now_ms = u64::try_from(SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_millis()).unwrap();
+    let days_ago = |id: &str, days: u64| {
+        let queued_at = Timestamp::from_ms(now_ms - days * 24 * 3_600_000);
+        Change::Add(Unsent { id: id.parse().unwrap(), to: user("bob"), text: id.to_owned(), queued_at })
+    };
+    FileOutbox::open(&path).unwrap().apply(&[days_ago("eight", 8), days_ago("six", 6)]).unwrap();
+    let outbox = FileOutbox::open(&path).unwrap();
+    let (alice, mut events) =
+        Client::connect(options(chatd.mqtt_addr(), "alice", "laptop").outbox(outbox)).await.unwrap();
+    let (text, error) = next_where(&mut events, not_sent).await;
+    assert_eq!((text.as_str(), error), ("eight", SendError::TooOld));
+    assert_eq!(next_where(&mut events, text_of).await, "six");
+    alice.close().await;
+    assert!(read_outbox(&path).is_empty());
+}
+
+/// Who hears that a client has ended may open its outbox again at once.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_end_lets_the_outbox_go() {
+    let nowhere = TcpListener::bind(("127.0.0.1", 0)).await.unwrap().local_addr().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let alice = || {
+        let outbox = FileOutbox::open(folder.path().join("outbox")).expect("nobody has it open");
+        options(nowhere, "alice", "laptop").outbox(outbox)
+    };
+    for _ in 0..100 {
+        Client::connect(alice()).await.unwrap_err();
+        let (client, _events) = Client::start(alice()).await.unwrap();
+        client.close().await;
+    }
+}
+
+fn read_outbox(path: &Path) -> Vec<Unsent> {
+    FileOutbox::open(path).unwrap().load().unwrap()
 }
 
 /// Work that may be done again sends under ids of its own: once is enough for the server, and in the outbox there is room for one.
@@ -307,10 +427,64 @@ async fn ids_of_the_callers_making() {
     chatd.kill9().await.unwrap();
     let waits = alice.queue_as(id.clone(), &bob, "paid").await.unwrap();
     assert_eq!(alice.queue_as(id.clone(), &bob, "paid").await.unwrap_err(), SendError::SameId(id.clone()));
+    // To somebody else it is another message.
+    let to_carol = alice.queue_as(id.clone(), &user("carol"), "paid too").await.unwrap();
     chatd.restart_on_same_ports().await.unwrap();
     assert_eq!(waits.await.unwrap().seq.get(), 1);
+    to_carol.await.unwrap();
+    let with_carol = alice.history(&user("carol"), Range::Before(None), 10).await.unwrap();
+    assert_eq!(with_carol.entries[0].text.as_deref(), Some("paid too"));
     let other = alice.queue_as(id, &bob, "not paid").await.unwrap().await.unwrap_err();
     assert!(matches!(other, SendError::Refused(refusal) if refusal.code == Some(ErrorCode::IdConflict)));
+}
+
+/// A disk that is full has room again one day: what waits in an outbox can wait for that.
+#[tokio::test]
+async fn a_full_disk_is_waited_for() {
+    let chatd = Chatd::start().await.unwrap();
+    let (alice, _events) = connect(&chatd, "alice", "laptop").await;
+    let bob = user("bob");
+    alice.send(&bob, "first").await.unwrap();
+    let size = std::fs::metadata(chatd.data().join("log.redb")).unwrap().len();
+    chatd.limit_file_bytes(Some(size)).unwrap();
+    let mut sent = 1;
+    // What the file has room for inside is still taken.
+    let waits = loop {
+        let mut sending = alice.queue(&bob, format!("{sent} {}", "x".repeat(15_000))).await.unwrap();
+        tokio::select! {
+            stored = &mut sending => drop(stored.unwrap()),
+            () = refused(&chatd) => break sending,
+        }
+        sent += 1;
+    };
+    chatd.limit_file_bytes(None).unwrap();
+    assert_eq!(timeout(PATIENCE, waits).await.expect("it is sent in time").unwrap().seq.get(), sent + 1);
+}
+
+/// Waits until the server has refused something for want of room.
+async fn refused(chatd: &Chatd) {
+    let refused = async || chatd.metric("chatd_refused_total").await.unwrap() > 0.0;
+    eventually("the disk is full", PATIENCE, refused).await;
+}
+
+/// To be answered takes no longer than is allowed; what was read is said all the same, when the server is there again.
+#[tokio::test]
+async fn questions_end_in_time() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let (bob, _to_bob) = connect(&chatd, "bob", "phone").await;
+    let hurried = options(chatd.mqtt_addr(), "alice", "laptop").request_timeout(Duration::from_millis(200));
+    let (alice, mut to_alice) = Client::connect(hurried).await.unwrap();
+    let seq = bob.send(&user("alice"), "hello").await.unwrap().seq;
+    assert_eq!(next_where(&mut to_alice, text_of).await, "hello");
+    chatd.kill9().await.unwrap();
+    assert_eq!(alice.whoami().await.unwrap_err(), RequestError::TimedOut);
+    assert_eq!(alice.mark_read(&user("bob"), seq).await.unwrap_err(), RequestError::TimedOut);
+    chatd.restart_on_same_ports().await.unwrap();
+    let is_read = async || {
+        let listed = bob.conversations(None, 1).await.unwrap();
+        listed.conversations[0].standing.read == seq.get()
+    };
+    eventually("it is read", PATIENCE, is_read).await;
 }
 
 /// What the server will never take is given back to somebody, once.
@@ -323,11 +497,7 @@ async fn a_refusal_finds_somebody() {
     drop(alice.queue(&user("alice"), "nobody waits").await.unwrap());
     chatd.restart_on_same_ports().await.unwrap();
     assert!(matches!(waits.await, Err(SendError::Refused(_))));
-    let (text, error) = next_where(&mut events, |event| match event {
-        Event::NotSent { text, error, .. } => Some((text.clone(), error.clone())),
-        _ => None,
-    })
-    .await;
+    let (text, error) = next_where(&mut events, not_sent).await;
     assert_eq!(text, "nobody waits");
     assert!(matches!(error, SendError::Refused(_)));
 }

@@ -89,6 +89,7 @@ impl From<ConnectError> for Failure {
             ConnectError::Unreachable(_) => Self::unreachable(error.to_string()),
             ConnectError::Closed(closed) => closed.into(),
             ConnectError::Outbox(error) => error.into(),
+            ConnectError::Options(error) => error.into(),
         }
     }
 }

@@ -5,11 +5,16 @@ use std::io::IsTerminal as _;
 
 use chat_client::{Client, Closed, ConnectError, Events, Listen, Options};
 use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
+use tokio::sync::SetOnce;
 
+use crate::commands::note;
 use crate::failure::Failure;
 use crate::safe;
-use crate::settings::{Credential, Settings};
+use crate::settings::{self, Credential, Settings};
 use crate::signals::Signals;
+
+/// Whether a password was asked for.
+static ASKED: SetOnce<()> = SetOnce::const_new();
 
 /// Connects with these options.
 pub(crate) async fn connect(
@@ -19,7 +24,10 @@ pub(crate) async fn connect(
     match Client::connect(options(settings)?).await {
         Err(ConnectError::Closed(Closed::LoginRefused(_))) if can_ask(settings) => {
             ask(settings).await?;
-            Ok(Client::connect(options(settings)?).await?)
+            tokio::select! {
+                connected = Client::connect(options(settings)?) => Ok(connected?),
+                interrupted = interrupted() => Err(interrupted),
+            }
         }
         outcome => outcome.map_err(|error| of(settings, error)),
     }
@@ -45,6 +53,18 @@ pub(crate) async fn prepare(settings: &mut Settings) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Waits for a signal once a password was asked for: since then none ends this process by itself.
+pub(crate) async fn interrupted() -> Failure {
+    ASKED.wait().await;
+    match Signals::new() {
+        Ok(mut signals) => {
+            signals.next().await;
+            Failure::interrupted("interrupted")
+        }
+        Err(failure) => failure,
+    }
+}
+
 fn can_ask(settings: &Settings) -> bool {
     settings.credential == Credential::None && std::io::stderr().is_terminal() && File::open("/dev/tty").is_ok()
 }
@@ -52,6 +72,9 @@ fn can_ask(settings: &Settings) -> bool {
 async fn ask(settings: &mut Settings) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::usage(format!("asking for a password: {error}"));
     let prompt = format!("Password of {} at {}: ", settings.user, safe::line(&settings.server));
+    if let Some(warning) = settings::unencrypted(&settings.server) {
+        note(warning);
+    }
     let terminal = File::open("/dev/tty").map_err(|error| failed(&error))?;
     let before = tcgetattr(&terminal).map_err(|error| failed(&error))?;
     // From here on a signal does not end us while nothing that is typed can be seen.
@@ -72,5 +95,7 @@ async fn ask(settings: &mut Settings) -> Result<(), Failure> {
         _ => failed(&error),
     })?;
     settings.credential = Credential::Password(password);
+    // Twice is no more than once.
+    ASKED.set(()).ok();
     Ok(())
 }

@@ -14,6 +14,7 @@ mod settings;
 mod signals;
 mod terminal;
 
+use std::io::Write as _;
 use std::process::ExitCode;
 
 use clap::Parser as _;
@@ -21,6 +22,7 @@ use tracing_subscriber::EnvFilter;
 
 use crate::arguments::Arguments;
 use crate::failure::{Failure, FailureKind};
+use crate::output::StandardError;
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
@@ -43,13 +45,13 @@ fn main() -> ExitCode {
 /// What the library has to say goes to the standard error, as much as `CHAT_LOG` asks for. The chat in the terminal has no place for it.
 fn log() {
     let filter = EnvFilter::try_from_env("CHAT_LOG").unwrap_or_else(|_| EnvFilter::new("error"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(false).with_writer(|| StandardError).init();
 }
 
 fn end(failure: &Failure) -> ExitCode {
     commands::note(failure);
     if failure.kind == FailureKind::Usage {
-        eprintln!("See chat --help.");
+        StandardError.write_all(b"See chat --help.\n").ok();
     }
     ExitCode::from(failure.kind.exit_code())
 }

@@ -1,9 +1,9 @@
-//! What is printed: the forms for people and for programs, and the standard output itself.
+//! What is printed: the forms for people and for programs, and the standard output and error themselves.
 //!
 //! Invariant: whatever others wrote goes through [`safe`]. A text of several lines is indented from the second on, so that none can look
 //! like a message of its own.
 
-use std::io::{self, IsTerminal as _, Write as _};
+use std::io::{self, IsTerminal as _, Write};
 
 use chat_client::{AnsweredEntry, ConversationOk, Envelope, Kind, UserId};
 use jiff::ZonedDateTime;
@@ -138,6 +138,27 @@ impl Output {
             Paint::Colours => format!("\u{1b}[{colour}m{text}\u{1b}[0m"),
             Paint::Plain => text.to_owned(),
         }
+    }
+}
+
+/// The standard error. Whole lines are written to it, and made safe: they may quote what others wrote.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct StandardError;
+
+impl Write for StandardError {
+    fn write(&mut self, lines: &[u8]) -> io::Result<usize> {
+        let mut safe = String::with_capacity(lines.len());
+        for line in safe::lines(&String::from_utf8_lossy(lines)) {
+            safe.push_str(&line);
+            safe.push('\n');
+        }
+        // Nobody has to read it: that is no reason to end.
+        io::stderr().write_all(safe.as_bytes()).ok();
+        Ok(lines.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

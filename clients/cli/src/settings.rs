@@ -140,8 +140,8 @@ impl Settings {
             }
             _ => None,
         };
-        if credential != Credential::None && is_readable_on_the_way(&server) {
-            warnings.push(format!("the login goes to {server} unencrypted; mqtts:// and wss:// are encrypted"));
+        if credential != Credential::None {
+            warnings.extend(unencrypted(&server));
         }
         Ok(Self {
             user: UserId::parse(&user).map_err(|error| Failure::usage(format!("{user:?}: {error}")))?,
@@ -287,6 +287,12 @@ fn from_home(path: PathBuf) -> PathBuf {
 
 fn read(path: &Path) -> Result<Vec<u8>, Failure> {
     std::fs::read(path).map_err(|error| Failure::usage(format!("{}: {error}", path.display())))
+}
+
+/// What deserves to be said before a login goes there.
+pub(crate) fn unencrypted(server: &str) -> Option<String> {
+    let warning = || format!("the login goes to {server} unencrypted; mqtts:// and wss:// are encrypted");
+    is_readable_on_the_way(server).then(warning)
 }
 
 /// Whether others between here and there can read it.

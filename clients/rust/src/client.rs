@@ -63,7 +63,7 @@ impl Client {
     /// ```
     ///
     /// # Errors
-    /// If the first attempt fails, or what waits in the outbox cannot be read. See [`start`](Self::start) for a program that begins offline.
+    /// If the first attempt fails, what waits in the outbox cannot be read, or the certificates do not fit. See [`start`](Self::start) for a program that begins offline.
     pub async fn connect(options: Options) -> Result<(Self, Events), ConnectError> {
         let (first, accepted) = oneshot::channel();
         let (client, events) = Self::begin(options, Some(first)).await?;
@@ -114,10 +114,11 @@ impl Client {
     }
 
     /// The same under an id of the caller's making: for as long as the server remembers it (seven days at least) the message is stored once,
-    /// however often a program says so, in whichever run and on whichever device.
+    /// however often a program says so, in whichever run and on whichever device. Ids count within a conversation: messages to two users may have
+    /// the same.
     ///
     /// # Errors
-    /// As [`queue`](Self::queue), and [`SendError::SameId`] if a message of this id is in the outbox already.
+    /// As [`queue`](Self::queue), and [`SendError::SameId`] if a message of this id to the same user is in the outbox already.
     pub async fn queue_as(&self, id: MessageId, to: &UserId, text: impl Into<String>) -> Result<Queued, SendError> {
         let (reply, queued) = oneshot::channel();
         let command = Command::Queue { id, to: to.clone(), text: text.into(), reply };
@@ -126,10 +127,11 @@ impl Client {
         Ok(Queued { id, outcome, closed: Arc::clone(&self.closed) })
     }
 
-    /// This user has read the conversation with `with` up to `seq`.
+    /// This user has read the conversation with `with` up to `seq`. Offline it is said as soon as the client is connected again, whether somebody
+    /// still waits for that or not.
     ///
     /// # Errors
-    /// If there is no such entry, or no connection and none will be.
+    /// As every request.
     pub async fn mark_read(&self, with: &UserId, seq: Seq) -> Result<(), RequestError> {
         let (reply, done) = oneshot::channel();
         let command = Command::Read { with: with.clone(), seq, reply };

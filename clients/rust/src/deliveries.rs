@@ -8,12 +8,13 @@ use std::collections::hash_map::Entry;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-use chat_protocol::{ConversationId, Seq};
+use chat_protocol::{ConversationId, Seq, Timestamp};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-/// An entry's name.
-pub(crate) type Key = (ConversationId, Seq);
+/// An entry's name. The time tells it from the entry that had its number before the server began anew, or from an older backup: within a
+/// conversation the server's clock never runs backwards.
+pub(crate) type Key = (ConversationId, Seq, Timestamp);
 
 /// What became of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,7 +87,7 @@ enum Held {
 #[derive(Debug)]
 pub(crate) struct Deliveries<P> {
     /// The last entry of each conversation that came.
-    last: HashMap<ConversationId, Seq>,
+    last: HashMap<ConversationId, (Seq, Timestamp)>,
     /// Not taken yet.
     held: HashMap<Key, Held>,
     /// Packets of this connection that are not acknowledged, in the order of arrival.
@@ -101,8 +102,8 @@ impl<P> Default for Deliveries<P> {
 
 impl<P> Deliveries<P> {
     pub(crate) fn arrived(&mut self, key: Key, packet: P) -> Arrived {
-        let (conversation, seq) = &key;
-        let is_new = self.last.get(conversation).is_none_or(|last| last < seq);
+        let (conversation, seq, at) = &key;
+        let is_new = self.last.get(conversation).is_none_or(|(last, last_at)| last < seq || last_at < at);
         let arrived = match self.held.entry(key.clone()) {
             Entry::Occupied(held) if *held.get() == Held::ByProgram => Arrived::Known,
             Entry::Occupied(mut held) => {
@@ -111,7 +112,7 @@ impl<P> Deliveries<P> {
             }
             Entry::Vacant(held) if is_new => {
                 held.insert(Held::ByProgram);
-                self.last.insert(conversation.clone(), *seq);
+                self.last.insert(conversation.clone(), (*seq, *at));
                 Arrived::New
             }
             Entry::Vacant(_) => Arrived::Known,
@@ -151,11 +152,6 @@ impl<P> Deliveries<P> {
     pub(crate) fn disconnected(&mut self) {
         self.packets.clear();
     }
-
-    /// The server begins anew, perhaps with other numbers.
-    pub(crate) fn forget(&mut self) {
-        self.last.clear();
-    }
 }
 
 #[cfg(test)]
@@ -165,7 +161,11 @@ mod tests {
     use super::*;
 
     fn key(seq: u64) -> Key {
-        (ConversationId::parse("alice:bob").unwrap(), Seq::new(seq).unwrap())
+        key_at(seq, seq)
+    }
+
+    fn key_at(seq: u64, at: u64) -> Key {
+        (ConversationId::parse("alice:bob").unwrap(), Seq::new(seq).unwrap(), Timestamp::from_ms(at))
     }
 
     fn acknowledged(deliveries: &mut Deliveries<u16>) -> Vec<u16> {
@@ -214,6 +214,27 @@ mod tests {
         assert_eq!(deliveries.arrived(key(2), 12), Arrived::Known);
         deliveries.returned(&key(1), Fate::Taken);
         assert_eq!(acknowledged(&mut deliveries), [11, 12]);
+    }
+
+    /// After an older backup was put back, or everything was lost, the server gives the same numbers again.
+    #[test]
+    fn a_server_may_begin_anew() {
+        let mut deliveries = Deliveries::default();
+        for seq in 1..=5_u16 {
+            assert_eq!(deliveries.arrived(key(seq.into()), seq), Arrived::New);
+        }
+        for seq in 1..=4 {
+            deliveries.returned(&key(seq), Fate::Taken);
+        }
+        deliveries.disconnected();
+        assert_eq!(deliveries.arrived(key(3), 13), Arrived::Known, "it was in the backup");
+        assert_eq!(deliveries.arrived(key_at(4, 100), 14), Arrived::New);
+        assert_eq!(deliveries.arrived(key_at(5, 100), 15), Arrived::New, "though the program holds another number 5");
+        deliveries.returned(&key(5), Fate::Taken);
+        assert_eq!(acknowledged(&mut deliveries), [13]);
+        deliveries.returned(&key_at(4, 100), Fate::Taken);
+        deliveries.returned(&key_at(5, 100), Fate::Taken);
+        assert_eq!(acknowledged(&mut deliveries), [14, 15]);
     }
 
     #[test]

@@ -19,12 +19,12 @@ use tokio::task::JoinHandle;
 
 use crate::answer::Answer;
 use crate::deliveries::{Arrived, Deliveries, Returns, Ticket};
-use crate::error::{Closed, ConnectError, OutboxError, RequestError, SendError};
+use crate::error::{Closed, ConnectError, OutboxError, Refusal, RequestError, SendError};
 use crate::event::{ConnectionState, Delivery, Event, Stored};
 use crate::events::{Events, Teller, events};
-use crate::link::{Ended, Incoming, Link, LinkEvent, QueueFull, Token, UnackedPacket};
+use crate::link::{Ended, Incoming, Link, LinkEvent, Outgoing, QueueFull, Token, UnackedPacket};
 use crate::options::{Credential, Options, Session};
-use crate::outbox::{Change, Outbox, Unsent};
+use crate::outbox::{Change, Key, Outbox, Unsent};
 use crate::sending::{Outcome, Sending, is_passing};
 
 /// Requests that wait for an answer, at most.
@@ -90,22 +90,30 @@ struct Queuing {
     outcome: Outcomes,
 }
 
-/// How far a conversation was read, as long as the server has not confirmed it.
+/// How far a conversation was read, as long as the server has not confirmed it, whether anybody waits for that or not.
 struct Reading {
     seq: Seq,
     published: Option<Seq>,
-    waiters: Vec<oneshot::Sender<Result<(), RequestError>>>,
+    readers: Vec<Reader>,
+}
+
+/// Somebody who waits for that.
+struct Reader {
+    deadline: Instant,
+    reply: oneshot::Sender<Result<(), RequestError>>,
 }
 
 /// The end, and who waits for it.
 struct Ending {
     why: Closed,
     reply: Option<oneshot::Sender<()>>,
+    /// What the first attempt met, for whoever waits for that.
+    unreachable: Option<String>,
 }
 
 impl From<Closed> for Ending {
     fn from(why: Closed) -> Self {
-        Self { why, reply: None }
+        Self { why, reply: None, unreachable: None }
     }
 }
 
@@ -113,8 +121,8 @@ impl From<Closed> for Ending {
 enum Desk {
     Idle(Box<dyn Outbox>),
     Busy(JoinHandle<Written>),
-    /// A thread that panicked took it along.
-    Lost,
+    /// It is closed, or a thread that panicked took it along.
+    Gone,
 }
 
 struct Written {
@@ -136,10 +144,12 @@ enum Connection {
         link: Link,
         resumed: bool,
         publishes_per_s: Option<u32>,
+        packet_bytes_max: usize,
     },
     Open {
         link: Link,
         since: Instant,
+        packet_bytes_max: usize,
     },
 }
 
@@ -164,9 +174,9 @@ struct Driver {
     connected_before: bool,
     desk: Desk,
     changes: Vec<Change>,
-    queuing: HashMap<MessageId, Queuing>,
+    queuing: HashMap<Key, Queuing>,
     sending: Sending,
-    waiters: HashMap<MessageId, Waiter>,
+    waiters: HashMap<Key, Waiter>,
     deliveries: Deliveries<UnackedPacket>,
     returns: Arc<Returns>,
     asked: BTreeMap<u64, Asked>,
@@ -181,11 +191,7 @@ pub(crate) async fn start(
     commands: mpsc::Receiver<Command>,
     first: Option<oneshot::Sender<Result<(), ConnectError>>>,
 ) -> Result<(Events, Arc<ClosedSlot>), ConnectError> {
-    let tls = if options.transport.is_tls() {
-        Some(options.tls().map_err(|error| ConnectError::Unreachable(error.to_string()))?)
-    } else {
-        None
-    };
+    let tls = if options.transport.is_tls() { Some(options.tls()?) } else { None };
     let mut outbox = std::mem::replace(&mut *options.outbox.lock(), Box::new(crate::outbox::MemoryOutbox));
     let (outbox, loaded) = tokio::task::spawn_blocking(move || {
         let loaded = outbox.load();
@@ -228,22 +234,20 @@ pub(crate) async fn start(
         requests_paused_until: None,
         reading: HashMap::new(),
     };
-    driver.take_up(loaded?);
+    for unsent in loaded? {
+        driver.sending.take_up(unsent);
+    }
     tokio::spawn(driver.run());
     Ok((events, closed))
 }
 
 impl Driver {
-    /// What an earlier run left.
-    fn take_up(&mut self, loaded: Vec<Unsent>) {
-        let oldest_ms = now_ms().saturating_sub(u64::try_from(ID_MEMORY.as_millis()).unwrap_or(u64::MAX));
-        for unsent in loaded {
-            if unsent.queued_at.as_ms() < oldest_ms {
-                self.changes.push(Change::Remove(unsent.id.clone()));
-                self.not_sent(unsent, SendError::TooOld);
-            } else {
-                self.sending.push(unsent);
-            }
+    /// Gives back what must not be published again.
+    fn give_up_the_too_old(&mut self) {
+        let memory_ms = u64::try_from(ID_MEMORY.as_millis()).unwrap_or(u64::MAX);
+        for unsent in self.sending.too_old(Timestamp::from_ms(now_ms().saturating_sub(memory_ms))) {
+            self.forget(&unsent);
+            self.not_sent(unsent, SendError::TooOld);
         }
     }
 
@@ -270,15 +274,15 @@ impl Driver {
         let written = async {
             match &mut self.desk {
                 Desk::Busy(writing) => writing.await,
-                Desk::Idle(_) | Desk::Lost => std::future::pending().await,
+                Desk::Idle(_) | Desk::Gone => std::future::pending().await,
             }
         };
         let returned = self.returns.changed.notified();
         tokio::select! {
             command = self.commands.recv() => match command {
-                Some(Command::Close { reply }) => return Err(Ending { why: Closed::ByUs, reply: Some(reply) }),
+                Some(Command::Close { reply }) => return Err(Ending { reply: Some(reply), ..Closed::ByUs.into() }),
                 Some(command) => self.command(command),
-                None => return Err(Ending { why: Closed::ByUs, reply: None }),
+                None => return Err(Closed::ByUs.into()),
             },
             Some((number, event)) = self.link_events.recv() => {
                 if number == self.link_number {
@@ -301,8 +305,9 @@ impl Driver {
         let sending = if is_open { self.sending.wake_at() } else { None };
         let asks = !self.asked.is_empty() || !self.reading.is_empty();
         let requests = if is_open && asks { self.requests_paused_until } else { None };
-        let deadline = self.asked.values().map(|asked| asked.deadline).min();
-        [retry_at, sending, requests, deadline].into_iter().flatten().min()
+        let asked = self.asked.values().map(|asked| asked.deadline).min();
+        let readers = self.reading.values().flat_map(|reading| &reading.readers).map(|reader| reader.deadline).min();
+        [retry_at, sending, requests, asked, readers].into_iter().flatten().min()
     }
 
     /// Everything that can be done now.
@@ -312,7 +317,6 @@ impl Driver {
             self.deliveries.returned(&key, fate);
         }
         self.time_out(now);
-        self.write_outbox();
         if matches!(&self.connection, Connection::None { retry_at } if now >= *retry_at) {
             self.link_number += 1;
             let sender = self.link_events_sender.clone();
@@ -322,18 +326,16 @@ impl Driver {
         if self.publish(now).is_err() {
             self.lost("the server does not take what is sent to it".to_owned());
         }
+        self.write_outbox();
     }
 
     fn publish(&mut self, now: Instant) -> Result<(), QueueFull> {
-        let Connection::Open { link, .. } = &self.connection else { return Ok(()) };
+        self.publish_messages(now)?;
+        let Connection::Open { link, packet_bytes_max, .. } = &self.connection else { return Ok(()) };
         while let Some(packet) = self.deliveries.next_acknowledged() {
             link.acknowledge(&packet)?;
         }
         let me = &self.options.user;
-        while let Some(unsent) = self.sending.next(now) {
-            let topic = format!("chat/{me}/out/{}/{}", unsent.to, unsent.id);
-            link.publish(Token::Message(unsent.id.clone()), topic, unsent.text.clone().into_bytes(), None)?;
-        }
         if self.requests_paused_until.is_some_and(|until| now < until) {
             return Ok(());
         }
@@ -343,15 +345,40 @@ impl Driver {
                 reading.published = Some(reading.seq);
                 let topic = format!("chat/{me}/read/{with}");
                 let payload = reading.seq.to_string().into_bytes();
-                link.publish(Token::Read(with.clone(), reading.seq), topic, payload, None)?;
+                let outgoing = Outgoing { topic, payload, answer_to: None };
+                link.publish(Token::Read(with.clone(), reading.seq), outgoing)?;
             }
         }
+        let mut refused = Vec::new();
         for (number, asked) in self.asked.iter_mut().filter(|(_, asked)| !asked.published) {
             asked.published = true;
             let topic = format!("chat/{me}/req/{}", asked.method.as_str());
-            let correlation = [self.asker.to_be_bytes(), number.to_be_bytes()].concat();
             let payload = asked.members.to_string().into_bytes();
-            link.publish(Token::Request(*number), topic, payload, Some((&self.response_topic, correlation)))?;
+            let correlation = [self.asker.to_be_bytes(), number.to_be_bytes()].concat();
+            let outgoing = Outgoing { topic, payload, answer_to: Some((&self.response_topic, correlation)) };
+            match too_large(&outgoing, *packet_bytes_max) {
+                Some(refusal) => refused.push((*number, Answer::Refused(refusal))),
+                None => link.publish(Token::Request(*number), outgoing)?,
+            }
+        }
+        for (number, refusal) in refused {
+            self.answered(Token::Request(number), &refusal);
+        }
+        Ok(())
+    }
+
+    /// As many as may be under way now.
+    fn publish_messages(&mut self, now: Instant) -> Result<(), QueueFull> {
+        while let Connection::Open { link, packet_bytes_max, .. } = &self.connection
+            && let Some(unsent) = self.sending.next(now)
+        {
+            let topic = format!("chat/{}/out/{}/{}", self.options.user, unsent.to, unsent.id);
+            let outgoing = Outgoing { topic, payload: unsent.text.clone().into_bytes(), answer_to: None };
+            let token = Token::Message(unsent.key());
+            match too_large(&outgoing, *packet_bytes_max) {
+                Some(refusal) => self.answered(token, &Answer::Refused(refusal)),
+                None => link.publish(token, outgoing)?,
+            }
         }
         Ok(())
     }
@@ -362,6 +389,12 @@ impl Driver {
         for number in late {
             self.reply(number, Err(RequestError::TimedOut));
         }
+        for reading in self.reading.values_mut() {
+            for late in reading.readers.extract_if(.., |reader| now >= reader.deadline) {
+                // Whoever does not wait any more does not care.
+                drop(late.reply.send(Err(RequestError::TimedOut)));
+            }
+        }
     }
 
     // ---- commands ------------------------------------------------------------------------------------------------------
@@ -369,21 +402,22 @@ impl Driver {
     fn command(&mut self, command: Command) {
         match command {
             Command::Queue { id, to, text, reply } => {
-                if self.queuing.contains_key(&id) || self.sending.has(&id) {
+                let key = (to.clone(), id.clone());
+                if self.queuing.contains_key(&key) || self.sending.has(&key) {
                     // Whoever does not wait any more does not care.
                     drop(reply.send(Err(SendError::SameId(id))));
                     return;
                 }
                 let (waiter, outcome) = oneshot::channel();
                 let queued_at = Timestamp::from_ms(now_ms());
-                self.changes.push(Change::Add(Unsent { id: id.clone(), to, text, queued_at }));
-                self.queuing.insert(id, Queuing { reply, waiter, outcome });
+                self.changes.push(Change::Add(Unsent { id, to, text, queued_at }));
+                self.queuing.insert(key, Queuing { reply, waiter, outcome });
             }
             Command::Read { with, seq, reply } => {
-                let reading = self.reading.entry(with).or_insert(Reading { seq, published: None, waiters: Vec::new() });
+                let reading = self.reading.entry(with).or_insert(Reading { seq, published: None, readers: Vec::new() });
                 reading.seq = reading.seq.max(seq);
-                reading.waiters.retain(|waiter| !waiter.is_closed());
-                reading.waiters.push(reply);
+                reading.readers.retain(|reader| !reader.reply.is_closed());
+                reading.readers.push(Reader { deadline: Instant::now() + self.options.request_timeout, reply });
             }
             Command::Typing { to, state } => {
                 if let Connection::Open { link, .. } = &self.connection {
@@ -398,6 +432,10 @@ impl Driver {
                 }
             }
             Command::Ask { method, members, reply } => {
+                if self.asked.len() >= REQUESTS_MAX {
+                    // What nobody waits for any more makes room.
+                    self.asked.retain(|_, asked| !asked.reply.is_closed());
+                }
                 if self.asked.len() >= REQUESTS_MAX {
                     // Whoever does not wait any more does not care.
                     drop(reply.send(Err(RequestError::TooMany)));
@@ -424,7 +462,7 @@ impl Driver {
         if self.changes.is_empty() || !matches!(self.desk, Desk::Idle(_)) {
             return;
         }
-        if let Desk::Idle(mut outbox) = std::mem::replace(&mut self.desk, Desk::Lost) {
+        if let Desk::Idle(mut outbox) = std::mem::replace(&mut self.desk, Desk::Gone) {
             let changes = std::mem::take(&mut self.changes);
             self.desk = Desk::Busy(tokio::task::spawn_blocking(move || {
                 let outcome = outbox.apply(&changes);
@@ -437,7 +475,7 @@ impl Driver {
         let Written { outbox, changes, outcome } = match written {
             Ok(written) => written,
             Err(error) => {
-                self.desk = Desk::Lost;
+                self.desk = Desk::Gone;
                 return Err(Closed::Outbox(format!("its thread ended: {error}")).into());
             }
         };
@@ -448,10 +486,12 @@ impl Driver {
         for change in changes {
             // What could not be removed is sent again in the next run, under the same id.
             let Change::Add(unsent) = change else { continue };
-            let Some(Queuing { reply, waiter, outcome: outcomes }) = self.queuing.remove(&unsent.id) else { continue };
+            let Some(Queuing { reply, waiter, outcome: outcomes }) = self.queuing.remove(&unsent.key()) else {
+                continue;
+            };
             match &outcome {
                 Ok(()) => {
-                    self.waiters.insert(unsent.id.clone(), waiter);
+                    self.waiters.insert(unsent.key(), waiter);
                     // Whoever does not wait any more does not care: it is sent all the same.
                     drop(reply.send(Ok((unsent.id.clone(), outcomes))));
                     self.sending.push(unsent);
@@ -462,8 +502,13 @@ impl Driver {
         Ok(())
     }
 
+    /// It does not wait any more.
+    fn forget(&mut self, unsent: &Unsent) {
+        self.changes.push(Change::Remove { to: unsent.to.clone(), id: unsent.id.clone() });
+    }
+
     fn not_sent(&mut self, unsent: Unsent, error: SendError) {
-        if let Some(waiter) = self.waiters.remove(&unsent.id)
+        if let Some(waiter) = self.waiters.remove(&unsent.key())
             && waiter.send(Err(error.clone())).is_ok()
         {
             return;
@@ -475,7 +520,7 @@ impl Driver {
 
     fn link_event(&mut self, event: LinkEvent) -> Result<(), Ending> {
         match event {
-            LinkEvent::Connected { resumed, publishes_per_s } => {
+            LinkEvent::Connected { resumed, publishes_per_s, packet_bytes_max } => {
                 self.logins_refused = 0;
                 self.connection = match std::mem::replace(&mut self.connection, Connection::gone()) {
                     Connection::Opening(link) => {
@@ -483,7 +528,8 @@ impl Driver {
                         if link.subscribe(user, *listen, &self.response_topic).is_err() {
                             return self.ended(Ended::Lost("the first packet found no room".to_owned()));
                         }
-                        Connection::Subscribing { link, resumed, publishes_per_s }
+                        let packet_bytes_max = packet_bytes_max.map_or(usize::MAX, |bytes| bytes as usize);
+                        Connection::Subscribing { link, resumed, publishes_per_s, packet_bytes_max }
                     }
                     other => other,
                 };
@@ -503,9 +549,9 @@ impl Driver {
         let now = Instant::now();
         let (resumed, publishes_per_s);
         self.connection = match std::mem::replace(&mut self.connection, Connection::gone()) {
-            Connection::Subscribing { link, resumed: is_resumed, publishes_per_s: rate } => {
+            Connection::Subscribing { link, resumed: is_resumed, publishes_per_s: rate, packet_bytes_max } => {
                 (resumed, publishes_per_s) = (is_resumed, rate);
-                Connection::Open { link, since: now }
+                Connection::Open { link, since: now, packet_bytes_max }
             }
             other => {
                 self.connection = other;
@@ -514,9 +560,9 @@ impl Driver {
         };
         if self.connected_before && !resumed && self.options.session == Session::Durable {
             tracing::warn!("the server has forgotten this device: it is a new one to it");
-            self.deliveries.forget();
         }
         self.connected_before = true;
+        self.give_up_the_too_old();
         self.sending.connected(publishes_per_s, now);
         for asked in self.asked.values_mut() {
             asked.published = false;
@@ -535,12 +581,12 @@ impl Driver {
     fn answered(&mut self, token: Token, answer: &Answer) {
         let now = Instant::now();
         match token {
-            Token::Message(id) => {
-                let Some((unsent, outcome)) = self.sending.answered(&id, answer, now) else { return };
-                self.changes.push(Change::Remove(id));
+            Token::Message(key) => {
+                let Some((unsent, outcome)) = self.sending.answered(&key, answer, now) else { return };
+                self.forget(&unsent);
                 match outcome {
                     Outcome::Stored(stored) => {
-                        if let Some(waiter) = self.waiters.remove(&unsent.id) {
+                        if let Some(waiter) = self.waiters.remove(&key) {
                             // Whoever does not wait any more does not care.
                             drop(waiter.send(Ok(stored)));
                         }
@@ -566,9 +612,9 @@ impl Driver {
                     return;
                 }
                 if let Some(reading) = self.reading.remove(&with) {
-                    for waiter in reading.waiters {
+                    for reader in reading.readers {
                         // Whoever does not wait any more does not care.
-                        drop(waiter.send(outcome.clone()));
+                        drop(reader.reply.send(outcome.clone()));
                     }
                 }
             }
@@ -611,7 +657,7 @@ impl Driver {
                 return;
             }
         };
-        let key = (message.conversation.clone(), message.seq);
+        let key = (message.conversation.clone(), message.seq, message.at);
         match self.deliveries.arrived(key.clone(), incoming.packet) {
             Arrived::New => {
                 let ticket = Ticket::new(key, &self.returns);
@@ -657,8 +703,8 @@ impl Driver {
             Ended::Lost(reason) => reason,
             Ended::LoginRefused(reason) => {
                 self.logins_refused += 1;
-                let is_token = matches!(self.options.credential, Credential::Token(_));
-                if !is_token || self.logins_refused >= TOKENS_MAX {
+                let may_be_renewed = matches!(self.options.credential, Credential::Token(_)) && self.first.is_none();
+                if !may_be_renewed || self.logins_refused >= TOKENS_MAX {
                     return Err(Closed::LoginRefused(reason).into());
                 }
                 reason
@@ -666,10 +712,8 @@ impl Driver {
             Ended::Refused(reason) => return Err(Closed::Refused(reason).into()),
             Ended::TakenOver => return Err(Closed::TakenOver.into()),
         };
-        if let Some(first) = self.first.take() {
-            // Whoever does not wait any more has nothing to close.
-            drop(first.send(Err(ConnectError::Unreachable(reason))));
-            return Err(Closed::ByUs.into());
+        if self.first.is_some() {
+            return Err(Ending { unreachable: Some(reason), ..Closed::ByUs.into() });
         }
         self.lost(reason);
         Ok(())
@@ -714,20 +758,27 @@ impl Driver {
             }
             self.write_outbox();
         }
+        // Whoever hears that it is over may open it again.
+        self.desk = Desk::Gone;
         for number in self.asked.keys().copied().collect::<Vec<_>>() {
             self.reply(number, Err(RequestError::Closed(ending.why.clone())));
         }
         for (_, reading) in std::mem::take(&mut self.reading) {
-            for waiter in reading.waiters {
+            for reader in reading.readers {
                 // Whoever does not wait any more does not care.
-                drop(waiter.send(Err(RequestError::Closed(ending.why.clone()))));
+                drop(reader.reply.send(Err(RequestError::Closed(ending.why.clone()))));
             }
         }
         for (_, waiter) in std::mem::take(&mut self.waiters) {
             drop(waiter.send(Err(SendError::Closed(ending.why.clone()))));
         }
         if let Some(first) = self.first.take() {
-            drop(first.send(Err(ConnectError::Closed(ending.why.clone()))));
+            let why = match ending.unreachable {
+                Some(reason) => ConnectError::Unreachable(reason),
+                None => ConnectError::Closed(ending.why.clone()),
+            };
+            // Whoever does not wait any more has nothing to close.
+            drop(first.send(Err(why)));
         }
         self.events.tell(Event::Connection(ConnectionState::Closed(ending.why)));
         if let Some(reply) = ending.reply {
@@ -774,6 +825,15 @@ impl Connection {
     fn gone() -> Self {
         Self::None { retry_at: Instant::now() }
     }
+}
+
+/// A packet that the server does not take would end every connection by which it went out.
+fn too_large(outgoing: &Outgoing<'_>, packet_bytes_max: usize) -> Option<Refusal> {
+    (outgoing.packet_bytes() > packet_bytes_max).then(|| Refusal {
+        code: Some(ErrorCode::TextTooLong),
+        reason_code: 0x95,
+        message: format!("text_too_long: the server takes packets of {packet_bytes_max} bytes at most"),
+    })
 }
 
 /// An event that is told once.

@@ -59,6 +59,9 @@ pub enum ConnectError {
     /// Unsent messages of earlier could not be read.
     #[error("the outbox: {0}")]
     Outbox(#[from] OutboxError),
+    /// The certificates that the options name make no sense.
+    #[error(transparent)]
+    Options(#[from] InvalidOptions),
 }
 
 /// The server said no: nothing was stored or changed.
@@ -67,7 +70,7 @@ pub enum ConnectError {
 pub struct Refusal {
     /// Which rule; `None` if this library does not know the server's word for it.
     pub code: Option<ErrorCode>,
-    /// MQTT 5 reason code of the acknowledgement, 0x80 and above.
+    /// MQTT 5 reason code of the acknowledgement, 0x80 and above; 0x95 for a packet too large for the server, which is not sent at all.
     pub reason_code: u8,
     /// The server's sentence, which begins with the code.
     pub message: String,
@@ -80,10 +83,11 @@ pub enum SendError {
     /// The server refused it, and will refuse it again.
     #[error("not sent: {0}")]
     Refused(#[from] Refusal),
-    /// It waited in the outbox for longer than servers remember ids: it may have been stored or not. Look at the history before sending it anew.
+    /// It was published, or may have been in an earlier run, and was not answered for longer than servers remember ids: it may have been stored or
+    /// not. Look at the history before sending it anew.
     #[error("not sent again: it is older than the server's memory of ids, and may have been stored already")]
     TooOld,
-    /// A message of this id waits already.
+    /// A message of this id to the same user waits already.
     #[error("not sent: a message with the id {0} waits already")]
     SameId(MessageId),
     /// There is no connection, and will be none. The message is still in the outbox.

@@ -10,7 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use parking_lot::Mutex;
 use tokio::sync::Notify;
 
-use crate::event::Event;
+use crate::event::{ConnectionState, Event};
 
 /// Receipts, read, typing and presence that wait for the program.
 const LIVE_EVENTS_MAX: usize = 8_192;
@@ -19,6 +19,8 @@ const LIVE_EVENTS_MAX: usize = 8_192;
 struct Waiting {
     events: VecDeque<Event>,
     missed: u64,
+    /// A connection that did not resume the session was told and not heard of.
+    is_place_lost: bool,
 }
 
 #[derive(Debug, Default)]
@@ -67,16 +69,22 @@ pub(crate) struct Teller {
 }
 
 impl Teller {
-    pub(crate) fn tell(&self, event: Event) {
+    pub(crate) fn tell(&self, mut event: Event) {
         let mut waiting = self.shared.waiting.lock();
         let is_live = matches!(event, Event::Receipt(_) | Event::Read(_) | Event::Typing(_) | Event::Presence(_));
         if is_live && waiting.events.len() >= LIVE_EVENTS_MAX {
             waiting.missed += 1;
             return;
         }
-        if matches!(event, Event::Connection(_)) && matches!(waiting.events.back(), Some(Event::Connection(_))) {
-            // How it stands is what counts: a program that does not look is not told of every attempt.
-            waiting.events.pop_back();
+        if let Event::Connection(state) = &mut event {
+            if let Some(Event::Connection(before)) = waiting.events.back() {
+                // How it stands is what counts: a program that does not look is not told of every attempt.
+                waiting.is_place_lost |= matches!(before, ConnectionState::Connected { resumed: false });
+                waiting.events.pop_back();
+            }
+            if let ConnectionState::Connected { resumed } = state {
+                *resumed &= !std::mem::take(&mut waiting.is_place_lost);
+            }
         }
         waiting.events.push_back(event);
         drop(waiting);
@@ -102,7 +110,6 @@ mod tests {
     use chat_protocol::event::{TypingEvent, TypingState};
 
     use super::*;
-    use crate::event::ConnectionState;
 
     fn typing() -> Event {
         Event::Typing(TypingEvent { from: UserId::parse("bob").unwrap(), state: TypingState::On })
@@ -124,6 +131,26 @@ mod tests {
         teller.tell(typing());
         drop(teller);
         assert_eq!(waits.await.unwrap(), [true, false, true]);
+    }
+
+    #[test]
+    fn how_the_connection_stands_is_told_once() {
+        let (teller, mut events) = events();
+        let connected = |resumed| Event::Connection(ConnectionState::Connected { resumed });
+        let lost = || {
+            let (reason, retry_in) = ("it broke".to_owned(), std::time::Duration::ZERO);
+            Event::Connection(ConnectionState::Lost { reason, retry_in })
+        };
+        let mut next = |told: [Event; 3]| {
+            told.into_iter().for_each(|event| teller.tell(event));
+            let Some(Event::Connection(state)) = events.try_next() else { panic!("a connection") };
+            assert!(events.try_next().is_none());
+            state
+        };
+        assert_eq!(next([connected(true), lost(), connected(true)]), ConnectionState::Connected { resumed: true });
+        let anew = next([connected(false), lost(), connected(true)]);
+        assert_eq!(anew, ConnectionState::Connected { resumed: false }, "the place was lost meanwhile");
+        assert_eq!(next([lost(), lost(), connected(true)]), ConnectionState::Connected { resumed: true });
     }
 
     #[tokio::test]

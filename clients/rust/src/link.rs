@@ -6,9 +6,11 @@
 //! rumqttc 0.25's oddities and what guards against them here:
 //! - Its event loop reconnects by itself and then publishes again what was not acknowledged, or forgets it when the session is new. A loop
 //!   is dropped with its first error, so neither happens.
-//! - `poll` must not be cancelled: a packet that was taken from the queue would be lost. A task of its own does nothing but poll.
+//! - `poll` must not be cancelled: a packet that was taken from the queue would be lost. A task of its own does nothing but poll, and a loop
+//!   whose poll took too long is dropped.
 //! - It does not say which packet identifier a publish gets. It numbers them in the order of its queue and reports each as it goes out, so the
 //!   tokens of what was queued are matched in that order.
+//! - A packet that is larger than the server allows is an error to it, which ends the link: whoever publishes asks [`Outgoing::packet_bytes`] before.
 //! - It refuses packets above 10 KiB unless told otherwise, and panics if a keep alive is below 5 s.
 //! - After a refused publish a packet identifier that collided stays stuck. Identifiers never collide here: at most [`QUEUE`] are under way, and
 //!   it has as many more to give.
@@ -19,9 +21,10 @@
 use std::collections::{HashMap, VecDeque};
 use std::panic::AssertUnwindSafe;
 use std::sync::Arc;
+use std::time::Duration;
 
 use chat_protocol::topic::Down;
-use chat_protocol::{MessageId, Seq, UserId};
+use chat_protocol::{Seq, UserId};
 use futures_util::FutureExt;
 use parking_lot::Mutex;
 use rumqttc::v5::mqttbytes::QoS;
@@ -30,12 +33,14 @@ use rumqttc::v5::mqttbytes::v5::{
     SubscribeReasonCode,
 };
 use rumqttc::v5::{AsyncClient, ConnectionError, Event, EventLoop, MqttOptions, StateError};
-use rumqttc::{Outgoing, TlsConfiguration, Transport as RumqttcTransport};
+use rumqttc::{Outgoing as Written, TlsConfiguration, Transport as RumqttcTransport};
 use tokio::sync::mpsc;
 use tokio::task::JoinHandle;
+use tokio::time::{Instant, sleep_until, timeout_at};
 
 use crate::answer::Answer;
 use crate::options::{Credential, Listen, Options, Session, Transport};
+use crate::outbox::Key;
 
 /// Packets that wait to be written, and publishes under way.
 const QUEUE: usize = 1_024;
@@ -47,7 +52,7 @@ const PACKET_BYTES_MAX: u32 = 8 * 1024 * 1024;
 /// What a publish was, for whoever hears the answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Token {
-    Message(MessageId),
+    Message(Key),
     Read(UserId, Seq),
     Request(u64),
 }
@@ -57,7 +62,7 @@ pub(crate) enum Token {
 #[expect(clippy::large_enum_variant, reason = "the large one is the common one")]
 pub(crate) enum LinkEvent {
     /// The server accepted the connection.
-    Connected { resumed: bool, publishes_per_s: Option<u32> },
+    Connected { resumed: bool, publishes_per_s: Option<u32>, packet_bytes_max: Option<u32> },
     /// The subscriptions are there; or why one is not.
     Subscribed(Result<(), String>),
     /// Something was published to us.
@@ -98,6 +103,24 @@ pub(crate) enum Ended {
 #[derive(Debug)]
 pub(crate) struct QueueFull;
 
+/// What a publish is made of.
+#[derive(Debug)]
+pub(crate) struct Outgoing<'a> {
+    pub(crate) topic: String,
+    pub(crate) payload: Vec<u8>,
+    /// Response topic and correlation data.
+    pub(crate) answer_to: Option<(&'a str, Vec<u8>)>,
+}
+
+impl Outgoing<'_> {
+    /// Of its packet, at most.
+    pub(crate) fn packet_bytes(&self) -> usize {
+        // Fixed header 5, packet identifier 2, length of the properties 4; a string has 2 before it, and a property 1.
+        let properties = self.answer_to.as_ref().map_or(0, |(topic, correlation)| 6 + topic.len() + correlation.len());
+        13 + self.topic.len() + properties + self.payload.len()
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct Link {
     client: AsyncClient,
@@ -126,19 +149,30 @@ impl Link {
         let queued = Arc::new(Mutex::new(VecDeque::new()));
         // The loop is made before the token is there, so that packets can be queued; only its options change until it is polled.
         let (client, mut event_loop) = AsyncClient::new(mqtt.clone(), QUEUE);
-        let pump = Pump { number, events, queued: Arc::clone(&queued), under_way: HashMap::new() };
+        let open_by = Instant::now() + options.connect_timeout;
+        let pump = Pump {
+            number,
+            events,
+            queued: Arc::clone(&queued),
+            under_way: HashMap::new(),
+            patience: options.connect_timeout,
+            open_by: Some(open_by),
+        };
         let farewell = pump.events.clone();
         let connected = async move {
             let password = match credential {
                 Credential::None => None,
                 Credential::Password(password) => Some(password),
-                Credential::Token(callback) => match callback().await {
-                    Ok(token) => Some(token),
-                    Err(error) => {
-                        pump.tell(LinkEvent::Ended(Ended::Lost(format!("no token: {error}")))).await;
-                        return;
+                Credential::Token(callback) => {
+                    let token = timeout_at(open_by, callback()).await;
+                    match token.unwrap_or_else(|_| Err("none in time".into())) {
+                        Ok(token) => Some(token),
+                        Err(error) => {
+                            pump.tell(LinkEvent::Ended(Ended::Lost(format!("no token: {error}")))).await;
+                            return;
+                        }
                     }
-                },
+                }
             };
             // Without a password the user name goes alone, as in development mode.
             mqtt.set_credentials(user.as_str(), password.unwrap_or_default());
@@ -176,13 +210,8 @@ impl Link {
     }
 
     /// At QoS 1: it is answered.
-    pub(crate) fn publish(
-        &self,
-        token: Token,
-        topic: String,
-        payload: Vec<u8>,
-        answer_to: Option<(&str, Vec<u8>)>,
-    ) -> Result<(), QueueFull> {
+    pub(crate) fn publish(&self, token: Token, outgoing: Outgoing<'_>) -> Result<(), QueueFull> {
+        let Outgoing { topic, payload, answer_to } = outgoing;
         let properties = answer_to.map(|(topic, correlation)| PublishProperties {
             response_topic: Some(topic.to_owned()),
             correlation_data: Some(correlation.into()),
@@ -228,7 +257,8 @@ fn mqtt_options(options: &Options, tls: Option<&Arc<rustls::ClientConfig>>) -> M
         Transport::WebSocketTls => RumqttcTransport::Wss(tls()),
     });
     mqtt.set_keep_alive(options.keep_alive);
-    mqtt.set_connection_timeout(options.connect_timeout.as_secs());
+    // The pump is more exact, and waits for the subscriptions too.
+    mqtt.set_connection_timeout(options.connect_timeout.as_secs() + 1);
     mqtt.set_clean_start(options.session == Session::Temporary);
     mqtt.set_session_expiry_interval(Some(match options.session {
         Session::Durable => u32::MAX,
@@ -247,6 +277,10 @@ struct Pump {
     events: mpsc::Sender<(u64, LinkEvent)>,
     queued: Arc<Mutex<VecDeque<Token>>>,
     under_way: HashMap<u16, Token>,
+    /// How long a connection that is not open yet may be silent.
+    patience: Duration,
+    /// `None`: it is open.
+    open_by: Option<Instant>,
 }
 
 impl Pump {
@@ -257,14 +291,19 @@ impl Pump {
 
     async fn run(mut self, mut event_loop: EventLoop) {
         loop {
-            let told = match event_loop.poll().await {
-                Ok(Event::Outgoing(outgoing)) => {
-                    self.on_outgoing(&outgoing);
+            let polled = tokio::select! {
+                biased;
+                polled = event_loop.poll() => polled.map_err(|error| ended(&error)),
+                () = passed(self.open_by) => Err(Ended::Lost("the server does not answer".to_owned())),
+            };
+            let told = match polled {
+                Ok(Event::Outgoing(written)) => {
+                    self.on_written(&written);
                     true
                 }
                 Ok(Event::Incoming(packet)) => self.on_incoming(packet).await,
-                Err(error) => {
-                    self.tell(LinkEvent::Ended(ended(&error))).await;
+                Err(why) => {
+                    self.tell(LinkEvent::Ended(why)).await;
                     false
                 }
             };
@@ -274,8 +313,8 @@ impl Pump {
         }
     }
 
-    fn on_outgoing(&mut self, outgoing: &Outgoing) {
-        if let Outgoing::Publish(packet_id) = outgoing
+    fn on_written(&mut self, written: &Written) {
+        if let Written::Publish(packet_id) = written
             && *packet_id != 0
             && let Some(token) = self.queued.lock().pop_front()
         {
@@ -286,12 +325,14 @@ impl Pump {
     async fn on_incoming(&mut self, packet: Packet) -> bool {
         let event = match packet {
             Packet::ConnAck(accepted) => {
+                let packet_bytes_max = accepted.properties.as_ref().and_then(|properties| properties.max_packet_size);
                 let properties = accepted.properties.map(|properties| properties.user_properties).unwrap_or_default();
                 let rate = properties.iter().find_map(|(key, value)| (key == "publishes_per_s").then_some(value));
                 let publishes_per_s = rate.and_then(|rate| rate.parse().ok());
-                LinkEvent::Connected { resumed: accepted.session_present, publishes_per_s }
+                LinkEvent::Connected { resumed: accepted.session_present, publishes_per_s, packet_bytes_max }
             }
             Packet::SubAck(answer) => {
+                self.open_by = None;
                 let refused = answer.return_codes.iter().any(|code| !matches!(code, SubscribeReasonCode::Success(_)));
                 let reason = answer.properties.and_then(|properties| properties.reason_string);
                 LinkEvent::Subscribed(if refused {
@@ -308,16 +349,20 @@ impl Pump {
                 };
                 LinkEvent::Answered(token, Answer::read(reason_code(answer.reason), reason, properties))
             }
-            Packet::Publish(publish) => LinkEvent::Published(Incoming {
-                topic: String::from_utf8_lossy(&publish.topic).into_owned(),
-                payload: publish.payload.to_vec(),
-                waited: publish.retain,
-                correlation: publish
-                    .properties
-                    .as_ref()
-                    .and_then(|properties| properties.correlation_data.as_ref().map(|bytes| bytes.to_vec())),
-                packet: UnackedPacket(publish),
-            }),
+            Packet::Publish(publish) => {
+                // What waited comes before the subscriptions are answered.
+                self.open_by = self.open_by.map(|_| Instant::now() + self.patience);
+                LinkEvent::Published(Incoming {
+                    topic: String::from_utf8_lossy(&publish.topic).into_owned(),
+                    payload: publish.payload.to_vec(),
+                    waited: publish.retain,
+                    correlation: publish
+                        .properties
+                        .as_ref()
+                        .and_then(|properties| properties.correlation_data.as_ref().map(|bytes| bytes.to_vec())),
+                    packet: UnackedPacket(publish),
+                })
+            }
             _ => return true,
         };
         self.tell(event).await
@@ -328,6 +373,14 @@ impl Incoming {
     /// QoS 0 needs none.
     pub(crate) fn wants_acknowledgement(&self) -> bool {
         self.packet.0.qos != QoS::AtMostOnce
+    }
+}
+
+/// Never, if there is no such moment.
+async fn passed(moment: Option<Instant>) {
+    match moment {
+        Some(moment) => sleep_until(moment).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -184,7 +184,7 @@ impl Options {
     }
 
     /// Logs in with a token (JWT), asked for before each connection: when one has expired the server closes the connection, and the next is
-    /// made with a fresh one. Nothing is lost meanwhile.
+    /// made with a fresh one. Nothing is lost meanwhile. A callback that takes longer than [`connect_timeout`](Self::connect_timeout) has failed.
     #[must_use]
     pub fn token<F, R>(mut self, callback: F) -> Self
     where
@@ -244,7 +244,7 @@ impl Options {
         self
     }
 
-    /// How long an attempt to connect takes at most; 15 s if this is not called.
+    /// How long an attempt to connect takes at most, from asking for a token until messages flow; 15 s if this is not called.
     #[must_use]
     pub fn connect_timeout(mut self, timeout: Duration) -> Self {
         self.connect_timeout = timeout.max(Duration::from_secs(1));

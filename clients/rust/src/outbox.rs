@@ -29,13 +29,27 @@ pub struct Unsent {
     pub queued_at: Timestamp,
 }
 
+/// An unsent message's name: ids count within a conversation, as on the server.
+pub(crate) type Key = (UserId, MessageId);
+
+impl Unsent {
+    pub(crate) fn key(&self) -> Key {
+        (self.to.clone(), self.id.clone())
+    }
+}
+
 /// What changes in an outbox.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Change {
     /// This waits, behind all others.
     Add(Unsent),
-    /// This does not wait any more. Forgetting it costs a needless resend and nothing else.
-    Remove(MessageId),
+    /// The message to `to` that has this id does not wait any more. Forgetting it costs a needless resend and nothing else.
+    Remove {
+        /// To whom it was: others may be sent messages of the same id.
+        to: UserId,
+        /// Its id.
+        id: MessageId,
+    },
 }
 
 /// Keeps messages until they are stored on the server. Called from a thread that may block, never by two at once.
@@ -71,7 +85,7 @@ impl Outbox for MemoryOutbox {
 #[serde(rename_all = "lowercase", deny_unknown_fields)]
 enum Line {
     Add(Unsent),
-    Remove(MessageId),
+    Remove { to: UserId, id: MessageId },
 }
 
 /// A file of JSON lines, readable by its owner alone. One process at a time: a second one is refused.
@@ -80,7 +94,7 @@ pub struct FileOutbox {
     path: PathBuf,
     file: File,
     /// Held as long as this is.
-    _lock: File,
+    lock: File,
     waiting: Vec<Unsent>,
     gone_lines: usize,
 }
@@ -107,7 +121,9 @@ impl FileOutbox {
         let file = private(OpenOptions::new().create(true).read(true).append(true))
             .open(&path)
             .map_err(|error| failed(&path, &error))?;
-        let mut outbox = Self { path, file, _lock: lock, waiting: Vec::new(), gone_lines: 0 };
+        // A file that a crash takes out of its folder keeps nothing.
+        sync_folder(&path);
+        let mut outbox = Self { path, file, lock, waiting: Vec::new(), gone_lines: 0 };
         outbox.read()?;
         Ok(outbox)
     }
@@ -128,8 +144,8 @@ impl FileOutbox {
                 |problem: String| OutboxError::Damaged { path: self.path.display().to_string(), line: number, problem };
             match serde_json::from_slice(&line).map_err(|error| damaged(error.to_string()))? {
                 Line::Add(unsent) => self.waiting.push(unsent),
-                Line::Remove(id) => {
-                    self.waiting.retain(|unsent| unsent.id != id);
+                Line::Remove { to, id } => {
+                    self.waiting.retain(|unsent| unsent.to != to || unsent.id != id);
                     self.gone_lines += 2;
                 }
             }
@@ -146,7 +162,7 @@ impl FileOutbox {
                     adds = true;
                     Line::Add(unsent.clone())
                 }
-                Change::Remove(id) => Line::Remove(id.clone()),
+                Change::Remove { to, id } => Line::Remove { to: to.clone(), id: id.clone() },
             };
             serde_json::to_writer(&mut bytes, &line)?;
             bytes.push(b'\n');
@@ -160,7 +176,7 @@ impl FileOutbox {
         written
     }
 
-    /// Only what waits, in a new file that takes the old one's place when it is safe.
+    /// Only what waits, in a new file that takes the old one's place when it is safe. Until then the old one is as good.
     fn write_anew(&mut self) -> std::io::Result<()> {
         let new_path = self.path.with_added_extension("new");
         let mut bytes = Vec::new();
@@ -168,17 +184,22 @@ impl FileOutbox {
             serde_json::to_writer(&mut bytes, &Line::Add(unsent.clone()))?;
             bytes.push(b'\n');
         }
-        let mut file = private(OpenOptions::new().create(true).truncate(true).write(true)).open(&new_path)?;
+        let mut file = private(OpenOptions::new().create(true).read(true).append(true)).open(&new_path)?;
+        // Of a time before.
+        file.set_len(0)?;
         file.write_all(&bytes)?;
         file.sync_all()?;
         std::fs::rename(&new_path, &self.path)?;
-        if let Some(folder) = self.path.parent() {
-            let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-            File::open(folder)?.sync_all()?;
-        }
-        self.file = private(OpenOptions::new().append(true).read(true)).open(&self.path)?;
-        self.gone_lines = 0;
+        self.file = file;
+        sync_folder(&self.path);
         Ok(())
+    }
+}
+
+impl Drop for FileOutbox {
+    /// Closing it would do, if no process that this one is just starting had it open for a moment longer.
+    fn drop(&mut self) {
+        self.lock.unlock().ok();
     }
 }
 
@@ -193,18 +214,28 @@ impl Outbox for FileOutbox {
         for change in changes {
             match change {
                 Change::Add(unsent) => self.waiting.push(unsent.clone()),
-                Change::Remove(id) => {
-                    gone.insert(id);
+                Change::Remove { to, id } => {
+                    gone.insert((to, id));
                     self.gone_lines += 2;
                 }
             }
         }
-        self.waiting.retain(|unsent| !gone.contains(&unsent.id));
+        self.waiting.retain(|unsent| !gone.contains(&(&unsent.to, &unsent.id)));
         if self.gone_lines > GONE_LINES_MAX && self.gone_lines > self.waiting.len() {
-            self.write_anew().map_err(|error| failed(&self.path, &error))?;
+            // All is safe where it is: what fails here is room, and is tried again after as many lines more.
+            if let Err(error) = self.write_anew() {
+                tracing::warn!(path = %self.path.display(), %error, "the outbox could not be written anew");
+            }
+            self.gone_lines = 0;
         }
         Ok(())
     }
+}
+
+/// Makes the name of a file safe in its folder. Where the file system cannot, there is nothing better.
+fn sync_folder(path: &Path) {
+    let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(folder).and_then(|folder| folder.sync_all()).ok();
 }
 
 fn failed(path: &Path, error: &std::io::Error) -> OutboxError {
@@ -236,7 +267,7 @@ mod tests {
     }
 
     fn remove(id: &str) -> Change {
-        Change::Remove(MessageId::parse(id).unwrap())
+        Change::Remove { to: UserId::parse("bob").unwrap(), id: MessageId::parse(id).unwrap() }
     }
 
     fn ids(outbox: &mut FileOutbox) -> Vec<String> {
@@ -254,6 +285,21 @@ mod tests {
         let mut outbox = FileOutbox::open(&path).unwrap();
         assert_eq!(ids(&mut outbox), ["b", "c"]);
         assert_eq!(outbox.load().unwrap()[0], unsent("b"));
+    }
+
+    /// A bot answers two people under the same number.
+    #[test]
+    fn ids_count_within_a_conversation() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("outbox");
+        let to_carol = Unsent { to: UserId::parse("carol").unwrap(), ..unsent("a") };
+        let mut outbox = FileOutbox::open(&path).unwrap();
+        outbox.apply(&[add("a"), Change::Add(to_carol.clone())]).unwrap();
+        outbox.apply(&[remove("a")]).unwrap();
+        let rest = vec![to_carol];
+        assert_eq!(outbox.load().unwrap(), rest);
+        drop(outbox);
+        assert_eq!(FileOutbox::open(&path).unwrap().load().unwrap(), rest);
     }
 
     #[test]
@@ -307,6 +353,22 @@ mod tests {
         outbox.apply(&[add("last")]).unwrap();
         drop(outbox);
         assert_eq!(ids(&mut FileOutbox::open(&path).unwrap()), ["first", "last"]);
+    }
+
+    /// What cannot be written anew, for want of room or of a right, is still what it was.
+    #[test]
+    fn no_room_for_a_new_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("outbox");
+        // In its place nothing can be written.
+        std::fs::create_dir(folder.path().join("outbox.new")).unwrap();
+        let mut outbox = FileOutbox::open(&path).unwrap();
+        for number in 0..600 {
+            outbox.apply(&[add(&format!("m-{number}")), remove(&format!("m-{number}"))]).unwrap();
+        }
+        outbox.apply(&[add("last")]).unwrap();
+        drop(outbox);
+        assert_eq!(ids(&mut FileOutbox::open(&path).unwrap()), ["last"]);
     }
 
     #[cfg(unix)]

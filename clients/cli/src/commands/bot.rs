@@ -30,7 +30,12 @@ pub(super) async fn echo(settings: &mut Settings) -> Result<(), Failure> {
             event = events.next() => event,
         };
         let done = match event {
-            Some(Event::Message(delivery)) => answer(&client, delivery).await,
+            Some(Event::Message(delivery)) => tokio::select! {
+                biased;
+                answered = answer(&client, delivery) => answered,
+                // It comes again, and so does its echo, which is stored once.
+                () = signals.next() => break Ok(()),
+            },
             Some(Event::NotSent { to, error, .. }) => {
                 note(format!("an echo to {to}: {error}"));
                 Ok(())

@@ -16,10 +16,11 @@ use crate::signals::Signals;
 
 pub(super) async fn listen(settings: &mut Settings, listen: arguments::Listen) -> Result<(), Failure> {
     let arguments::Listen { from, sent, limit, form } = listen;
-    // Who listens to one peer alone has a place for that alone: there nothing of others is lost.
-    let device = match &from {
-        Some(peer) => settings.device(&format!("chat-from-{peer}")),
-        None => settings.device("chat"),
+    // Who listens to one peer alone has a place for that alone, also where a name was given: there nothing of others is lost.
+    let device = match (&from, settings.named_device()) {
+        (Some(peer), Some(name)) => format!("{name}-from-{peer}"),
+        (Some(peer), None) => settings.device(&format!("chat-from-{peer}")),
+        (None, _) => settings.device("chat"),
     };
     let me = settings.user.clone();
     let wanted = Wanted { me, from, own: if sent { Own::Shown } else { Own::Hidden } };

@@ -44,11 +44,18 @@ pub(super) async fn run(settings: &mut Settings, send: Send) -> Result<(), Failu
         source,
         output: Output::new(form),
         text_bytes_max: None,
+        unknown: 0,
         stored: 0,
         refused: 0,
         first_refusal: None,
     };
-    let outcome = sender.run(lines, events).await;
+    let mut signals = Signals::new()?;
+    let outcome = tokio::select! {
+        biased;
+        () = signals.next() => None,
+        outcome = sender.run(lines, events) => Some(outcome),
+    };
+    let outcome = outcome.unwrap_or_else(|| Err(Failure::interrupted(format!("interrupted: {}", sender.so_far()))));
     sender.client.clone().close().await;
     outcome
 }
@@ -77,6 +84,8 @@ struct Sender {
     output: Output,
     /// The longest text that the server takes, once it was asked.
     text_bytes_max: Option<usize>,
+    /// Sent, and not answered yet.
+    unknown: u64,
     stored: u64,
     refused: u64,
     first_refusal: Option<Failure>,
@@ -84,7 +93,6 @@ struct Sender {
 
 impl Sender {
     async fn run(&mut self, mut lines: mpsc::Receiver<Line>, mut events: Events) -> Result<(), Failure> {
-        let mut signals = Signals::new()?;
         let mut connections = Connections::default();
         let mut in_flight = FuturesOrdered::new();
         let mut is_reading = true;
@@ -92,11 +100,6 @@ impl Sender {
         while is_reading || !in_flight.is_empty() {
             tokio::select! {
                 biased;
-                () = signals.next() => {
-                    let unknown = in_flight.len();
-                    let sentence = format!("interrupted: {} stored, of {unknown} it is not known", self.stored);
-                    return Err(Failure::interrupted(sentence));
-                }
                 Some((number, outcome)) = in_flight.next() => {
                     answer_by = Instant::now() + self.timeout;
                     self.outcome(number, outcome).await?;
@@ -114,11 +117,8 @@ impl Sender {
                     None => is_reading = false,
                 },
                 () = tokio::time::sleep_until(answer_by), if !in_flight.is_empty() => {
-                    return Err(Failure::unreachable(format!(
-                        "no answer from the server in time: {} stored, of {} it is not known",
-                        self.stored,
-                        in_flight.len(),
-                    )));
+                    let sentence = format!("no answer from the server in time: {}", self.so_far());
+                    return Err(Failure::unreachable(sentence));
                 }
                 Some(event) = events.next() => {
                     if let Event::Connection(state) = event {
@@ -161,12 +161,19 @@ impl Sender {
             }
         };
         match queued {
-            Ok(queued) => Ok(Some(queued)),
+            Ok(queued) => {
+                self.unknown += 1;
+                Ok(Some(queued))
+            }
             Err(error) => {
                 self.not_sent(number, error)?;
                 Ok(None)
             }
         }
+    }
+
+    fn so_far(&self) -> String {
+        format!("{} stored, of {} it is not known", self.stored, self.unknown)
     }
 
     fn id_of(&self, number: u64) -> Result<Option<MessageId>, Failure> {
@@ -188,6 +195,7 @@ impl Sender {
     }
 
     async fn outcome(&mut self, number: u64, outcome: Result<Stored, SendError>) -> Result<(), Failure> {
+        self.unknown -= 1;
         let stored = match outcome {
             Ok(stored) => stored,
             Err(error) => return self.not_sent(number, error),
@@ -278,7 +286,8 @@ fn next_line(input: &mut impl BufRead, number: &mut u64) -> Option<Line> {
             }
         }
         if bytes.len() == LINE_BYTES_MAX && !bytes.ends_with(b"\n") {
-            input.skip_until(b'\n').ok()?;
+            // What fails here fails again with the next line.
+            input.skip_until(b'\n').ok();
             return line(Err(format!("text_too_long: it has more than {LINE_BYTES_MAX} bytes")));
         }
         while bytes.last().is_some_and(|byte| matches!(byte, b'\n' | b'\r')) {
