@@ -993,6 +993,11 @@ impl App {
                 }
             }
         }
+        if let (Focus::Messages(item), Some((was, is))) = (&mut self.focus, conversation.landed)
+            && *item == was
+        {
+            *item = is;
+        }
         if let Focus::Messages(item) = self.focus
             && Flow::new(conversation, &self.zone, room).place_of(item).is_none()
         {

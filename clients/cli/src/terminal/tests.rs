@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use chat_client::{
-    AnsweredEntry, ConnectionState, ConversationId, ConversationOk, ConversationsOk, Envelope, ErrorCode, Event,
-    HistoryOk, Kind, MessageId, PresenceEvent, PresenceStatus, Range, ReadEvent, ReceiptEvent, Refusal, RequestError,
-    SendError, Seq, Standing, Stored, Timestamp, TypingEvent, TypingState, Unsent, UserId,
+    AnsweredEntry, ConnectionState, ConversationId, ConversationOk, ConversationsOk, Envelope, ErrorCode,
+    Event, HistoryOk, Kind, MessageId, PresenceEvent, PresenceStatus, Range, ReadEvent, ReceiptEvent, Refusal,
+    RequestError, SendError, Seq, Standing, Stored, Timestamp, TypingEvent, TypingState, Unsent, UserId,
 };
 use crossterm::event::{Event as TerminalEvent, KeyCode, KeyEvent, KeyModifiers};
 use jiff::tz::TimeZone;
@@ -16,8 +16,8 @@ use ratatui::backend::TestBackend;
 use ratatui::buffer::{Buffer, CellWidth as _};
 use unicode_segmentation::UnicodeSegmentation as _;
 
-use super::conversation::Progress;
-use super::model::{App, Effect, Input};
+use super::conversation::{Item, Progress, Scroll};
+use super::model::{App, Effect, Focus, Input};
 use super::{Now, view, wrap};
 
 /// 4 May 2027, 14:30.
@@ -596,6 +596,44 @@ fn a_hundred_and_twenty_columns() {
     assert!(screen[6].starts_with(&format!("{:36}│  text 2", "")) && screen[6].ends_with("14:20 ✓"), "{screen:#?}");
     chat.key(KeyCode::F(1));
     assert!(chat.shows("reply by quoting it"));
+}
+
+#[test]
+fn what_goes_does_not_move_what_stays() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 90, 0, 90)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(90);
+    chat.key(KeyCode::PageUp);
+    let Scroll::At { item: Item::Entry(top), .. } = chat.app.opened().unwrap().scroll else { panic!("not scrolled") };
+    let row = |chat: &Chat, number: u64| chat.screen().iter().position(|row| row.contains(&format!("text {number} ")));
+    let before = row(&chat, top.get() + 4).expect("on the screen");
+    chat.handle(Input::Deleted { with: user("bob"), seq: top, outcome: Ok(()) });
+    assert_eq!(row(&chat, top.get()), None);
+    let after = row(&chat, top.get() + 4).expect("still on the screen");
+    assert!(chat.app.is_scrolled_up() && before.abs_diff(after) <= 2, "{before} {after}");
+}
+
+#[test]
+fn what_was_on_its_way_stays_where_it_is_when_it_is_stored() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 9, 0, 9)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(9);
+    let keys: Vec<u64> = (0..50).map(|number| chat.say(&format!("written {number}."))).collect();
+    chat.key(KeyCode::PageUp);
+    chat.press(KeyCode::Up, KeyModifiers::ALT);
+    // Without the list, and without ticks.
+    let texts = |chat: &Chat| {
+        let row = |row: &String| row.split('│').nth(1).unwrap_or_default().split("  14:").next().unwrap().to_owned();
+        chat.screen().iter().map(row).collect::<Vec<_>>()
+    };
+    let before = texts(&chat);
+    let Focus::Messages(Item::Outgoing(chosen)) = chat.app.focus else { panic!("{:?}", chat.app.focus) };
+    for (number, key) in (10..).zip(&keys) {
+        chat.stored(*key, &format!("m-{number}"), number);
+        assert_eq!(texts(&chat)[2..20], before[2..20], "{number}");
+    }
+    let seq = seq(10 + u64::try_from(keys.iter().position(|key| *key == chosen).unwrap()).unwrap());
+    assert_eq!(chat.app.focus, Focus::Messages(Item::Entry(seq)));
 }
 
 #[test]
