@@ -447,7 +447,10 @@ impl App {
             Event::Read(read) => self.conversation(&read.with).read_to(read.read),
             Event::Typing(typing) => {
                 let until = (typing.state == TypingState::On).then_some(self.now.instant + TYPING_SHOWN);
-                self.conversation(&typing.from).typing_until = until;
+                // Strangers may type as they like: the list is for those who have written.
+                if let Some(conversation) = self.conversations.get_mut(&typing.from) {
+                    conversation.typing_until = until;
+                }
             }
             Event::Presence(presence)
                 if self.presence.len() < CONVERSATIONS_MAX || self.presence.contains_key(&presence.user) =>

@@ -412,6 +412,9 @@ fn typing_is_told() {
     assert!(chat.shows("bob is typing…"));
     chat.pass(Duration::from_secs(9));
     assert!(!chat.shows("bob is typing…"));
+    // With whom there is no conversation, there is none yet.
+    chat.handle(Input::Client(Event::Typing(TypingEvent { from: user("mallory"), state: TypingState::On })));
+    assert!(!chat.shows("mallory"));
 }
 
 #[test]
