@@ -168,7 +168,7 @@ impl App {
 
     fn list_key(&mut self, key: KeyEvent) {
         let rows = usize::from((self.areas().list.height / layout::LIST_ITEM_ROWS).max(1));
-        let at = self.chosen.as_ref().and_then(|chosen| self.order.iter().position(|peer| peer == chosen)).unwrap_or(0);
+        let at = self.place_of_chosen().unwrap_or(0);
         let at = match key.code {
             KeyCode::Up => at.saturating_sub(1),
             KeyCode::Down => at + 1,

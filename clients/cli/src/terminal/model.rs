@@ -924,8 +924,11 @@ impl App {
         if self.list_asked_again_at.take_if(|at| self.now.instant >= *at).is_some() && self.link == Link::Connected {
             self.list_anew();
         }
+        let rows = usize::from(self.areas().list.height / layout::LIST_ITEM_ROWS);
         if self.order_is_stale {
             self.order_is_stale = false;
+            let shown = self.list_top..self.list_top + rows;
+            let was_shown = self.place_of_chosen().is_some_and(|place| shown.contains(&place));
             let mut order: Vec<&Conversation> = self.conversations.values().collect();
             order.sort_by(|one, other| other.active_ms.cmp(&one.active_ms).then_with(|| one.peer.cmp(&other.peer)));
             self.order = order.into_iter().map(|conversation| conversation.peer.clone()).collect();
@@ -937,16 +940,23 @@ impl App {
                     self.conversations.remove(&peer);
                 }
             }
+            if was_shown && let Some(place) = self.place_of_chosen() {
+                self.list_top = self.list_top.clamp(place.saturating_sub(rows - 1), place);
+            }
         }
         if self.chosen.is_none() {
             self.chosen = self.order.first().cloned();
         }
-        let rows = usize::from(self.areas().list.height / layout::LIST_ITEM_ROWS);
         self.list_top = self.list_top.min(self.order.len().saturating_sub(rows));
         let is_near_end = self.list_top + rows + 10 >= self.order.len();
         if is_near_end && self.listing.is_none() && self.link == Link::Connected {
             self.ask_next_list_page();
         }
+    }
+
+    /// Where in the list the chosen conversation is.
+    pub(super) fn place_of_chosen(&self) -> Option<usize> {
+        self.chosen.as_ref().and_then(|chosen| self.order.iter().position(|peer| peer == chosen))
     }
 
     fn settle_timeline(&mut self) {

@@ -640,6 +640,26 @@ fn what_was_on_its_way_stays_where_it_is_when_it_is_stored() {
 }
 
 #[test]
+fn the_chosen_conversation_stays_on_the_screen() {
+    let peers = (0..30).map(|number| told(&format!("peer-{number:02}"), 1, 0, 1)).collect();
+    let mut chat = Chat::connected(80, 24, peers);
+    assert!(chat.shows("▌○ peer-00"));
+    for number in (0..30).rev() {
+        let envelope = Envelope {
+            conversation: ConversationId::between(&user("alice"), &user(&format!("peer-{number:02}"))).unwrap(),
+            seq: seq(3),
+            from: user(&format!("peer-{number:02}")),
+            to: user("alice"),
+            id: None,
+            at: Timestamp::from_ms(WALL_MS + 100 - number),
+            kind: text("hello"),
+        };
+        chat.handle(Input::Message(envelope));
+        assert!(chat.shows("▌○ peer-00"), "{number} {:#?}", chat.screen());
+    }
+}
+
+#[test]
 fn right_to_left_words_are_isolated() {
     let mut chat = Chat::connected(80, 24, Vec::new());
     chat.begin("bob");
