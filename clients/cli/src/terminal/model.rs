@@ -1016,7 +1016,9 @@ impl App {
         {
             self.focus = Focus::Compose;
         }
-        if is_connected && self.is_watching(&peer) {
+        // Own messages that wait may fill the screen.
+        let is_seen = conversation.last_of_peer().and_then(|seq| conversation.timeline.position(seq)) >= Some(first);
+        if is_connected && is_seen && self.is_watching(&peer) {
             self.mark_read(&peer);
         }
     }

@@ -640,6 +640,21 @@ fn what_was_on_its_way_stays_where_it_is_when_it_is_stored() {
 }
 
 #[test]
+fn what_own_messages_push_off_the_screen_is_not_read() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 9, 0, 9)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(9);
+    chat.lose();
+    for number in 0..30 {
+        chat.say(&format!("written {number}"));
+    }
+    chat.connect();
+    chat.list(vec![told("bob", 11, 1, 9)]);
+    chat.histories(11);
+    assert!(!chat.shows("text 11") && chat.take(|effect| matches!(effect, Effect::MarkRead { .. })).is_empty());
+}
+
+#[test]
 fn the_chosen_conversation_stays_on_the_screen() {
     let peers = (0..30).map(|number| told(&format!("peer-{number:02}"), 1, 0, 1)).collect();
     let mut chat = Chat::connected(80, 24, peers);
