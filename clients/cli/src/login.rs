@@ -45,11 +45,13 @@ pub(crate) async fn prepare(settings: &mut Settings) -> Result<(), Failure> {
     Ok(())
 }
 
-fn can_ask(settings: &Settings) -> bool {
+/// Whether a password may help, and somebody is there to give one.
+pub(crate) fn can_ask(settings: &Settings) -> bool {
     settings.credential == Credential::None && std::io::stderr().is_terminal() && File::open("/dev/tty").is_ok()
 }
 
-async fn ask(settings: &mut Settings) -> Result<(), Failure> {
+/// Asks for a password, for the next connection.
+pub(crate) async fn ask(settings: &mut Settings) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::usage(format!("asking for a password: {error}"));
     let prompt = format!("Password of {} at {}: ", settings.user, safe::line(&settings.server));
     let terminal = File::open("/dev/tty").map_err(|error| failed(&error))?;

@@ -34,6 +34,7 @@ pub(super) const HELP: &[(&str, &str)] = &[
     ("Ctrl-F", "search in what is loaded; n older, N newer"),
     ("Esc", "leave what you are in"),
     ("F1", "this help"),
+    ("Ctrl-Z", "to the shell; fg comes back"),
     ("Ctrl-C, Ctrl-Q", "quit"),
     ("", ""),
     ("◷ ✓ ✓✓", "on its way, stored, delivered; in colour: read"),

@@ -16,6 +16,7 @@ use jiff::tz::TimeZone;
 use super::Now;
 use super::compose::Editor;
 use super::conversation::{Conversation, Draft, End, Item, Outgoing, Progress, Scroll};
+use super::drafts::Drafts;
 use super::layout::{self, Areas, Flow, Half, Placement};
 use super::search;
 use super::timeline::{Arrival, ENTRIES_MAX, Entry, Joined};
@@ -45,6 +46,8 @@ const TYPING_SAID_AGAIN: Duration = Duration::from_secs(3);
 const TYPING_IDLE: Duration = Duration::from_secs(5);
 /// If the server's `off` is missed.
 const TYPING_SHOWN: Duration = Duration::from_secs(8);
+/// Drafts are kept so long after a key was pressed.
+const DRAFTS_KEPT: Duration = Duration::from_secs(2);
 /// How long a notice is shown.
 const NOTICE: Duration = Duration::from_secs(8);
 
@@ -69,6 +72,8 @@ pub(super) enum Input {
         key: u64,
         stored: Stored,
     },
+    /// What waited since an earlier run waits no longer: it is stored, and comes as all that is stored does, or refused, which is said too.
+    Left(MessageId),
     /// A message was not stored, and will not be.
     NotStored {
         to: UserId,
@@ -101,6 +106,8 @@ pub(super) enum Input {
         seq: Seq,
         outcome: Result<(), RequestError>,
     },
+    /// Drafts could not be kept for the next run.
+    NotKept(String),
     /// Time has passed.
     Tick,
 }
@@ -147,6 +154,7 @@ pub(super) enum Effect {
         with: UserId,
         seq: Seq,
     },
+    KeepDrafts(Drafts),
     Quit,
 }
 
@@ -243,13 +251,21 @@ pub(super) struct App {
     typing: Option<Typing>,
     message_bytes: usize,
     asked_again_at: Option<Instant>,
+    drafts_due_at: Option<Instant>,
     next_number: u64,
     effects: Vec<Effect>,
 }
 
 impl App {
-    /// With what waits in the outbox since an earlier run.
-    pub(super) fn new(me: UserId, zone: TimeZone, size: (u16, u16), waiting: Vec<Unsent>, now: Now) -> Self {
+    /// With what an earlier run left: what waits in the outbox, and drafts.
+    pub(super) fn new(
+        me: UserId,
+        zone: TimeZone,
+        size: (u16, u16),
+        waiting: Vec<Unsent>,
+        drafts: &Drafts,
+        now: Now,
+    ) -> Self {
         let mut app = Self {
             me,
             zone,
@@ -275,6 +291,7 @@ impl App {
             typing: None,
             message_bytes: MESSAGE_BYTES,
             asked_again_at: None,
+            drafts_due_at: None,
             next_number: 0,
             effects: Vec::new(),
         };
@@ -285,6 +302,9 @@ impl App {
             conversation.active_ms = conversation.active_ms.max(queued_at.as_ms());
             conversation.outgoing.push(outgoing);
         }
+        for (peer, text) in drafts {
+            app.conversation(peer).draft.editor = Editor::new(text);
+        }
         app.settle();
         app
     }
@@ -293,13 +313,22 @@ impl App {
     pub(super) fn handle(&mut self, input: Input, now: Now) -> Vec<Effect> {
         self.now = now;
         match input {
-            Input::Terminal(event) => self.terminal(&event),
+            Input::Terminal(event) => {
+                self.terminal(&event);
+                self.drafts_due_at.get_or_insert(now.instant + DRAFTS_KEPT);
+            }
             Input::Message(message) => self.message(message),
             Input::Client(event) => self.client(event),
             Input::Queued { to, key, id } => self.conversation(&to).queued(key, id),
             Input::Stored { to, key, stored } => {
                 self.conversation(&to).stored(key, stored.id, stored.seq, stored.at);
                 self.order_is_stale = true;
+            }
+            Input::Left(id) => {
+                let is_it = |outgoing: &Outgoing| outgoing.id.as_ref() == Some(&id);
+                for conversation in self.conversations.values_mut() {
+                    conversation.outgoing.retain(|outgoing| !is_it(outgoing) || outgoing.progress != Progress::Waiting);
+                }
             }
             Input::NotStored { to, key, reason } => {
                 let conversation = self.conversation(&to);
@@ -325,6 +354,7 @@ impl App {
                 Ok(()) => self.conversation(&with).timeline.remove(seq),
                 Err(error) => self.notify(format!("not deleted: {error}")),
             },
+            Input::NotKept(reason) => self.notify(format!("drafts are not kept: {reason}")),
             Input::Tick => {}
         }
         self.settle();
@@ -341,7 +371,18 @@ impl App {
             Link::Lost { retry_at, .. } if retry_at > now => Some((now + Duration::from_secs(1)).min(retry_at)),
             _ => None,
         };
-        [typing, notice, shown, countdown, self.asked_again_at, self.list_asked_again_at].into_iter().flatten().min()
+        let due = [self.asked_again_at, self.list_asked_again_at, self.drafts_due_at];
+        [typing, notice, shown, countdown].into_iter().chain(due).flatten().min()
+    }
+
+    /// What is being written and not sent. The words that a message is being given instead are not among them.
+    pub(super) fn drafts(&self) -> Drafts {
+        let drafts = self.conversations.values().filter_map(|conversation| {
+            let Draft { editor, editing } = &conversation.draft;
+            let editor = editing.as_ref().map_or(editor, |(_, stashed)| stashed);
+            (!editor.is_blank()).then(|| (conversation.peer.clone(), editor.text().to_owned()))
+        });
+        drafts.collect()
     }
 
     // ---- what is shown -------------------------------------------------------------------------------------------------
@@ -916,6 +957,9 @@ impl App {
             conversation.typing_until.take_if(|until| now >= *until);
         }
         self.asked_again_at.take_if(|at| now >= *at);
+        if self.drafts_due_at.take_if(|at| now >= *at).is_some() {
+            self.effects.push(Effect::KeepDrafts(self.drafts()));
+        }
         self.settle_list();
         self.settle_timeline();
     }

@@ -17,6 +17,7 @@ use ratatui::buffer::{Buffer, CellWidth as _};
 use unicode_segmentation::UnicodeSegmentation as _;
 
 use super::conversation::{Item, Progress, Scroll};
+use super::drafts::Drafts;
 use super::model::{App, Effect, Focus, Input};
 use super::{Now, view, wrap};
 
@@ -46,7 +47,7 @@ struct Chat {
 impl Chat {
     fn new(columns: u16, rows: u16) -> Self {
         let now = Now { instant: Instant::now(), wall_ms: WALL_MS };
-        let app = App::new(user("alice"), TimeZone::UTC, (columns, rows), Vec::new(), now);
+        let app = App::new(user("alice"), TimeZone::UTC, (columns, rows), Vec::new(), &Drafts::new(), now);
         Self { app, now, effects: VecDeque::new(), size: (columns, rows) }
     }
 
@@ -302,7 +303,7 @@ fn what_waits_since_an_earlier_run_is_there() {
     let now = Now { instant: Instant::now(), wall_ms: WALL_MS };
     let waiting =
         Unsent { id: id("m-1"), to: user("bob"), text: "later".into(), queued_at: Timestamp::from_ms(WALL_MS) };
-    let app = App::new(user("alice"), TimeZone::UTC, (80, 24), vec![waiting], now);
+    let app = App::new(user("alice"), TimeZone::UTC, (80, 24), vec![waiting], &Drafts::new(), now);
     let mut chat = Chat { app, now, effects: VecDeque::new(), size: (80, 24) };
     assert!(chat.shows("◷ later") && chat.shows("1 message waits"));
     chat.connect();
@@ -311,6 +312,28 @@ fn what_waits_since_an_earlier_run_is_there() {
     chat.histories(0);
     chat.arrive("alice", 1, Some("m-1"), text("later"));
     assert!(!chat.shows("◷") && chat.shows("✓"));
+}
+
+/// It was stored by the earlier run, which could not say so any more: nobody sends it to this device again.
+#[test]
+fn what_was_stored_by_an_earlier_run_is_shown_once() {
+    let now = Now { instant: Instant::now(), wall_ms: WALL_MS };
+    let waiting = ["m-1", "m-2"].map(|name| {
+        let (text, queued_at) = (format!("text of {name}"), Timestamp::from_ms(WALL_MS));
+        Unsent { id: id(name), to: user("bob"), text, queued_at }
+    });
+    let app = App::new(user("alice"), TimeZone::UTC, (80, 24), waiting.to_vec(), &Drafts::new(), now);
+    let mut chat = Chat { app, now, effects: VecDeque::new(), size: (80, 24) };
+    chat.connect();
+    chat.handle(Input::Left(id("m-1")));
+    let outgoing = &chat.app.conversations[&user("bob")].outgoing;
+    assert!(outgoing.len() == 1 && outgoing[0].id == Some(id("m-2")));
+    // Refused is something else, in whichever order it is told.
+    let refusal = Refusal { code: Some(ErrorCode::UnknownUser), reason_code: 0x90, message: "unknown_user".into() };
+    let error = SendError::Refused(refusal);
+    chat.handle(Input::Client(Event::NotSent { id: id("m-2"), to: user("bob"), text: "text of m-2".into(), error }));
+    chat.handle(Input::Left(id("m-2")));
+    assert!(chat.shows("✗ text of m-2"));
 }
 
 #[test]
@@ -652,6 +675,34 @@ fn what_own_messages_push_off_the_screen_is_not_read() {
     chat.list(vec![told("bob", 11, 1, 9)]);
     chat.histories(11);
     assert!(!chat.shows("text 11") && chat.take(|effect| matches!(effect, Effect::MarkRead { .. })).is_empty());
+}
+
+#[test]
+fn drafts_last() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 2, 0, 2)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(2);
+    chat.text("for bob");
+    chat.begin("carol");
+    chat.histories(0);
+    chat.text("for carol");
+    let kept = |chat: &mut Chat| chat.take(|effect| matches!(effect, Effect::KeepDrafts(_))).pop();
+    assert_eq!(kept(&mut chat), None);
+    assert!(chat.app.wake_at().is_some());
+    chat.pass(Duration::from_secs(2));
+    let drafts = Drafts::from([(user("bob"), "for bob".to_owned()), (user("carol"), "for carol".to_owned())]);
+    assert_eq!(kept(&mut chat), Some(Effect::KeepDrafts(drafts.clone())));
+    chat.pass(Duration::from_secs(9));
+    assert_eq!(kept(&mut chat), None, "no key was pressed");
+    // What is being edited is no draft, but what waits meanwhile is.
+    chat.begin("bob");
+    chat.press(KeyCode::Up, KeyModifiers::ALT);
+    chat.key(KeyCode::Char('e'));
+    chat.text("!");
+    assert_eq!(chat.app.drafts(), drafts);
+    let app = App::new(user("alice"), TimeZone::UTC, (80, 24), Vec::new(), &drafts, chat.now);
+    let chat = Chat { app, now: chat.now, effects: VecDeque::new(), size: (80, 24) };
+    assert!(chat.shows("draft: for bob") && chat.shows("draft: for carol"));
 }
 
 #[test]
