@@ -27,7 +27,7 @@ pub(super) const HELP: &[(&str, &str)] = &[
     ("↑", "with nothing written: edit your last message"),
     ("Alt-↑ Alt-↓, click", "choose a message, then:"),
     ("   r", "reply by quoting it"),
-    ("   e", "edit it, if it is yours"),
+    ("   e", "edit it, if it is yours or was not sent"),
     ("   u", "unsend it for everybody, if it is yours"),
     ("   d", "delete it for you alone"),
     ("Ctrl-R", "send again what was not sent"),
@@ -210,12 +210,10 @@ impl App {
             KeyCode::Down if alt || control => return,
             KeyCode::Up => {
                 if editor.is_empty() {
-                    if let Some(seq) = conversation.last_of_mine() {
-                        self.edit(seq);
-                    }
-                    return;
+                    self.edit_last();
+                } else {
+                    editor.up(room);
                 }
-                editor.up(room);
                 return;
             }
             KeyCode::Down => {
@@ -264,11 +262,10 @@ impl App {
             KeyCode::Down | KeyCode::Char('j') => self.choose(true),
             KeyCode::Esc | KeyCode::Enter => self.focus = Focus::Compose,
             KeyCode::Char('r') => self.reply(item),
-            KeyCode::Char('e') => {
-                if let Item::Entry(seq) = item {
-                    self.edit(seq);
-                }
-            }
+            KeyCode::Char('e') => match item {
+                Item::Entry(seq) => self.edit(seq),
+                Item::Outgoing(key) => self.take_back(key),
+            },
             KeyCode::Char('u') => match item {
                 Item::Entry(seq) if self.is_own_text(seq) => self.prompt = Some(Prompt::Unsend { seq }),
                 Item::Entry(_) => self.notify("only your own messages can be unsent"),

@@ -738,6 +738,10 @@ impl App {
             self.notify(format!("too long: {} bytes, and a message has at most {message_bytes}", text.len()));
             return;
         }
+        if self.is_closed() {
+            self.notify("there is no connection, and there will be none: what you wrote stays here");
+            return;
+        }
         let to = conversation.peer.clone();
         let outgoing: usize = self.conversations.values().map(|conversation| conversation.outgoing.len()).sum();
         if outgoing >= OUTGOING_MAX {
@@ -765,6 +769,10 @@ impl App {
 
     /// Sends again what was not sent; one message, or all of the open conversation.
     pub(super) fn send_again(&mut self, one: Option<u64>) {
+        if self.is_closed() {
+            self.notify("there is no connection, and there will be none");
+            return;
+        }
         let queued_at = Timestamp::from_ms(self.now.wall_ms);
         let Some(conversation) = self.opened_mut() else { return };
         let is_it = |outgoing: &mut Outgoing| {
@@ -780,6 +788,31 @@ impl App {
         }
         self.focus = Focus::Compose;
         self.go_to_newest();
+    }
+
+    /// Begins to give the last own message other words.
+    pub(super) fn edit_last(&mut self) {
+        let Some(conversation) = self.opened() else { return };
+        match (conversation.outgoing.last(), conversation.last_of_mine()) {
+            (Some(outgoing), _) => self.take_back(outgoing.key),
+            (None, Some(seq)) => self.edit(seq),
+            (None, None) => {}
+        }
+    }
+
+    /// Takes a message that was not sent back into the editor.
+    pub(super) fn take_back(&mut self, key: u64) {
+        let Some(conversation) = self.opened_mut() else { return };
+        let draft = &mut conversation.draft;
+        let is_it = |outgoing: &Outgoing| outgoing.key == key && outgoing.progress != Progress::Waiting;
+        if draft.editing.is_some() || !draft.editor.is_blank() {
+            self.notify("something else is being written");
+        } else if let Some(place) = conversation.outgoing.iter().position(is_it) {
+            draft.editor = Editor::new(&conversation.outgoing.remove(place).text);
+            self.focus = Focus::Compose;
+        } else {
+            self.notify("it is on its way: it can be edited when it is stored");
+        }
     }
 
     /// Begins to give a message other words.

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use chat_client::{
-    AnsweredEntry, ConnectionState, ConversationId, ConversationOk, ConversationsOk, Envelope, ErrorCode,
+    AnsweredEntry, Closed, ConnectionState, ConversationId, ConversationOk, ConversationsOk, Envelope, ErrorCode,
     Event, HistoryOk, Kind, MessageId, PresenceEvent, PresenceStatus, Range, ReadEvent, ReceiptEvent, Refusal,
     RequestError, SendError, Seq, Standing, Stored, Timestamp, TypingEvent, TypingState, Unsent, UserId,
 };
@@ -660,6 +660,40 @@ fn what_was_on_its_way_stays_where_it_is_when_it_is_stored() {
     }
     let seq = seq(10 + u64::try_from(keys.iter().position(|key| *key == chosen).unwrap()).unwrap());
     assert_eq!(chat.app.focus, Focus::Messages(Item::Entry(seq)));
+}
+
+#[test]
+fn what_was_not_sent_can_be_written_anew() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 10, 0, 10)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(10);
+    let key = chat.say("far too long");
+    // It may be on the server's disk already: not even the message before it is meant.
+    chat.key(KeyCode::Up);
+    assert!(chat.shows("on its way") && chat.shows("> Write a message"));
+    chat.handle(Input::NotStored { to: user("bob"), key, reason: "text_too_long".into() });
+    chat.key(KeyCode::Up);
+    assert!(chat.shows("> far too long") && !chat.shows("✗") && !chat.shows("Editing"));
+    chat.control('u');
+    let key = chat.say("short");
+    chat.handle(Input::NotStored { to: user("bob"), key, reason: "too_fast".into() });
+    chat.text("something else");
+    chat.press(KeyCode::Up, KeyModifiers::ALT);
+    chat.key(KeyCode::Char('e'));
+    assert!(chat.shows("✗ too_fast") && chat.shows("> something else"));
+}
+
+#[test]
+fn where_nothing_can_be_sent_words_stay_in_the_editor() {
+    let mut chat = Chat::connected(80, 24, Vec::new());
+    chat.begin("bob");
+    chat.histories(0);
+    chat.handle(Input::Client(Event::Connection(ConnectionState::Closed(Closed::TakenOver))));
+    chat.text("hello");
+    chat.key(KeyCode::Enter);
+    assert!(chat.shows("> hello") && chat.shows("stays here"), "{:#?}", chat.screen());
+    assert!(chat.take(|effect| matches!(effect, Effect::Send { .. })).is_empty());
+    assert_eq!(chat.app.drafts()[&user("bob")], "hello");
 }
 
 #[test]
