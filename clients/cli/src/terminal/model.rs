@@ -1005,7 +1005,8 @@ impl App {
         if self.order_is_stale {
             self.order_is_stale = false;
             let shown = self.list_top..self.list_top + rows;
-            let was_shown = self.place_of_chosen().is_some_and(|place| shown.contains(&place));
+            let is_shown = |place| self.focus == Focus::List && shown.contains(&place);
+            let was_shown = self.place_of_chosen().is_some_and(is_shown);
             let mut order: Vec<&Conversation> = self.conversations.values().collect();
             order.sort_by(|one, other| other.active_ms.cmp(&one.active_ms).then_with(|| one.peer.cmp(&other.peer)));
             self.order = order.into_iter().map(|conversation| conversation.peer.clone()).collect();
