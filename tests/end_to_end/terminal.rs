@@ -1,6 +1,7 @@
 //! The chat in a real terminal: keys are sent, the screen is read.
 
-use std::time::Duration;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use chat_client::{Client, Events, Options as ClientOptions, Range, UserId};
 use end_to_end::proxy::Proxy;
@@ -8,6 +9,8 @@ use end_to_end::terminal::{Screen, Terminal};
 use end_to_end::{Chatd, Options, PATIENCE, eventually};
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
+
+use crate::auth;
 
 fn home() -> TempDir {
     tempfile::Builder::new().prefix("chat-home-").tempdir().unwrap()
@@ -58,6 +61,11 @@ async fn say(terminal: &Terminal, text: &str) {
 fn line<'a>(screen: &'a Screen, text: &str) -> Option<&'a str> {
     // Left of it may be the list, with the same words.
     screen.rows.iter().map(|row| row.rsplit('│').next().unwrap_or(row)).find(|row| row.contains(text))
+}
+
+/// The timeline's part of each row.
+fn timeline(screen: &Screen) -> impl Iterator<Item = &str> {
+    screen.rows.iter().filter_map(|row| row.rsplit('│').next())
 }
 
 #[tokio::test]
@@ -339,6 +347,100 @@ async fn begun_offline_and_left_offline() {
     assert_eq!(texts(&chatd, "alice", "bob").await, ["for later"]);
 }
 
+/// A network that swallows everything: nobody has to wait to see that.
+#[tokio::test]
+async fn begun_where_nobody_answers() {
+    let silence = tokio::net::TcpListener::bind(("127.0.0.1", 0)).await.unwrap();
+    let home = home();
+    let began = Instant::now();
+    let alice = Terminal::chat(silence.local_addr().unwrap(), "alice", home.path(), 80, 24).await.unwrap();
+    alice.shows_text("Connecting…").await;
+    begin(&alice, "bob").await;
+    say(&alice, "for later").await;
+    alice.shows_text("1 message waits").await;
+    // Far less than it takes to give up.
+    assert!(began.elapsed() < Duration::from_secs(12), "{:?}", began.elapsed());
+    alice.press(&["C-c"]).await.unwrap();
+    alice.ended().await.unwrap();
+}
+
+/// The server wants a password, and nobody gave one: it is asked for when the server says so, be it later.
+#[tokio::test]
+async fn a_password_is_asked_for() {
+    let (_folder, users) = auth::users().await;
+    let mut chatd = Chatd::start_with(auth::required().set("auth.password_file", users.display())).await.unwrap();
+    let proxy = proxy(&chatd).await;
+    let home = home();
+    let alice = chat_through(&proxy, "alice", &home).await;
+    alice.shows("a question, and nothing of the chat", |screen| screen.has("Password of") && !screen.has("F1")).await;
+    alice.text("alice-pw\n").await.unwrap();
+    alice.shows_text("No conversations yet").await;
+    alice.press(&["C-c"]).await.unwrap();
+    alice.ended().await.unwrap();
+    drop(alice);
+
+    chatd.kill9().await.unwrap();
+    let alice = chat_through(&proxy, "alice", &home).await;
+    begin(&alice, "bob").await;
+    say(&alice, "for later").await;
+    alice.text("a draft").await.unwrap();
+    alice.shows("it waits", |screen| screen.has("1 message waits") && screen.has("> a draft")).await;
+    chatd.restart().await.unwrap();
+    proxy.lead_to(chatd.mqtt_addr());
+    alice.shows("a question", |screen| screen.has("Password of") && !screen.has("F1")).await;
+    alice.text("alice-pw\n").await.unwrap();
+    alice.shows("what was written", |screen| screen.has("draft: a draft") && !screen.has("waits")).await;
+    begin_again(&alice, "bob", "a draft").await;
+    alice.shows("it is stored", |screen| line(screen, "for later").is_some_and(|row| row.contains('✓'))).await;
+}
+
+/// The server has stored a message, and the chat was killed before it could note that.
+#[tokio::test]
+async fn stored_and_not_noted() {
+    let mut chatd = Chatd::start().await.unwrap();
+    let proxy = proxy(&chatd).await;
+    chatd.kill9().await.unwrap();
+    let home = home();
+    let alice = chat_through(&proxy, "alice", &home).await;
+    begin(&alice, "bob").await;
+    say(&alice, "only once").await;
+    alice.shows("it waits", |screen| line(screen, "only once").is_some_and(|row| row.contains('◷'))).await;
+    let outbox = find(&home.path().join("chat/outbox"), "terminal").expect("an outbox");
+    eventually("it is in the outbox", PATIENCE, || async {
+        std::fs::read_to_string(&outbox).unwrap().contains("only once")
+    })
+    .await;
+    let before = std::fs::read(&outbox).unwrap();
+    chatd.restart().await.unwrap();
+    proxy.lead_to(chatd.mqtt_addr());
+    alice.shows("it is stored", |screen| line(screen, "only once").is_some_and(|row| row.contains('✓'))).await;
+    begin(&alice, "carol").await;
+    alice.press(&["C-c"]).await.unwrap();
+    alice.ended().await.unwrap();
+    drop(alice);
+    std::fs::write(&outbox, before).unwrap();
+    let alice = chat_through(&proxy, "alice", &home).await;
+    alice.shows("it is stored", |screen| screen.has("✓ only once") && !screen.has("◷")).await;
+    begin(&alice, "bob").await;
+    alice.shows("once", |screen| timeline(screen).filter(|row| row.contains("only once")).count() == 1).await;
+    assert_eq!(texts(&chatd, "alice", "bob").await, ["only once"]);
+}
+
+/// The file of this name, somewhere in a folder.
+fn find(folder: &Path, name: &str) -> Option<PathBuf> {
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for path in std::fs::read_dir(folder).into_iter().flatten().map(|entry| entry.unwrap().path()) {
+            if path.is_dir() {
+                folders.push(path);
+            } else if path.ends_with(name) {
+                return Some(path);
+            }
+        }
+    }
+    None
+}
+
 #[tokio::test]
 async fn hostile_texts() {
     let chatd = Chatd::start_with(Options::default().as_fast_as_it_can()).await.unwrap();
@@ -455,6 +557,47 @@ async fn the_terminal_is_given_back() {
     }
 }
 
+#[tokio::test]
+async fn stopped_and_brought_back() {
+    let chatd = Chatd::start().await.unwrap();
+    let home = home();
+    let terminal = Terminal::shell(&chatd, "alice", home.path(), 80, 24).await.unwrap();
+    terminal.shows_text("ready$").await;
+    terminal.text("chat\n").await.unwrap();
+    begin(&terminal, "bob").await;
+    terminal.text("a draft").await.unwrap();
+    terminal.shows_text("> a draft").await;
+    for _ in 0..2 {
+        terminal.press(&["C-z"]).await.unwrap();
+        let asks = |screen: &Screen| screen.rows.iter().rfind(|row| !row.is_empty()).is_some_and(|row| row == "ready$");
+        terminal.shows("the shell", asks).await;
+        assert_eq!(terminal.about("alternate_on").await.unwrap(), "0");
+        assert_eq!(terminal.about("mouse_any_flag").await.unwrap(), "0");
+        terminal.text("clear; echo in the shell\n").await.unwrap();
+        terminal.shows("its answer", |screen| screen.rows[0] == "in the shell").await;
+        terminal.text("fg\n").await.unwrap();
+        terminal.shows("the chat", |screen| screen.has("> a draft") && !screen.has("in the shell")).await;
+        assert_eq!(terminal.about("mouse_any_flag").await.unwrap(), "1");
+    }
+    terminal.press(&["C-u"]).await.unwrap();
+    say(&terminal, "hello").await;
+    terminal.shows("it is stored", |screen| line(screen, "hello").is_some_and(|row| row.contains('✓'))).await;
+    terminal.press(&["C-c"]).await.unwrap();
+    terminal.shows("the shell", |screen| screen.rows[0] == "in the shell" && !screen.has("F1 help")).await;
+}
+
+/// Where no shell could bring it back, it stays.
+#[tokio::test]
+async fn without_a_shell_nothing_stops() {
+    let chatd = Chatd::start().await.unwrap();
+    let home = home();
+    let alice = chat(&chatd, "alice", &home).await;
+    begin(&alice, "bob").await;
+    alice.press(&["C-z"]).await.unwrap();
+    say(&alice, "hello").await;
+    alice.shows("it is stored", |screen| line(screen, "hello").is_some_and(|row| row.contains('✓'))).await;
+}
+
 /// The process that a shell runs.
 fn child_of(shell: i32) -> Pid {
     let children = std::fs::read_to_string(format!("/proc/{shell}/task/{shell}/children")).unwrap();
@@ -484,6 +627,21 @@ async fn pasted_written_and_searched() {
     begin(&bob, "carol").await;
     bob.shows_text("draft: a draft for").await;
     begin_again(&bob, "alice", "a draft for alice").await;
+    // The next run has it, too, even if this one is killed.
+    let drafts = home.path().join("chat/drafts");
+    eventually("it is kept", PATIENCE, || async { find(&drafts, "terminal").is_some() }).await;
+    let pid: i32 = bob.about("pane_pid").await.unwrap().parse().unwrap();
+    kill_process(Pid::from_raw(pid).unwrap(), Signal::KILL).unwrap();
+    drop(bob);
+    let bob = chat(&chatd, "bob", &home).await;
+    bob.shows_text("draft: a draft for").await;
+    begin_again(&bob, "alice", "a draft for alice").await;
+    bob.press(&["C-c"]).await.unwrap();
+    bob.ended().await.unwrap();
+    drop(bob);
+    let bob = chat(&chatd, "bob", &home).await;
+    begin_again(&bob, "alice", "a draft for alice").await;
+    bob.shows("the newest", |screen| line(screen, "four").is_some()).await;
     // Searching goes to what is above the screen.
     bob.press(&["C-f"]).await.unwrap();
     bob.shows_text("Search:").await;

@@ -96,7 +96,11 @@ impl From<ConnectError> for Failure {
 
 impl From<OutboxError> for Failure {
     fn from(error: OutboxError) -> Self {
-        Self::refused(format!("the outbox: {error}"))
+        let help = match error {
+            OutboxError::InUse(_) => "; give one of them a name of its own: --device",
+            _ => "",
+        };
+        Self::refused(format!("the outbox: {error}{help}"))
     }
 }
 

@@ -65,11 +65,13 @@ pub(crate) async fn interrupted() -> Failure {
     }
 }
 
-fn can_ask(settings: &Settings) -> bool {
+/// Whether a password may help, and somebody is there to give one.
+pub(crate) fn can_ask(settings: &Settings) -> bool {
     settings.credential == Credential::None && std::io::stderr().is_terminal() && File::open("/dev/tty").is_ok()
 }
 
-async fn ask(settings: &mut Settings) -> Result<(), Failure> {
+/// Asks for a password, for the next connection.
+pub(crate) async fn ask(settings: &mut Settings) -> Result<(), Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::usage(format!("asking for a password: {error}"));
     let prompt = format!("Password of {} at {}: ", settings.user, safe::line(&settings.server));
     if let Some(warning) = settings::unencrypted(&settings.server) {

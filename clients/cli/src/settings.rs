@@ -203,13 +203,21 @@ impl Settings {
         self.timeout
     }
 
-    /// Where messages of that device wait: a file for each server, user and device.
+    /// Where messages of that device wait.
     pub(crate) fn outbox(&self, device: &str) -> Result<FileOutbox, Failure> {
+        Ok(FileOutbox::open(self.state("outbox", device)?)?)
+    }
+
+    /// Where drafts of that device are kept.
+    pub(crate) fn drafts(&self, device: &str) -> Result<PathBuf, Failure> {
+        self.state("drafts", device)
+    }
+
+    /// What is kept on this machine: a file for each server, user and device.
+    fn state(&self, what: &str, device: &str) -> Result<PathBuf, Failure> {
         let folders = etcetera::base_strategy::Xdg::new().map_err(|error| Failure::usage(error.to_string()))?;
-        let state = folders.state_dir().unwrap_or_else(|| folders.data_dir());
-        let path =
-            state.join("chat/outbox").join(file_name(&self.server)).join(self.user.as_str()).join(file_name(device));
-        Ok(FileOutbox::open(path)?)
+        let state = folders.state_dir().unwrap_or_else(|| folders.data_dir()).join("chat").join(what);
+        Ok(state.join(file_name(&self.server)).join(self.user.as_str()).join(file_name(device)))
     }
 }
 

@@ -163,7 +163,6 @@ struct Driver {
     commands: mpsc::Receiver<Command>,
     link_events: mpsc::Receiver<(u64, LinkEvent)>,
     link_events_sender: mpsc::Sender<(u64, LinkEvent)>,
-    events: Teller,
     first: Option<oneshot::Sender<Result<(), ConnectError>>>,
     closed: Arc<ClosedSlot>,
     connection: Connection,
@@ -184,6 +183,8 @@ struct Driver {
     /// Not to be published before then.
     requests_paused_until: Option<Instant>,
     reading: HashMap<UserId, Reading>,
+    /// Dropped last: whoever hears of the end may open the outbox again.
+    events: Teller,
 }
 
 pub(crate) async fn start(

@@ -92,11 +92,14 @@ pub(super) async fn terminal(settings: &mut Settings) -> Result<(), Failure> {
             "chat alone opens the chat in the terminal, and this is none; chat --help has the commands",
         ));
     }
-    login::prepare(settings).await?;
     let device = settings.device("chat-terminal");
-    let (options, outbox) = (settings.options(&device)?, settings.outbox(&device)?);
-    terminal::run(options, outbox).await.map_err(|error| match error.downcast::<Closed>() {
-        Ok(closed) => closed.into(),
-        Err(error) => Failure::refused(format!("{error:#}")),
-    })
+    loop {
+        let (options, outbox) = (settings.options(&device)?, settings.outbox(&device)?);
+        let Err(error) = terminal::run(options, outbox, &settings.drafts(&device)?).await else { return Ok(()) };
+        match error.downcast::<Closed>() {
+            Ok(Closed::LoginRefused(_)) if login::can_ask(settings) => login::ask(settings).await?,
+            Ok(closed) => return Err(closed.into()),
+            Err(error) => return Err(Failure::refused(format!("{error:#}"))),
+        }
+    }
 }

@@ -11,8 +11,9 @@ use crate::safe;
 
 /// Longest draft; the server takes far less. What is pasted beyond is cut off.
 const DRAFT_BYTES_MAX: usize = 256 * 1024;
-/// Lines of a message that a reply quotes.
+/// Lines of a message that a reply quotes, and columns of each.
 const QUOTED_LINES_MAX: usize = 5;
+const QUOTED_COLUMNS_MAX: usize = 200;
 
 /// A text that is being written.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -67,7 +68,7 @@ impl Editor {
                 break;
             }
             quoted.push_str("> ");
-            quoted.push_str(line);
+            quoted.push_str(&wrap::cut(line, QUOTED_COLUMNS_MAX));
             quoted.push('\n');
         }
         self.cursor = 0;
@@ -293,6 +294,9 @@ mod tests {
         let mut editor = Editor::default();
         editor.quote("1\n2\n3\n4\n5\n6");
         assert!(editor.text().ends_with("> 5\n> …\n"));
+        let mut editor = Editor::default();
+        editor.quote(&"long ".repeat(10_000));
+        assert!(editor.text().len() < 300 && editor.text().ends_with("…\n"));
     }
 
     proptest! {

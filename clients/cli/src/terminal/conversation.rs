@@ -97,6 +97,8 @@ pub(super) struct Conversation {
     unread: Unread,
     pub(super) timeline: Timeline,
     pub(super) outgoing: Vec<Outgoing>,
+    /// The last that was on its way and is an entry now.
+    pub(super) landed: Option<(Item, Item)>,
     pub(super) draft: Draft,
     pub(super) scroll: Scroll,
     /// The line that says what is new is above the first of the peer's after this seq.
@@ -124,6 +126,7 @@ impl Conversation {
             unread: Unread::default(),
             timeline: Timeline::default(),
             outgoing: Vec::new(),
+            landed: None,
             draft: Draft::default(),
             scroll: Scroll::Bottom,
             unread_after: None,
@@ -185,7 +188,7 @@ impl Conversation {
                     }
                     self.unread.since.retain(|unread| unread.get() > seq);
                     if let Some(id) = &entry.id {
-                        self.outgoing.retain(|outgoing| outgoing.id.as_ref() != Some(id));
+                        self.land(id, entry.seq);
                     }
                 } else {
                     self.typing_until = None;
@@ -225,22 +228,31 @@ impl Conversation {
 
     /// A message that was on its way is stored.
     pub(super) fn stored(&mut self, key: u64, id: MessageId, seq: Seq, at: Timestamp) {
-        let Some(place) = self.outgoing.iter().position(|outgoing| outgoing.key == key) else { return };
-        let text = self.outgoing.remove(place).text;
-        if self.scroll_item() == Some(Item::Outgoing(key)) {
-            self.scroll = Scroll::Bottom;
-        }
-        let words = Words::Text(text);
+        let Some(outgoing) = self.outgoing.iter_mut().find(|outgoing| outgoing.key == key) else { return };
+        outgoing.id = Some(id.clone());
+        let words = Words::Text(outgoing.text.clone());
         self.arrive(Arrival::Text(Entry { seq, is_mine: true, id: Some(id), at, words, edited_at: None }));
+    }
+
+    /// If this was on its way, it is an entry now; whoever looks at it goes on looking at it.
+    fn land(&mut self, id: &MessageId, seq: Seq) {
+        let Some(place) = self.outgoing.iter().position(|outgoing| outgoing.id.as_ref() == Some(id)) else { return };
+        let (was, is) = (Item::Outgoing(self.outgoing.remove(place).key), Item::Entry(seq));
+        self.landed = Some((was, is));
+        if let Scroll::At { item, .. } = &mut self.scroll
+            && *item == was
+        {
+            *item = is;
+        }
     }
 
     /// A message is in the outbox, under this id. It may have been stored and delivered before this was said.
     pub(super) fn queued(&mut self, key: u64, id: MessageId) {
-        let known = self.timeline.entries().iter().rev().take(100).any(|entry| entry.id.as_ref() == Some(&id));
-        if known {
-            self.outgoing.retain(|outgoing| outgoing.key != key);
-        } else if let Some(outgoing) = self.outgoing.iter_mut().find(|outgoing| outgoing.key == key) {
-            outgoing.id = Some(id);
+        let Some(outgoing) = self.outgoing.iter_mut().find(|outgoing| outgoing.key == key) else { return };
+        outgoing.id = Some(id.clone());
+        let known = self.timeline.entries().iter().rev().take(100).find(|entry| entry.id.as_ref() == Some(&id));
+        if let Some(seq) = known.map(|entry| entry.seq) {
+            self.land(&id, seq);
         }
     }
 
@@ -253,13 +265,6 @@ impl Conversation {
         if self.timeline.trim(around, entries_max) {
             // A page that is under way would leave a hole.
             self.page_asked = None;
-        }
-    }
-
-    fn scroll_item(&self) -> Option<Item> {
-        match self.scroll {
-            Scroll::Bottom => None,
-            Scroll::At { item, .. } => Some(item),
         }
     }
 

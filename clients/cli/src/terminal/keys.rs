@@ -27,13 +27,14 @@ pub(super) const HELP: &[(&str, &str)] = &[
     ("↑", "with nothing written: edit your last message"),
     ("Alt-↑ Alt-↓, click", "choose a message, then:"),
     ("   r", "reply by quoting it"),
-    ("   e", "edit it, if it is yours"),
+    ("   e", "edit it, if it is yours or was not sent"),
     ("   u", "unsend it for everybody, if it is yours"),
     ("   d", "delete it for you alone"),
     ("Ctrl-R", "send again what was not sent"),
     ("Ctrl-F", "search in what is loaded; n older, N newer"),
     ("Esc", "leave what you are in"),
     ("F1", "this help"),
+    ("Ctrl-Z", "to the shell; fg comes back"),
     ("Ctrl-C, Ctrl-Q", "quit"),
     ("", ""),
     ("◷ ✓ ✓✓", "on its way, stored, delivered; in colour: read"),
@@ -168,7 +169,7 @@ impl App {
 
     fn list_key(&mut self, key: KeyEvent) {
         let rows = usize::from((self.areas().list.height / layout::LIST_ITEM_ROWS).max(1));
-        let at = self.chosen.as_ref().and_then(|chosen| self.order.iter().position(|peer| peer == chosen)).unwrap_or(0);
+        let at = self.place_of_chosen().unwrap_or(0);
         let at = match key.code {
             KeyCode::Up => at.saturating_sub(1),
             KeyCode::Down => at + 1,
@@ -209,12 +210,10 @@ impl App {
             KeyCode::Down if alt || control => return,
             KeyCode::Up => {
                 if editor.is_empty() {
-                    if let Some(seq) = conversation.last_of_mine() {
-                        self.edit(seq);
-                    }
-                    return;
+                    self.edit_last();
+                } else {
+                    editor.up(room);
                 }
-                editor.up(room);
                 return;
             }
             KeyCode::Down => {
@@ -263,11 +262,10 @@ impl App {
             KeyCode::Down | KeyCode::Char('j') => self.choose(true),
             KeyCode::Esc | KeyCode::Enter => self.focus = Focus::Compose,
             KeyCode::Char('r') => self.reply(item),
-            KeyCode::Char('e') => {
-                if let Item::Entry(seq) = item {
-                    self.edit(seq);
-                }
-            }
+            KeyCode::Char('e') => match item {
+                Item::Entry(seq) => self.edit(seq),
+                Item::Outgoing(key) => self.take_back(key),
+            },
             KeyCode::Char('u') => match item {
                 Item::Entry(seq) if self.is_own_text(seq) => self.prompt = Some(Prompt::Unsend { seq }),
                 Item::Entry(_) => self.notify("only your own messages can be unsent"),

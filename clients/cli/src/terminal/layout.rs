@@ -284,7 +284,7 @@ impl<'a> Flow<'a> {
         let anchored = match scroll {
             Scroll::Bottom => None,
             Scroll::At { item, byte, row } => {
-                self.place_of(item).and_then(|at| self.hung_on(at, item, byte, row, height))
+                self.anchor(item, byte).and_then(|(at, item, byte)| self.hung_on(at, item, byte, row, height))
             }
         };
         anchored.unwrap_or_else(|| {
@@ -293,6 +293,20 @@ impl<'a> Flow<'a> {
             let hung = if self.conversation.timeline.has_later() { self.topmost(&placement) } else { None };
             Placement { scroll: hung.unwrap_or(Scroll::Bottom), ..placement }
         })
+    }
+
+    /// An anchor's place; if it is gone, that of what followed it.
+    fn anchor(&self, item: Item, byte: usize) -> Option<(usize, Item, usize)> {
+        if let Some(at) = self.place_of(item) {
+            return Some((at, item, byte));
+        }
+        let entries = self.conversation.timeline.entries();
+        let at = match item {
+            Item::Entry(seq) => entries.partition_point(|entry| entry.seq < seq),
+            Item::Outgoing(_) => entries.len(),
+        };
+        let at = at.min(self.len().checked_sub(1)?);
+        Some((at, self.item(at)?, 0))
     }
 
     fn hung_below(&self, height: usize) -> Placement {

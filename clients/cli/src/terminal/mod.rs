@@ -6,6 +6,7 @@
 mod clock;
 mod compose;
 mod conversation;
+mod drafts;
 mod keys;
 mod layout;
 mod model;

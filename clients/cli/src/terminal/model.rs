@@ -16,6 +16,7 @@ use jiff::tz::TimeZone;
 use super::Now;
 use super::compose::Editor;
 use super::conversation::{Conversation, Draft, End, Item, Outgoing, Progress, Scroll};
+use super::drafts::Drafts;
 use super::layout::{self, Areas, Flow, Half, Placement};
 use super::search;
 use super::timeline::{Arrival, ENTRIES_MAX, Entry, Joined};
@@ -45,6 +46,8 @@ const TYPING_SAID_AGAIN: Duration = Duration::from_secs(3);
 const TYPING_IDLE: Duration = Duration::from_secs(5);
 /// If the server's `off` is missed.
 const TYPING_SHOWN: Duration = Duration::from_secs(8);
+/// Drafts are kept so long after a key was pressed.
+const DRAFTS_KEPT: Duration = Duration::from_secs(2);
 /// How long a notice is shown.
 const NOTICE: Duration = Duration::from_secs(8);
 
@@ -69,6 +72,8 @@ pub(super) enum Input {
         key: u64,
         stored: Stored,
     },
+    /// What waited since an earlier run waits no longer: it is stored, and comes as all that is stored does, or refused, which is said too.
+    Left(MessageId),
     /// A message was not stored, and will not be.
     NotStored {
         to: UserId,
@@ -101,6 +106,8 @@ pub(super) enum Input {
         seq: Seq,
         outcome: Result<(), RequestError>,
     },
+    /// Drafts could not be kept for the next run.
+    NotKept(String),
     /// Time has passed.
     Tick,
 }
@@ -147,6 +154,7 @@ pub(super) enum Effect {
         with: UserId,
         seq: Seq,
     },
+    KeepDrafts(Drafts),
     Quit,
 }
 
@@ -243,13 +251,21 @@ pub(super) struct App {
     typing: Option<Typing>,
     message_bytes: usize,
     asked_again_at: Option<Instant>,
+    drafts_due_at: Option<Instant>,
     next_number: u64,
     effects: Vec<Effect>,
 }
 
 impl App {
-    /// With what waits in the outbox since an earlier run.
-    pub(super) fn new(me: UserId, zone: TimeZone, size: (u16, u16), waiting: Vec<Unsent>, now: Now) -> Self {
+    /// With what an earlier run left: what waits in the outbox, and drafts.
+    pub(super) fn new(
+        me: UserId,
+        zone: TimeZone,
+        size: (u16, u16),
+        waiting: Vec<Unsent>,
+        drafts: &Drafts,
+        now: Now,
+    ) -> Self {
         let mut app = Self {
             me,
             zone,
@@ -275,6 +291,7 @@ impl App {
             typing: None,
             message_bytes: MESSAGE_BYTES,
             asked_again_at: None,
+            drafts_due_at: None,
             next_number: 0,
             effects: Vec::new(),
         };
@@ -285,6 +302,9 @@ impl App {
             conversation.active_ms = conversation.active_ms.max(queued_at.as_ms());
             conversation.outgoing.push(outgoing);
         }
+        for (peer, text) in drafts {
+            app.conversation(peer).draft.editor = Editor::new(text);
+        }
         app.settle();
         app
     }
@@ -293,13 +313,22 @@ impl App {
     pub(super) fn handle(&mut self, input: Input, now: Now) -> Vec<Effect> {
         self.now = now;
         match input {
-            Input::Terminal(event) => self.terminal(&event),
+            Input::Terminal(event) => {
+                self.terminal(&event);
+                self.drafts_due_at.get_or_insert(now.instant + DRAFTS_KEPT);
+            }
             Input::Message(message) => self.message(message),
             Input::Client(event) => self.client(event),
             Input::Queued { to, key, id } => self.conversation(&to).queued(key, id),
             Input::Stored { to, key, stored } => {
                 self.conversation(&to).stored(key, stored.id, stored.seq, stored.at);
                 self.order_is_stale = true;
+            }
+            Input::Left(id) => {
+                let is_it = |outgoing: &Outgoing| outgoing.id.as_ref() == Some(&id);
+                for conversation in self.conversations.values_mut() {
+                    conversation.outgoing.retain(|outgoing| !is_it(outgoing) || outgoing.progress != Progress::Waiting);
+                }
             }
             Input::NotStored { to, key, reason } => {
                 let conversation = self.conversation(&to);
@@ -325,6 +354,7 @@ impl App {
                 Ok(()) => self.conversation(&with).timeline.remove(seq),
                 Err(error) => self.notify(format!("not deleted: {error}")),
             },
+            Input::NotKept(reason) => self.notify(format!("drafts are not kept: {reason}")),
             Input::Tick => {}
         }
         self.settle();
@@ -341,7 +371,18 @@ impl App {
             Link::Lost { retry_at, .. } if retry_at > now => Some((now + Duration::from_secs(1)).min(retry_at)),
             _ => None,
         };
-        [typing, notice, shown, countdown, self.asked_again_at, self.list_asked_again_at].into_iter().flatten().min()
+        let due = [self.asked_again_at, self.list_asked_again_at, self.drafts_due_at];
+        [typing, notice, shown, countdown].into_iter().chain(due).flatten().min()
+    }
+
+    /// What is being written and not sent. The words that a message is being given instead are not among them.
+    pub(super) fn drafts(&self) -> Drafts {
+        let drafts = self.conversations.values().filter_map(|conversation| {
+            let Draft { editor, editing } = &conversation.draft;
+            let editor = editing.as_ref().map_or(editor, |(_, stashed)| stashed);
+            (!editor.is_blank()).then(|| (conversation.peer.clone(), editor.text().to_owned()))
+        });
+        drafts.collect()
     }
 
     // ---- what is shown -------------------------------------------------------------------------------------------------
@@ -447,7 +488,10 @@ impl App {
             Event::Read(read) => self.conversation(&read.with).read_to(read.read),
             Event::Typing(typing) => {
                 let until = (typing.state == TypingState::On).then_some(self.now.instant + TYPING_SHOWN);
-                self.conversation(&typing.from).typing_until = until;
+                // Strangers may type as they like: the list is for those who have written.
+                if let Some(conversation) = self.conversations.get_mut(&typing.from) {
+                    conversation.typing_until = until;
+                }
             }
             Event::Presence(presence)
                 if self.presence.len() < CONVERSATIONS_MAX || self.presence.contains_key(&presence.user) =>
@@ -694,6 +738,10 @@ impl App {
             self.notify(format!("too long: {} bytes, and a message has at most {message_bytes}", text.len()));
             return;
         }
+        if self.is_closed() {
+            self.notify("there is no connection, and there will be none: what you wrote stays here");
+            return;
+        }
         let to = conversation.peer.clone();
         let outgoing: usize = self.conversations.values().map(|conversation| conversation.outgoing.len()).sum();
         if outgoing >= OUTGOING_MAX {
@@ -721,6 +769,10 @@ impl App {
 
     /// Sends again what was not sent; one message, or all of the open conversation.
     pub(super) fn send_again(&mut self, one: Option<u64>) {
+        if self.is_closed() {
+            self.notify("there is no connection, and there will be none");
+            return;
+        }
         let queued_at = Timestamp::from_ms(self.now.wall_ms);
         let Some(conversation) = self.opened_mut() else { return };
         let is_it = |outgoing: &mut Outgoing| {
@@ -736,6 +788,31 @@ impl App {
         }
         self.focus = Focus::Compose;
         self.go_to_newest();
+    }
+
+    /// Begins to give the last own message other words.
+    pub(super) fn edit_last(&mut self) {
+        let Some(conversation) = self.opened() else { return };
+        match (conversation.outgoing.last(), conversation.last_of_mine()) {
+            (Some(outgoing), _) => self.take_back(outgoing.key),
+            (None, Some(seq)) => self.edit(seq),
+            (None, None) => {}
+        }
+    }
+
+    /// Takes a message that was not sent back into the editor.
+    pub(super) fn take_back(&mut self, key: u64) {
+        let Some(conversation) = self.opened_mut() else { return };
+        let draft = &mut conversation.draft;
+        let is_it = |outgoing: &Outgoing| outgoing.key == key && outgoing.progress != Progress::Waiting;
+        if draft.editing.is_some() || !draft.editor.is_blank() {
+            self.notify("something else is being written");
+        } else if let Some(place) = conversation.outgoing.iter().position(is_it) {
+            draft.editor = Editor::new(&conversation.outgoing.remove(place).text);
+            self.focus = Focus::Compose;
+        } else {
+            self.notify("it is on its way: it can be edited when it is stored");
+        }
     }
 
     /// Begins to give a message other words.
@@ -913,6 +990,9 @@ impl App {
             conversation.typing_until.take_if(|until| now >= *until);
         }
         self.asked_again_at.take_if(|at| now >= *at);
+        if self.drafts_due_at.take_if(|at| now >= *at).is_some() {
+            self.effects.push(Effect::KeepDrafts(self.drafts()));
+        }
         self.settle_list();
         self.settle_timeline();
     }
@@ -921,8 +1001,12 @@ impl App {
         if self.list_asked_again_at.take_if(|at| self.now.instant >= *at).is_some() && self.link == Link::Connected {
             self.list_anew();
         }
+        let rows = usize::from(self.areas().list.height / layout::LIST_ITEM_ROWS);
         if self.order_is_stale {
             self.order_is_stale = false;
+            let shown = self.list_top..self.list_top + rows;
+            let is_shown = |place| self.focus == Focus::List && shown.contains(&place);
+            let was_shown = self.place_of_chosen().is_some_and(is_shown);
             let mut order: Vec<&Conversation> = self.conversations.values().collect();
             order.sort_by(|one, other| other.active_ms.cmp(&one.active_ms).then_with(|| one.peer.cmp(&other.peer)));
             self.order = order.into_iter().map(|conversation| conversation.peer.clone()).collect();
@@ -934,16 +1018,23 @@ impl App {
                     self.conversations.remove(&peer);
                 }
             }
+            if was_shown && let Some(place) = self.place_of_chosen() {
+                self.list_top = self.list_top.clamp(place.saturating_sub(rows - 1), place);
+            }
         }
         if self.chosen.is_none() {
             self.chosen = self.order.first().cloned();
         }
-        let rows = usize::from(self.areas().list.height / layout::LIST_ITEM_ROWS);
         self.list_top = self.list_top.min(self.order.len().saturating_sub(rows));
         let is_near_end = self.list_top + rows + 10 >= self.order.len();
         if is_near_end && self.listing.is_none() && self.link == Link::Connected {
             self.ask_next_list_page();
         }
+    }
+
+    /// Where in the list the chosen conversation is.
+    pub(super) fn place_of_chosen(&self) -> Option<usize> {
+        self.chosen.as_ref().and_then(|chosen| self.order.iter().position(|peer| peer == chosen))
     }
 
     fn settle_timeline(&mut self) {
@@ -993,12 +1084,19 @@ impl App {
                 }
             }
         }
+        if let (Focus::Messages(item), Some((was, is))) = (&mut self.focus, conversation.landed)
+            && *item == was
+        {
+            *item = is;
+        }
         if let Focus::Messages(item) = self.focus
             && Flow::new(conversation, &self.zone, room).place_of(item).is_none()
         {
             self.focus = Focus::Compose;
         }
-        if is_connected && self.is_watching(&peer) {
+        // Own messages that wait may fill the screen.
+        let is_seen = conversation.last_of_peer().and_then(|seq| conversation.timeline.position(seq)) >= Some(first);
+        if is_connected && is_seen && self.is_watching(&peer) {
             self.mark_read(&peer);
         }
     }

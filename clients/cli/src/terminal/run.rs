@@ -1,32 +1,40 @@
 //! Brings keys, events and answers to the model, and does what it says; the only file here that touches the terminal, the network and the clock.
 //!
-//! Invariants: the terminal is given back as it was, however this ends (end, error, panic, SIGTERM, SIGHUP); a delivery is acknowledged after the model has it;
-//! messages reach the outbox in the order in which they were written.
+//! Invariants: the terminal is given back as it was, however this ends (end, error, panic, SIGTERM, SIGHUP) and while it is stopped; a delivery is acknowledged
+//! after the model has it; messages reach the outbox in the order in which they were written.
 
+use std::collections::HashSet;
 use std::io::stdout;
+use std::path::Path;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context, bail};
 use chat_client::{
-    Change, Client, Closed, ConnectionState, Event, Events, Options, Outbox, OutboxError, SendError, TypingState,
-    Unsent, UserId,
+    Change, Client, Closed, ConnectionState, Event, Events, MessageId, Options, Outbox, OutboxError, SendError,
+    TypingState, Unsent, UserId,
 };
-use crossterm::cursor::MoveTo;
+use crossterm::cursor::{MoveTo, Show};
 use crossterm::event::{
     DisableBracketedPaste, DisableFocusChange, DisableMouseCapture, EnableBracketedPaste, EnableFocusChange,
-    EnableMouseCapture, EventStream,
+    Event as TerminalEvent, EventStream, KeyCode, KeyEvent, KeyModifiers,
 };
 use crossterm::style::Print;
-use crossterm::terminal::{BeginSynchronizedUpdate, EndSynchronizedUpdate};
+use crossterm::terminal::{
+    BeginSynchronizedUpdate, EndSynchronizedUpdate, EnterAlternateScreen, LeaveAlternateScreen, disable_raw_mode,
+    enable_raw_mode,
+};
 use crossterm::{execute, queue};
 use futures_util::StreamExt;
 use jiff::tz::TimeZone;
 use ratatui::DefaultTerminal;
+use ratatui::backend::CrosstermBackend;
+use rustix::process::{getpid, getsid, kill_current_process_group};
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use super::Now;
+use super::drafts::DraftsFile;
 use super::model::{App, Effect, Input, OUTGOING_MAX};
 use super::repaint::Repaint;
 use super::view;
@@ -39,32 +47,54 @@ const NEWS_MAX: usize = 256;
 const FINISH_TIMEOUT: Duration = Duration::from_secs(5);
 /// Events that are taken in before the screen is drawn again.
 const BATCH_MAX: usize = 256;
+/// How long the terminal is left as it is in the hope for a first word of the server.
+const FIRST_WORD_TIMEOUT: Duration = Duration::from_millis(300);
+/// How long whoever can stop this may take.
+const STOP_TIMEOUT: Duration = Duration::from_millis(300);
+/// Tell of buttons and the wheel, by SGR's rules. (Movements would come by the hundred, and nobody wants to know.)
+const TELL_OF_BUTTONS: &str = "\x1b[?1000h\x1b[?1006h";
 
-/// Opens the chat, and returns when the user quits. What waits in the outbox is shown from the beginning.
+/// Opens the chat, and returns when the user quits. What waits in the outbox is shown from the beginning; drafts are kept in that file.
 ///
 /// # Errors
 /// If there is no terminal, it is lost, or there is no connection and will be none for a reason that more tries do not help ([`Closed`]).
-pub(crate) async fn run(options: Options, mut outbox: impl Outbox) -> anyhow::Result<()> {
+pub(crate) async fn run(options: Options, mut outbox: impl Outbox, drafts: &Path) -> anyhow::Result<()> {
     let mut signals = Signals::new()?;
     let waiting = outbox.load()?;
-    let (client, mut events) = Client::start(options.outbox(Loaded { outbox, waiting: waiting.clone() })).await?;
-    let restore = Restore::new();
-    let mut terminal = ratatui::try_init().context("this needs a terminal")?;
-    execute!(stdout(), EnableBracketedPaste, EnableMouseCapture, EnableFocusChange)?;
-    let size = terminal.size()?;
-    let app = App::new(client.user().clone(), zone(), (size.width, size.height), waiting, now());
-    let mut work = Work::new(client.clone());
-    let outcome = chat(&mut terminal, app, &mut events, &mut work, &mut signals).await;
-    drop(restore);
-    work.finish().await;
+    let drafts = DraftsFile::open(drafts).with_context(|| drafts.display().to_string())?;
+    let (left, has_left) = mpsc::channel(waiting.len().max(1));
+    let ids = waiting.iter().map(|unsent| unsent.id.clone()).collect();
+    let outbox = Loaded { outbox, waiting: waiting.clone(), ids, left };
+    let (client, mut events) = Client::start(options.outbox(outbox)).await?;
+    let outcome = match tokio::time::timeout(FIRST_WORD_TIMEOUT, events.next()).await {
+        Ok(Some(Event::Connection(ConnectionState::Closed(closed)))) => Err(closed.into()),
+        first => {
+            let restore = Restore::new();
+            let mut terminal = enter().context("this needs a terminal")?;
+            let size = terminal.size()?;
+            let mut app =
+                App::new(client.user().clone(), zone(), (size.width, size.height), waiting, drafts.kept(), now());
+            let mut work = Work::new(client.clone(), has_left, drafts);
+            let first = first.ok().flatten();
+            let outcome = chat(&mut terminal, &mut app, first, &mut events, &mut work, &mut signals).await;
+            drop(restore);
+            let kept = work.drafts.keep(app.drafts()).context("drafts are not kept");
+            work.finish().await;
+            outcome.and(kept)
+        }
+    };
     client.close().await;
+    // The outbox is free now.
+    while events.next().await.is_some() {}
     outcome
 }
 
-/// An outbox that was read already: it may be read once.
+/// An outbox that was read already: it may be read once. Tells what has left it of what was in it then.
 struct Loaded<T> {
     outbox: T,
     waiting: Vec<Unsent>,
+    ids: HashSet<MessageId>,
+    left: mpsc::Sender<MessageId>,
 }
 
 impl<T: Outbox> Outbox for Loaded<T> {
@@ -73,42 +103,97 @@ impl<T: Outbox> Outbox for Loaded<T> {
     }
 
     fn apply(&mut self, changes: &[Change]) -> Result<(), OutboxError> {
-        self.outbox.apply(changes)
+        self.outbox.apply(changes)?;
+        for change in changes {
+            if let Change::Remove(id) = change
+                && self.ids.remove(id)
+            {
+                // There is room for all of them; whoever has quit does not care.
+                drop(self.left.try_send(id.clone()));
+            }
+        }
+        Ok(())
     }
 }
 
-/// Gives the terminal back when it is dropped. (A panic does so before it prints, by ratatui's hook.)
+/// Takes the terminal.
+fn enter() -> std::io::Result<DefaultTerminal> {
+    enable_raw_mode()?;
+    let tell = Print(TELL_OF_BUTTONS);
+    execute!(stdout(), EnterAlternateScreen, EnableBracketedPaste, tell, EnableFocusChange)?;
+    DefaultTerminal::new(CrosstermBackend::new(stdout()))
+}
+
+/// Gives the terminal back. If it is gone, there is nobody left to tell.
+fn leave() {
+    drop(execute!(
+        stdout(),
+        EndSynchronizedUpdate,
+        DisableFocusChange,
+        DisableMouseCapture,
+        DisableBracketedPaste,
+        LeaveAlternateScreen,
+        Show
+    ));
+    drop(disable_raw_mode());
+}
+
+/// Gives the terminal back when it is dropped; a panic does so before it prints.
 struct Restore;
 
 impl Restore {
     fn new() -> Self {
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |panic| {
-            Self::modes();
+            leave();
             hook(panic);
         }));
         Self
-    }
-
-    fn modes() {
-        // There is nobody left to tell.
-        drop(execute!(stdout(), DisableFocusChange, DisableMouseCapture, DisableBracketedPaste));
     }
 }
 
 impl Drop for Restore {
     fn drop(&mut self) {
-        Self::modes();
-        ratatui::restore();
+        // Twice would put the cursor onto what the panic says.
+        if !std::thread::panicking() {
+            leave();
+        }
     }
 }
 
-/// What asks for the end from outside, and what says that the terminal has another size.
+/// Whether it is the key that stops a program in every shell.
+fn is_stop(event: &TerminalEvent) -> bool {
+    matches!(event, TerminalEvent::Key(KeyEvent { code: KeyCode::Char('z'), modifiers: KeyModifiers::CONTROL, .. }))
+}
+
+/// Stops, as every program does that leaves Ctrl-Z to the terminal, and takes the terminal anew when it goes on.
+async fn stop(terminal: &mut DefaultTerminal, signals: &mut Signals) -> anyhow::Result<()> {
+    if getsid(None) == Ok(getpid()) {
+        // It was begun by the terminal itself: there is no shell that could let it go on.
+        return Ok(());
+    }
+    leave();
+    kill_current_process_group(rustix::process::Signal::TSTP)?;
+    // Where there is no such shell otherwise, the system does not stop it.
+    drop(tokio::time::timeout(STOP_TIMEOUT, signals.go_on.recv()).await);
+    go_on(terminal)
+}
+
+/// Takes the terminal anew: whoever had it meanwhile may have left it in any state.
+fn go_on(terminal: &mut DefaultTerminal) -> anyhow::Result<()> {
+    // To go to the other screen and back once more would put the cursor where it was long ago.
+    drop(disable_raw_mode());
+    *terminal = enter().context("the terminal")?;
+    terminal.clear().context("the terminal")
+}
+
+/// What asks for the end from outside, and what says that the terminal has another size or may be another's.
 struct Signals {
     terminate: Signal,
     hang_up: Signal,
     interrupt: Signal,
     window_change: Signal,
+    go_on: Signal,
 }
 
 impl Signals {
@@ -118,6 +203,7 @@ impl Signals {
             hang_up: signal(SignalKind::hangup())?,
             interrupt: signal(SignalKind::interrupt())?,
             window_change: signal(SignalKind::window_change())?,
+            go_on: signal(SignalKind::from_raw(rustix::process::Signal::CONT.as_raw()))?,
         })
     }
 }
@@ -132,7 +218,8 @@ async fn any(one: &mut Signal, two: &mut Signal, three: &mut Signal) {
 
 async fn chat(
     terminal: &mut DefaultTerminal,
-    mut app: App,
+    app: &mut App,
+    mut first: Option<Event>,
     events: &mut Events,
     work: &mut Work,
     signals: &mut Signals,
@@ -143,9 +230,9 @@ async fn chat(
     loop {
         let size = terminal.size()?;
         if app.size != (size.width, size.height) {
-            take(&mut app, work, Input::Terminal(crossterm::event::Event::Resize(size.width, size.height)));
+            take(app, work, Input::Terminal(crossterm::event::Event::Resize(size.width, size.height)));
         }
-        draw(terminal, &app, &mut repaint)?;
+        draw(terminal, app, &mut repaint)?;
         let wake_at = app.wake_at();
         let timer = async {
             match wake_at {
@@ -153,12 +240,22 @@ async fn chat(
                 None => std::future::pending().await,
             }
         };
+        let next_event = async {
+            match first.take() {
+                Some(first) => Some(first),
+                None => events.next().await,
+            }
+        };
         let input = tokio::select! {
             key = keys.next() => match key {
+                Some(Ok(key)) if is_stop(&key) => {
+                    stop(terminal, signals).await?;
+                    continue;
+                }
                 Some(key) => Input::Terminal(key.context("the terminal")?),
                 None => return Ok(()),
             },
-            event = events.next(), if has_events => match event {
+            event = next_event, if has_events => match event {
                 Some(event) => {
                     match &event {
                         Event::Connection(ConnectionState::Connected { .. }) => was_connected = true,
@@ -168,12 +265,12 @@ async fn chat(
                         }
                         _ => {}
                     }
-                    if !take_event(&mut app, work, event) {
+                    if !take_event(app, work, event) {
                         return Ok(());
                     }
                     for _ in 1..BATCH_MAX {
                         let Some(event) = events.try_next() else { break };
-                        if !take_event(&mut app, work, event) {
+                        if !take_event(app, work, event) {
                             return Ok(());
                         }
                     }
@@ -186,7 +283,8 @@ async fn chat(
                 }
                 None => bail!("the client has ended without saying why"),
             },
-            Some(news) = work.news.recv() => news,
+            news = work.news.recv() => news.context("the task that sends has ended")?,
+            Some(id) = work.has_left.recv() => Input::Left(id),
             Some(answer) = work.requests.join_next() => match answer {
                 Ok(Some(answer)) => answer,
                 Ok(None) => continue,
@@ -195,9 +293,13 @@ async fn chat(
             () = timer => Input::Tick,
             // The stream of events may miss it when a key is pressed at the same time; the size is looked at above.
             _ = signals.window_change.recv() => continue,
+            _ = signals.go_on.recv() => {
+                go_on(terminal)?;
+                continue;
+            }
             () = any(&mut signals.terminate, &mut signals.hang_up, &mut signals.interrupt) => return Ok(()),
         };
-        if !take(&mut app, work, input) {
+        if !take(app, work, input) {
             return Ok(());
         }
     }
@@ -256,17 +358,20 @@ struct Work {
     /// To the task that sends, one after the other.
     orders: mpsc::Sender<Order>,
     news: mpsc::Receiver<Input>,
+    /// Of what waited since an earlier run, what waits no longer.
+    has_left: mpsc::Receiver<MessageId>,
+    drafts: DraftsFile,
     /// One task; it ends with this.
     _courier: JoinSet<()>,
 }
 
 impl Work {
-    fn new(client: Client) -> Self {
+    fn new(client: Client, has_left: mpsc::Receiver<MessageId>, drafts: DraftsFile) -> Self {
         let (orders, received) = mpsc::channel(ORDERS_MAX);
         let (told, news) = mpsc::channel(NEWS_MAX);
         let mut task = JoinSet::new();
         task.spawn(courier(client.clone(), received, told));
-        Self { client, requests: JoinSet::new(), orders, news, _courier: task }
+        Self { client, requests: JoinSet::new(), orders, news, has_left, drafts, _courier: task }
     }
 
     /// Waits until what was written is in the outbox.
@@ -284,6 +389,12 @@ impl Work {
         let client = self.client.clone();
         match effect {
             Effect::Quit => return false,
+            Effect::KeepDrafts(drafts) => {
+                if let Err(error) = self.drafts.keep(drafts) {
+                    let reason = error.to_string();
+                    self.requests.spawn(async move { Some(Input::NotKept(reason)) });
+                }
+            }
             Effect::Send { to, key, text } => {
                 if let Err(error) = self.orders.try_send(Order::Send { to: to.clone(), key, text }) {
                     let reason = format!("not sent: {error}");

@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::time::{Duration, Instant};
 
 use chat_client::{
-    AnsweredEntry, ConnectionState, ConversationId, ConversationOk, ConversationsOk, Envelope, ErrorCode, Event,
-    HistoryOk, Kind, MessageId, PresenceEvent, PresenceStatus, Range, ReadEvent, ReceiptEvent, Refusal, RequestError,
-    SendError, Seq, Standing, Stored, Timestamp, TypingEvent, TypingState, Unsent, UserId,
+    AnsweredEntry, Closed, ConnectionState, ConversationId, ConversationOk, ConversationsOk, Envelope, ErrorCode,
+    Event, HistoryOk, Kind, MessageId, PresenceEvent, PresenceStatus, Range, ReadEvent, ReceiptEvent, Refusal,
+    RequestError, SendError, Seq, Standing, Stored, Timestamp, TypingEvent, TypingState, Unsent, UserId,
 };
 use crossterm::event::{Event as TerminalEvent, KeyCode, KeyEvent, KeyModifiers};
 use jiff::tz::TimeZone;
@@ -16,8 +16,9 @@ use ratatui::backend::TestBackend;
 use ratatui::buffer::{Buffer, CellWidth as _};
 use unicode_segmentation::UnicodeSegmentation as _;
 
-use super::conversation::Progress;
-use super::model::{App, Effect, Input};
+use super::conversation::{Item, Progress, Scroll};
+use super::drafts::Drafts;
+use super::model::{App, Effect, Focus, Input};
 use super::{Now, view, wrap};
 
 /// 4 May 2027, 14:30.
@@ -46,7 +47,7 @@ struct Chat {
 impl Chat {
     fn new(columns: u16, rows: u16) -> Self {
         let now = Now { instant: Instant::now(), wall_ms: WALL_MS };
-        let app = App::new(user("alice"), TimeZone::UTC, (columns, rows), Vec::new(), now);
+        let app = App::new(user("alice"), TimeZone::UTC, (columns, rows), Vec::new(), &Drafts::new(), now);
         Self { app, now, effects: VecDeque::new(), size: (columns, rows) }
     }
 
@@ -302,7 +303,7 @@ fn what_waits_since_an_earlier_run_is_there() {
     let now = Now { instant: Instant::now(), wall_ms: WALL_MS };
     let waiting =
         Unsent { id: id("m-1"), to: user("bob"), text: "later".into(), queued_at: Timestamp::from_ms(WALL_MS) };
-    let app = App::new(user("alice"), TimeZone::UTC, (80, 24), vec![waiting], now);
+    let app = App::new(user("alice"), TimeZone::UTC, (80, 24), vec![waiting], &Drafts::new(), now);
     let mut chat = Chat { app, now, effects: VecDeque::new(), size: (80, 24) };
     assert!(chat.shows("◷ later") && chat.shows("1 message waits"));
     chat.connect();
@@ -311,6 +312,28 @@ fn what_waits_since_an_earlier_run_is_there() {
     chat.histories(0);
     chat.arrive("alice", 1, Some("m-1"), text("later"));
     assert!(!chat.shows("◷") && chat.shows("✓"));
+}
+
+/// It was stored by the earlier run, which could not say so any more: nobody sends it to this device again.
+#[test]
+fn what_was_stored_by_an_earlier_run_is_shown_once() {
+    let now = Now { instant: Instant::now(), wall_ms: WALL_MS };
+    let waiting = ["m-1", "m-2"].map(|name| {
+        let (text, queued_at) = (format!("text of {name}"), Timestamp::from_ms(WALL_MS));
+        Unsent { id: id(name), to: user("bob"), text, queued_at }
+    });
+    let app = App::new(user("alice"), TimeZone::UTC, (80, 24), waiting.to_vec(), &Drafts::new(), now);
+    let mut chat = Chat { app, now, effects: VecDeque::new(), size: (80, 24) };
+    chat.connect();
+    chat.handle(Input::Left(id("m-1")));
+    let outgoing = &chat.app.conversations[&user("bob")].outgoing;
+    assert!(outgoing.len() == 1 && outgoing[0].id == Some(id("m-2")));
+    // Refused is something else, in whichever order it is told.
+    let refusal = Refusal { code: Some(ErrorCode::UnknownUser), reason_code: 0x90, message: "unknown_user".into() };
+    let error = SendError::Refused(refusal);
+    chat.handle(Input::Client(Event::NotSent { id: id("m-2"), to: user("bob"), text: "text of m-2".into(), error }));
+    chat.handle(Input::Left(id("m-2")));
+    assert!(chat.shows("✗ text of m-2"));
 }
 
 #[test]
@@ -412,6 +435,9 @@ fn typing_is_told() {
     assert!(chat.shows("bob is typing…"));
     chat.pass(Duration::from_secs(9));
     assert!(!chat.shows("bob is typing…"));
+    // With whom there is no conversation, there is none yet.
+    chat.handle(Input::Client(Event::Typing(TypingEvent { from: user("mallory"), state: TypingState::On })));
+    assert!(!chat.shows("mallory"));
 }
 
 #[test]
@@ -596,6 +622,141 @@ fn a_hundred_and_twenty_columns() {
     assert!(screen[6].starts_with(&format!("{:36}│  text 2", "")) && screen[6].ends_with("14:20 ✓"), "{screen:#?}");
     chat.key(KeyCode::F(1));
     assert!(chat.shows("reply by quoting it"));
+}
+
+#[test]
+fn what_goes_does_not_move_what_stays() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 90, 0, 90)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(90);
+    chat.key(KeyCode::PageUp);
+    let Scroll::At { item: Item::Entry(top), .. } = chat.app.opened().unwrap().scroll else { panic!("not scrolled") };
+    let row = |chat: &Chat, number: u64| chat.screen().iter().position(|row| row.contains(&format!("text {number} ")));
+    let before = row(&chat, top.get() + 4).expect("on the screen");
+    chat.handle(Input::Deleted { with: user("bob"), seq: top, outcome: Ok(()) });
+    assert_eq!(row(&chat, top.get()), None);
+    let after = row(&chat, top.get() + 4).expect("still on the screen");
+    assert!(chat.app.is_scrolled_up() && before.abs_diff(after) <= 2, "{before} {after}");
+}
+
+#[test]
+fn what_was_on_its_way_stays_where_it_is_when_it_is_stored() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 9, 0, 9)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(9);
+    let keys: Vec<u64> = (0..50).map(|number| chat.say(&format!("written {number}."))).collect();
+    chat.key(KeyCode::PageUp);
+    chat.press(KeyCode::Up, KeyModifiers::ALT);
+    // Without the list, and without ticks.
+    let texts = |chat: &Chat| {
+        let row = |row: &String| row.split('│').nth(1).unwrap_or_default().split("  14:").next().unwrap().to_owned();
+        chat.screen().iter().map(row).collect::<Vec<_>>()
+    };
+    let before = texts(&chat);
+    let Focus::Messages(Item::Outgoing(chosen)) = chat.app.focus else { panic!("{:?}", chat.app.focus) };
+    for (number, key) in (10..).zip(&keys) {
+        chat.stored(*key, &format!("m-{number}"), number);
+        assert_eq!(texts(&chat)[2..20], before[2..20], "{number}");
+    }
+    let seq = seq(10 + u64::try_from(keys.iter().position(|key| *key == chosen).unwrap()).unwrap());
+    assert_eq!(chat.app.focus, Focus::Messages(Item::Entry(seq)));
+}
+
+#[test]
+fn what_was_not_sent_can_be_written_anew() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 10, 0, 10)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(10);
+    let key = chat.say("far too long");
+    // It may be on the server's disk already: not even the message before it is meant.
+    chat.key(KeyCode::Up);
+    assert!(chat.shows("on its way") && chat.shows("> Write a message"));
+    chat.handle(Input::NotStored { to: user("bob"), key, reason: "text_too_long".into() });
+    chat.key(KeyCode::Up);
+    assert!(chat.shows("> far too long") && !chat.shows("✗") && !chat.shows("Editing"));
+    chat.control('u');
+    let key = chat.say("short");
+    chat.handle(Input::NotStored { to: user("bob"), key, reason: "too_fast".into() });
+    chat.text("something else");
+    chat.press(KeyCode::Up, KeyModifiers::ALT);
+    chat.key(KeyCode::Char('e'));
+    assert!(chat.shows("✗ too_fast") && chat.shows("> something else"));
+}
+
+#[test]
+fn where_nothing_can_be_sent_words_stay_in_the_editor() {
+    let mut chat = Chat::connected(80, 24, Vec::new());
+    chat.begin("bob");
+    chat.histories(0);
+    chat.handle(Input::Client(Event::Connection(ConnectionState::Closed(Closed::TakenOver))));
+    chat.text("hello");
+    chat.key(KeyCode::Enter);
+    assert!(chat.shows("> hello") && chat.shows("stays here"), "{:#?}", chat.screen());
+    assert!(chat.take(|effect| matches!(effect, Effect::Send { .. })).is_empty());
+    assert_eq!(chat.app.drafts()[&user("bob")], "hello");
+}
+
+#[test]
+fn what_own_messages_push_off_the_screen_is_not_read() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 9, 0, 9)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(9);
+    chat.lose();
+    for number in 0..30 {
+        chat.say(&format!("written {number}"));
+    }
+    chat.connect();
+    chat.list(vec![told("bob", 11, 1, 9)]);
+    chat.histories(11);
+    assert!(!chat.shows("text 11") && chat.take(|effect| matches!(effect, Effect::MarkRead { .. })).is_empty());
+}
+
+#[test]
+fn drafts_last() {
+    let mut chat = Chat::connected(80, 24, vec![told("bob", 2, 0, 2)]);
+    chat.key(KeyCode::Enter);
+    chat.histories(2);
+    chat.text("for bob");
+    chat.begin("carol");
+    chat.histories(0);
+    chat.text("for carol");
+    let kept = |chat: &mut Chat| chat.take(|effect| matches!(effect, Effect::KeepDrafts(_))).pop();
+    assert_eq!(kept(&mut chat), None);
+    assert!(chat.app.wake_at().is_some());
+    chat.pass(Duration::from_secs(2));
+    let drafts = Drafts::from([(user("bob"), "for bob".to_owned()), (user("carol"), "for carol".to_owned())]);
+    assert_eq!(kept(&mut chat), Some(Effect::KeepDrafts(drafts.clone())));
+    chat.pass(Duration::from_secs(9));
+    assert_eq!(kept(&mut chat), None, "no key was pressed");
+    // What is being edited is no draft, but what waits meanwhile is.
+    chat.begin("bob");
+    chat.press(KeyCode::Up, KeyModifiers::ALT);
+    chat.key(KeyCode::Char('e'));
+    chat.text("!");
+    assert_eq!(chat.app.drafts(), drafts);
+    let app = App::new(user("alice"), TimeZone::UTC, (80, 24), Vec::new(), &drafts, chat.now);
+    let chat = Chat { app, now: chat.now, effects: VecDeque::new(), size: (80, 24) };
+    assert!(chat.shows("draft: for bob") && chat.shows("draft: for carol"));
+}
+
+#[test]
+fn the_chosen_conversation_stays_on_the_screen() {
+    let peers = (0..30).map(|number| told(&format!("peer-{number:02}"), 1, 0, 1)).collect();
+    let mut chat = Chat::connected(80, 24, peers);
+    assert!(chat.shows("▌○ peer-00"));
+    for number in (0..30).rev() {
+        let envelope = Envelope {
+            conversation: ConversationId::between(&user("alice"), &user(&format!("peer-{number:02}"))).unwrap(),
+            seq: seq(3),
+            from: user(&format!("peer-{number:02}")),
+            to: user("alice"),
+            id: None,
+            at: Timestamp::from_ms(WALL_MS + 100 - number),
+            kind: text("hello"),
+        };
+        chat.handle(Input::Message(envelope));
+        assert!(chat.shows("▌○ peer-00"), "{number} {:#?}", chat.screen());
+    }
 }
 
 #[test]

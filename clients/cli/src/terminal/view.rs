@@ -3,6 +3,8 @@
 //! Invariant: whatever a text holds, nothing is drawn outside its row's part of the screen, and no neighbour is moved: control characters are made visible (`safe`),
 //! widths are measured by grapheme, and words that go from right to left are isolated from what stands beside them.
 
+use std::ops::Range;
+
 use chat_client::PresenceStatus;
 use ratatui::Frame;
 use ratatui::buffer::Buffer;
@@ -13,7 +15,7 @@ use unicode_segmentation::UnicodeSegmentation;
 use super::clock;
 use super::conversation::{Conversation, Item, Progress};
 use super::keys::HELP;
-use super::layout::{self, Areas, Flow, GUTTER, LIST_ITEM_ROWS, MARGIN, Row};
+use super::layout::{self, Areas, Flow, GUTTER, LIST_ITEM_ROWS, MARGIN, Row, Shown};
 use super::model::{App, Focus, Link, Prompt};
 use super::search;
 use super::timeline::Words;
@@ -224,6 +226,7 @@ fn timeline(buffer: &mut Buffer, app: &App, conversation: &Conversation, areas: 
         put_cut(buffer, area.x + MARGIN, area.bottom().saturating_sub(1), hint, area.width - MARGIN, QUIET);
     }
     let today = clock::day(app.now.wall_ms, &app.zone);
+    let mut text: Option<Text> = None;
     for (number, row) in placement.rows.iter().enumerate() {
         let y = area.y + narrow(placement.blank + number);
         match row {
@@ -236,7 +239,10 @@ fn timeline(buffer: &mut Buffer, app: &App, conversation: &Conversation, areas: 
             }
             Row::Text { place, range, is_first } => {
                 let at = Rect::new(area.x, y, area.width, 1);
-                text_row(buffer, app, conversation, &flow, *place, range, at);
+                // Rows of a text follow each other, and it may be long.
+                let same = text.take().filter(|text| text.place == *place);
+                let text = text.insert(same.unwrap_or_else(|| Text::new(app, conversation, &flow, *place)));
+                text_row(buffer, app, text, range, at);
                 if *is_first && let Some(item) = flow.item(*place) {
                     gutter(buffer, app, conversation, item, at);
                 }
@@ -265,39 +271,49 @@ fn line(buffer: &mut Buffer, area: Rect, y: u16, word: &str, style: Style) {
     put(buffer, x, y, &word, columns.min(area.width), style);
 }
 
-fn text_row(
-    buffer: &mut Buffer,
-    app: &App,
-    conversation: &Conversation,
-    flow: &Flow<'_>,
+/// A text of which rows are drawn.
+struct Text {
     place: usize,
-    range: &std::ops::Range<usize>,
-    area: Rect,
-) {
-    let shown = flow.shown(place);
-    let item = flow.item(place);
-    if item.is_some_and(|item| app.focus == Focus::Messages(item)) {
+    item: Option<Item>,
+    shown: Shown,
+    is_unsent: bool,
+    /// Where in it is what is searched for.
+    found: Vec<Range<usize>>,
+}
+
+impl Text {
+    fn new(app: &App, conversation: &Conversation, flow: &Flow<'_>, place: usize) -> Self {
+        let (item, shown) = (flow.item(place), flow.shown(place));
+        let is_unsent = matches!(item, Some(Item::Entry(seq)) if conversation.timeline.get(seq).is_some_and(|entry| entry.words == Words::Unsent));
+        let found = app.search.as_ref().map_or_else(Vec::new, |search| search::find(&shown.text, &search.needle));
+        Self { place, item, shown, is_unsent, found }
+    }
+
+    fn is_found(&self, at: usize) -> bool {
+        let place = self.found.partition_point(|place| place.end <= at);
+        self.found.get(place).is_some_and(|place| place.start <= at)
+    }
+}
+
+fn text_row(buffer: &mut Buffer, app: &App, text: &Text, range: &Range<usize>, area: Rect) {
+    let shown = &text.shown;
+    if text.item.is_some_and(|item| app.focus == Focus::Messages(item)) {
         put(buffer, area.x, area.y, "▌", 1, CHOSEN);
     }
-    let is_unsent = matches!(item, Some(Item::Entry(seq)) if conversation.timeline.get(seq).is_some_and(|entry| entry.words == Words::Unsent));
     let line_start = shown.text[..range.start].rfind('\n').map_or(0, |at| at + 1);
-    let base = if is_unsent {
+    let base = if text.is_unsent {
         QUIET.add_modifier(Modifier::ITALIC)
     } else if shown.text[line_start..].starts_with("> ") {
         QUIET
     } else {
         PLAIN
     };
-    let found = match &app.search {
-        Some(searched) => search::find(&shown.text, &searched.needle),
-        None => Vec::new(),
-    };
     let room = narrow(layout::text_room(area.width));
     put_styled(buffer, area.x + MARGIN, area.y, &shown.text[range.clone()], room, |at| {
         let at = range.start + at;
         if at >= shown.words_end {
             QUIET
-        } else if found.iter().any(|place| place.contains(&at)) {
+        } else if text.is_found(at) {
             FOUND
         } else {
             base

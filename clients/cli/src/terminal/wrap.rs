@@ -12,9 +12,9 @@ use unicode_width::UnicodeWidthStr;
 /// Longest grapheme that is drawn whole; a letter may carry any number of marks. A family of four with their skin tones has 41.
 const GRAPHEME_BYTES_MAX: usize = 48;
 
-/// What is drawn of a grapheme.
+/// What is drawn of a grapheme. A joiner at its end would make terminals join it with its neighbour.
 pub(super) fn drawn(grapheme: &str) -> &str {
-    &grapheme[..grapheme.floor_char_boundary(GRAPHEME_BYTES_MAX)]
+    grapheme[..grapheme.floor_char_boundary(GRAPHEME_BYTES_MAX)].trim_end_matches('\u{200d}')
 }
 
 /// Columns of one grapheme.
@@ -135,6 +135,13 @@ mod tests {
         let text = format!("z{}", "\u{336}".repeat(8_000));
         assert_eq!(columns(&text), 1);
         assert!(drawn(&text).len() <= GRAPHEME_BYTES_MAX);
+    }
+
+    #[test]
+    fn joiners_with_nothing_to_join() {
+        let text = "a\u{200d}👧";
+        assert_eq!(text.graphemes(true).map(drawn).collect::<Vec<_>>(), ["a", "👧"]);
+        assert_eq!((drawn("\u{200d}"), grapheme_columns("\u{200d}")), ("", 0));
     }
 
     #[test]
