@@ -12,10 +12,10 @@ const paths = {
   down: 'M6 10l6 6 6-6',
   send: 'M5 12l14-7-5 14-3-6-6-1z',
   check: 'M5 12.5l4.5 4.5L19 7.5',
-  smile: 'M12 20.5a8.5 8.5 0 1 0 0-17 8.5 8.5 0 0 0 0 17zM8.5 14.5c.8 1.2 2 1.8 3.5 1.8s2.700-.6 3.500-1.800M9 10h.01M15 10h.01',
+  smile: 'M12 20.5a8.5 8.5 0 1 0 0-17 8.5 8.5 0 0 0 0 17zM8.5 14.5c.8 1.2 2 1.8 3.5 1.8s2.7-.6 3.5-1.8M9 10h.01M15 10h.01',
   menu: 'M4 7h16M4 12h16M4 17h16',
-  warn: 'M12 7.500v5.500M12 16.500h.01M12 20.500a8.500 8.500 0 1 0 0-17 8.500 8.500 0 0 0 0 17z',
-  bubble: 'M5 5h14a1.500 1.500 0 0 1 1.500 1.500v9A1.500 1.500 0 0 1 19 17h-7l-4.500 3.500V17H5a1.500 1.500 0 0 1-1.500-1.500v-9A1.500 1.500 0 0 1 5 5z',
+  warn: 'M12 7.5v5.5M12 16.5h.01M12 20.5a8.5 8.5 0 1 0 0-17 8.5 8.5 0 0 0 0 17z',
+  bubble: 'M5 5h14a1.5 1.5 0 0 1 1.5 1.5v9A1.5 1.5 0 0 1 19 17h-7l-4.5 3.5V17H5a1.5 1.5 0 0 1-1.5-1.5v-9A1.5 1.5 0 0 1 5 5z',
 } as const;
 
 export type IconName = keyof typeof paths;
@@ -32,10 +32,10 @@ export function Icon({ name }: { name: IconName }): JSX.Element {
 export function TickIcon({ tick }: { tick: 'waiting' | 'failed' | 'stored' | 'delivered' | 'read' }): JSX.Element {
   return (
     <svg class={`tick tick-${tick}`} viewBox="0 0 18 12" aria-hidden="true">
-      {tick === 'waiting' && <path d="M9 10.500a4.500 4.500 0 1 0 0-9 4.500 4.500 0 0 0 0 9zM9 3.500V6l1.700 1.200" />}
-      {tick === 'failed' && <path d="M9 10.500a4.500 4.500 0 1 0 0-9 4.500 4.500 0 0 0 0 9zM9 3.500v3M9 8.400v.01" />}
-      {tick === 'stored' && <path d="M5 6.500L8 9.500 14 2.500" />}
-      {(tick === 'delivered' || tick === 'read') && <path d="M1.500 6.500L4.500 9.500 10.500 2.500M8 9l.6.5 6-7" />}
+      {tick === 'waiting' && <path d="M9 10.5a4.5 4.5 0 1 0 0-9 4.5 4.5 0 0 0 0 9zM9 3.5V6l1.7 1.2" />}
+      {tick === 'failed' && <path d="M9 10.5a4.5 4.5 0 1 0 0-9 4.5 4.5 0 0 0 0 9zM9 3.5v3M9 8.4v.01" />}
+      {tick === 'stored' && <path d="M5 6.5L8 9.5 14 2.5" />}
+      {(tick === 'delivered' || tick === 'read') && <path d="M1.5 6.5L4.5 9.5 10.5 2.5M8 9l.6.5 6-7" />}
     </svg>
   );
 }
