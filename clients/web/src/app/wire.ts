@@ -3,4 +3,4 @@
 import * as chat from '../sdk/index';
 import type { Sdk } from './session';
 
-export const sdk: Sdk = { start: chat.start, openOutbox: (user) => chat.openOutbox(user) };
+export const sdk: Sdk = { start: chat.start, openOutbox: async (user) => chat.indexedDbOutbox({ name: `outbox-${user}` }) };

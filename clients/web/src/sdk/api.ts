@@ -1,7 +1,11 @@
 //! The contract of the SDK: what a program says to it and what it hears. Shapes are those of docs/protocol.md; seqs count from 1, times are
 //! milliseconds since the Unix epoch.
 
-interface Entry {
+import type { Transport } from './transport.js';
+
+export type { Transport };
+
+export interface Entry {
   v: 1;
   /** `alice:bob`. */
   conversation: string;
@@ -13,13 +17,14 @@ interface Entry {
   at: number;
 }
 
-/** An entry as it is stored. Entries of kinds that this version does not know are not handed out. Look at docs/schemas/envelope.json for the exact members. */
+/** An entry as it is stored (docs/schemas/envelope.json). Entries of kinds that this version does not know are not handed out. */
 export type Envelope = Entry &
   (
     | { kind: 'text'; text: string }
     | { kind: 'edit'; target: number; text: string }
     | { kind: 'unsend'; target: number }
-    | { kind: 'erased' /* members as in the schema */ }
+    /** What is left of a text, or of an edit, that was unsent. */
+    | { kind: 'erased' }
   );
 
 /** A text in an answer, with what changed it laid over it (docs/schemas/text-as-it-stands.json). */
@@ -68,19 +73,24 @@ export type ChatEvent =
   | { type: 'read'; with: string; seq: number }
   | { type: 'typing'; from: string; on: boolean }
   | { type: 'presence'; user: string; status: 'online' | 'offline'; last_seen?: number }
-  /** A message of the outbox (of this run or an earlier one, of this tab or one that is gone) is stored, or will not be. */
+  /** A message of the outbox (of this run or an earlier one, of this tab or one that is gone) is stored. */
   | { type: 'stored'; unsent: Unsent; stored: Stored }
+  /** It will not be. It stays in the outbox, and the next run tries it again, until it is queued again under its id or discarded. */
   | { type: 'not_sent'; unsent: Unsent; error: SendError }
   | { type: 'connection'; connection: ConnectionState };
 
 /**
- * Hears events, one after another in their order. A message is acknowledged to the server when every listener's promise has resolved; if one rejects it is not, and
- * comes again after a reconnect.
+ * Hears events, one after another in their order. A message is acknowledged to the server when every listener's promise has resolved. If one rejects it is not: the
+ * connection is made anew, and what has reached no device of the user comes again. Of receipts, read, typing and presence that wait for a slow listener only the
+ * newest about a peer is told.
  */
 export type Listener = (event: ChatEvent) => void | Promise<void>;
 
 export class ChatError extends Error {}
-/** The server said no, or nothing can be sent any more. `code` is the protocol's (`text_too_long`, `unknown_user`, …), or `too_old`, `same_id`, `closed`, `outbox`. */
+/**
+ * The server said no, or nothing can be sent any more. `code` is the protocol's (`text_too_long`, `unknown_user`, …; `refused` if the server named none), or
+ * `too_old`, `same_id`, `discarded`, `closed`, `outbox`.
+ */
 export class SendError extends ChatError {
   constructor(readonly code: string, message: string) {
     super(message);
@@ -138,6 +148,7 @@ export interface Options {
   requestTimeoutMs?: number;
   retry?: { minMs: number; maxMs: number };
   clock?: Clock;
+  /** Opens MQTT connections; with mqtt.js unless a test brings its own. */
   transport?: Transport;
 }
 
@@ -148,16 +159,11 @@ export interface Clock {
   random(): number;
 }
 
-/** Opens MQTT connections; the one of `mqtt.js` unless a test brings its own. */
-export interface Transport {
-  // the SDK's author defines this
-}
-
 /** Where messages wait until they are stored. */
 export interface Outbox {
   /** All that waits and is this program's to send, in order. Called once. */
   load(): Promise<Unsent[]>;
-  /** Safe when it resolves. */
+  /** Safe when it resolves. Takes the place of one of the same id. */
   add(unsent: Unsent): Promise<void>;
   remove(id: string): Promise<void>;
   /** Tells of messages whose program is gone, which are this one's to send now. Returns what ends the watch. */
@@ -168,13 +174,15 @@ export interface Outbox {
 export interface Client {
   readonly user: string;
   readonly connection: ConnectionState;
-  /** Returns what ends listening. */
+  /** Returns what ends listening. Events wait until somebody listens. */
   listen(listener: Listener): () => void;
   /** Resolves when the message is on the server's disk. */
   send(to: string, text: string): Promise<Stored>;
   /** Resolves when the message is safe in the outbox; `id` if the caller made one. */
   queue(to: string, text: string, id?: string): Promise<Queued>;
-  /** Takes a message that was not sent out of the outbox. */
+  /** What waits to be stored and is this program's to send, in order: of earlier runs, too. */
+  waiting(): Unsent[];
+  /** Takes a message that was not sent out of the outbox, or one that waits: if that is on its way already, it may be stored all the same. */
   discard(id: string): Promise<void>;
   markRead(to: string, seq: number): Promise<void>;
   typing(to: string, on: boolean): void;
@@ -189,10 +197,10 @@ export interface Client {
   block(user: string): Promise<void>;
   unblock(user: string): Promise<void>;
   blocked(): Promise<{ user: string; at: number }[]>;
-  /** Tries at once instead of waiting for the next attempt (the browser says it is online again, the user asks for it). */
+  /** Tries at once instead of waiting for the next attempt (the browser says it is online again, the user asks for it); a connection that is there is tested. */
   retryNow(): void;
   close(): Promise<void>;
 }
 
-/** Returns at once and connects when the server can be reached; `listen` first hears what comes after. Rejects if the outbox cannot be read. */
+/** Returns at once and connects when the server can be reached. Rejects if the outbox cannot be read, or the options make no sense. */
 export type Start = (options: Options) => Promise<Client>;

@@ -290,6 +290,10 @@ class DemoClient implements Client {
     return undefined;
   }
 
+  waiting(): Unsent[] {
+    return [...this.#waiting];
+  }
+
   async discard(id: string): Promise<void> {
     const at = this.#waiting.findIndex((unsent) => unsent.id === id);
     if (at >= 0) this.#waiting.splice(at, 1);

@@ -1,0 +1,116 @@
+//! What waits to be stored on the server: in which order it is published, how much at once, and what is tried again.
+//!
+//! Pure: time comes in. Invariants: messages are published in the order in which they were queued; none is forgotten before the server has
+//! stored or refused it, or the program discards it; none is published twice on one connection, but after a pause.
+
+import type { Unsent } from './api.js';
+import { type Answer, isPassing } from './transport.js';
+
+/** Published and not answered. */
+export const WINDOW = 16;
+/** How long nothing is published after the server could not answer, at first and at most. */
+export const PAUSE_MIN_MS = 500;
+const PAUSE_MAX_MS = 30_000;
+/** Of the rate that the server names; the rest is for requests, and for what else a program does. */
+const RATE_SHARE = 0.8;
+/** As a second is the server's own measure, half of one leaves room for what other devices do. */
+const BURST_MS = 500;
+
+export class Sending {
+  /** In order; the first `published` of them are on their way. */
+  #waiting: Unsent[] = [];
+  #published = 0;
+  #pausedUntil: number | undefined;
+  #pauseMs: number | undefined;
+  #pace: Pace | undefined;
+
+  get waiting(): readonly Unsent[] {
+    return this.#waiting;
+  }
+
+  push(unsent: Unsent): void {
+    this.#waiting.push(unsent);
+  }
+
+  has(id: string): boolean {
+    return this.#waiting.some((unsent) => unsent.id === id);
+  }
+
+  /** Takes it out, wherever it is. */
+  take(id: string): Unsent | undefined {
+    const at = this.#waiting.findIndex((unsent) => unsent.id === id);
+    if (at < 0) return undefined;
+    if (at < this.#published) this.#published -= 1;
+    return this.#waiting.splice(at, 1)[0];
+  }
+
+  /** Takes out what was queued before then. */
+  takeOlder(than: number): Unsent[] {
+    const old = this.#waiting.filter((unsent) => unsent.queuedAt < than);
+    for (const unsent of old) this.take(unsent.id);
+    return old;
+  }
+
+  /** A connection is there. It takes so many publishes a second, if it said so. */
+  connected(publishesPerS: number | undefined, now: number): void {
+    this.disconnected();
+    this.#pace = publishesPerS ? new Pace(publishesPerS, now) : undefined;
+  }
+
+  disconnected(): void {
+    this.#published = 0;
+    this.#pausedUntil = undefined;
+  }
+
+  /** The next to publish, if one may be now. */
+  next(now: number): Unsent | undefined {
+    if ((this.#pausedUntil !== undefined && now < this.#pausedUntil) || this.#published >= WINDOW) return undefined;
+    this.#pausedUntil = undefined;
+    if (this.#published === this.#waiting.length || (this.#pace && !this.#pace.take(now))) return undefined;
+    this.#published += 1;
+    return this.#waiting[this.#published - 1];
+  }
+
+  /** When {@link next} should be asked again, if nothing else happens before. */
+  get wakeAt(): number | undefined {
+    if (this.#published === this.#waiting.length || this.#published >= WINDOW) return undefined;
+    return Math.max(this.#pausedUntil ?? 0, this.#pace?.freeAt ?? 0);
+  }
+
+  /** The message that was answered for good; `undefined` if it is to be tried again, or is long known. */
+  answered(id: string, answer: Answer, now: number): Unsent | undefined {
+    if (answer.is === 'refused' && isPassing(answer)) {
+      const at = this.#waiting.findIndex((unsent) => unsent.id === id);
+      if (at < 0) return undefined;
+      // It and all after it are published again, in this order.
+      this.#published = Math.min(this.#published, at);
+      if (this.#pausedUntil === undefined) {
+        this.#pauseMs = this.#pauseMs === undefined ? PAUSE_MIN_MS : Math.min(this.#pauseMs * 2, PAUSE_MAX_MS);
+        this.#pausedUntil = now + this.#pauseMs;
+      }
+      return undefined;
+    }
+    this.#pauseMs = undefined;
+    return this.take(id);
+  }
+}
+
+/** Publishes no faster than a server allows: half a second's worth at once, and then one after the other. */
+class Pace {
+  readonly #intervalMs: number;
+  #busyUntil: number;
+  freeAt: number;
+
+  constructor(publishesPerS: number, now: number) {
+    this.#intervalMs = 1_000 / RATE_SHARE / publishesPerS;
+    this.#busyUntil = now;
+    this.freeAt = now;
+  }
+
+  take(now: number): boolean {
+    if (now < this.freeAt) return false;
+    this.#busyUntil = Math.max(this.#busyUntil, now) + this.#intervalMs;
+    this.freeAt = Math.max(this.#busyUntil - BURST_MS, now);
+    return true;
+  }
+}
