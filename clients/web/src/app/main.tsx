@@ -50,7 +50,8 @@ if ('serviceWorker' in navigator && import.meta.env.PROD) {
   });
 }
 
-function watchForUpdates(registration: ServiceWorkerRegistration): void {
+function watchForUpdates(registration: ServiceWorkerRegistration | undefined): void {
+  if (!registration) return;
   const offer = (worker: ServiceWorker | null) => {
     if (!worker || !navigator.serviceWorker.controller) return;
     update.value = () => {

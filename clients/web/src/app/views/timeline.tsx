@@ -1,7 +1,8 @@
 //! The messages of a conversation, as many as there are, in a bounded number of elements.
 //!
 //! Where the view stands is an anchor: the list's end, or a row and where it is. Whatever changes, the anchor stays where it is on the screen. The list grows
-//! upwards (`column-reverse`), so that what is put on top moves nothing.
+//! upwards (`column-reverse`), so that what is put on top moves nothing. It is put there when nothing scrolls: browsers animate a scroll to where it was
+//! going, counted from the old top.
 
 import type { JSX } from 'preact';
 import { useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState } from 'preact/hooks';
@@ -9,6 +10,7 @@ import { useEffect, useLayoutEffect, useMemo, useReducer, useRef, useState } fro
 import { dayName, dayOf, now } from '../format';
 import { unreadCount, type Conversation } from '../model/conversation';
 import { rowsOf, tickOf, type Row } from '../model/rows';
+import { place } from '../model/timeline';
 import { Heights, distanceOf, indexAt, spanOf } from '../model/span';
 import type { Chat } from '../session';
 import { texts } from '../texts';
@@ -18,7 +20,9 @@ import { Message, propsOf, type Deeds } from './message';
 /** Drawn beyond the view on either side. */
 const MARGIN_PX = 700;
 /** Another page is asked for when so many rows are left above what is drawn. */
-const AHEAD = 30;
+const AHEAD = 60;
+/** After the last scroll event of a movement. */
+const SCROLLED_MS = 150;
 /** Of what a message is probably high. */
 const ROW_PX = 46;
 /** Nearer to the end than that is at the end. */
@@ -41,8 +45,16 @@ interface Props {
 
 type Shown = Row | { kind: 'top'; key: 'top' };
 
-export function Timeline({ chat, of, me, isConnected, needle, found, deeds }: Props): JSX.Element {
-  const { peer, timeline } = of;
+export function Timeline({ chat, of: whole, me, isConnected, needle, found, deeds }: Props): JSX.Element {
+  const { peer } = whole;
+  const floor = useRef(0);
+  const scrolling = useRef<ReturnType<typeof setTimeout>>();
+  const first = whole.timeline?.entries[0]?.seq ?? 0;
+  // Earlier entries wait until nothing scrolls.
+  if (scrolling.current === undefined || first > floor.current) floor.current = first;
+  const isWaiting = first < floor.current;
+  const of = useMemo(() => (isWaiting ? from(whole, floor.current) : whole), [whole, isWaiting]);
+  const { timeline } = of;
   const scroller = useRef<HTMLDivElement>(null);
   const list = useRef<HTMLOListElement>(null);
   const heights = useRef(new Heights(ROW_PX)).current;
@@ -106,7 +118,7 @@ export function Timeline({ chat, of, me, isConnected, needle, found, deeds }: Pr
   };
 
   const loadMore = () => {
-    if (!timeline?.earlier || span.first > AHEAD || failure !== undefined) return;
+    if (!timeline?.earlier || isWaiting || span.first > AHEAD || failure !== undefined) return;
     chat.loadEarlier(peer).catch((error: unknown) => setFailure(error instanceof Error ? error.message : texts.timeline.failed));
   };
 
@@ -127,6 +139,11 @@ export function Timeline({ chat, of, me, isConnected, needle, found, deeds }: Pr
     setAway(distance > AWAY_PX);
     if (missesRows()) redraw();
     look();
+    clearTimeout(scrolling.current);
+    scrolling.current = setTimeout(() => {
+      scrolling.current = undefined;
+      redraw();
+    }, SCROLLED_MS);
   };
 
   useLayoutEffect(() => {
@@ -175,6 +192,7 @@ export function Timeline({ chat, of, me, isConnected, needle, found, deeds }: Pr
     addEventListener('focus', looked);
     document.addEventListener('visibilitychange', looked);
     return () => {
+      clearTimeout(scrolling.current);
       observer.disconnect();
       removeEventListener('focus', looked);
       document.removeEventListener('visibilitychange', looked);
@@ -329,6 +347,13 @@ export function Timeline({ chat, of, me, isConnected, needle, found, deeds }: Pr
       )}
     </div>
   );
+}
+
+/** Without what is before the entry. */
+function from(of: Conversation, seq: number): Conversation {
+  const { timeline } = of;
+  if (!timeline) return of;
+  return { ...of, timeline: { ...timeline, entries: timeline.entries.slice(place(timeline.entries, seq)), earlier: true } };
 }
 
 function Top({ of, isConnected, failure, onRetry }: { of: Conversation; isConnected: boolean; failure: string | undefined; onRetry: () => void }): JSX.Element | null {
