@@ -103,14 +103,15 @@ export function reduce(state: State, event: Event): State {
     }
     case 'message': {
       const peer = event.message.from === state.me ? event.message.to : event.message.from;
-      return change(state, peer, (old) => conversations.arrive(old, event.message, state.me));
+      const next = peer === event.message.from && !event.waited ? isThere(state, peer) : state;
+      return change(next, peer, (old) => conversations.arrive(old, event.message, state.me));
     }
     case 'receipt':
       return change(state, event.with, (old) => conversations.receipt(old, event.delivered, event.read));
     case 'read':
       return change(state, event.with, (old) => conversations.readTo(old, event.seq));
     case 'typing':
-      return changeKnown(state, event.from, (old) => (old.typing === event.on ? old : { ...old, typing: event.on }));
+      return changeKnown(isThere(state, event.from), event.from, (old) => (old.typing === event.on ? old : { ...old, typing: event.on }));
     case 'presence': {
       const { user, status, last_seen } = event;
       const presence = new Map(state.presence);
@@ -119,7 +120,7 @@ export function reduce(state: State, event: Event): State {
       return status === 'online' ? next : changeKnown(next, user, (old) => (old.typing ? { ...old, typing: false } : old));
     }
     case 'stored':
-      return change(state, event.unsent.to, (old) => conversations.stored(old, event.unsent, event.stored, state.me));
+      return change(event.stored.receiverAway ? state : isThere(state, event.unsent.to), event.unsent.to, (old) => conversations.stored(old, event.unsent, event.stored, state.me));
     case 'not_sent':
       return change(state, event.unsent.to, (old) => conversations.notSent(old, event.unsent, event.error.message));
     case 'queued':
@@ -247,6 +248,12 @@ export function waitingOf(state: State): number {
   let waiting = 0;
   for (const of of state.conversations.values()) waiting += of.outgoing.filter((outgoing) => outgoing.failure === undefined && outgoing.seq === undefined).length;
   return waiting;
+}
+
+/** The server tells the presence of those with whom there is a conversation as it changes: of a new one it is known by what they do. */
+function isThere(state: State, user: string): State {
+  if (state.presence.has(user)) return state;
+  return { ...state, presence: new Map(state.presence).set(user, { status: 'online' }) };
 }
 
 function leave(state: State): State {

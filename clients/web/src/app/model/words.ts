@@ -85,14 +85,14 @@ export const isName = (name: string): boolean => /^[a-z0-9][a-z0-9_-]{0,63}$/.te
 /** As people write it: with capital letters, with an @ and spaces around. */
 export const nameOf = (typed: string): string => typed.trim().replace(/^@/, '').toLowerCase();
 
-/** Punctuation at the end belongs to the sentence, and a bracket only if it was opened in the link. */
+/** Punctuation at the end belongs to the sentence, and a bracket if it was not opened in the link. */
 function withoutTail(link: string): string {
   for (;;) {
     const last = link.at(-1) ?? '';
-    if (/[.,;:!?…]/u.test(last)) link = link.slice(0, -1);
-    else if (last === ')' && !link.includes('(')) link = link.slice(0, -1);
-    else if (last === ']' && !link.includes('[')) link = link.slice(0, -1);
-    else return link;
+    const opening = { ')': '(', ']': '[' }[last];
+    const belongs = opening === undefined ? !/[.,;:!?…]/u.test(last) : link.split(opening).length >= link.split(last).length;
+    if (belongs) return link;
+    link = link.slice(0, -1);
   }
 }
 

@@ -46,7 +46,7 @@ export function Picker({ onPick, onClose }: { onPick: (emoji: string) => void; o
     <div class="emoji" ref={root} role="group" aria-label={texts.emoji.label} onKeyDown={onKeyDown}>
       {(Object.keys(GROUPS) as (keyof typeof GROUPS)[]).map((group, at) => (
         <section key={group} aria-label={texts.emoji.groups[group]}>
-          <h3>{texts.emoji.groups[group]}</h3>
+          <h2>{texts.emoji.groups[group]}</h2>
           <div class="emoji-grid">
             {GROUPS[group].split(' ').map((emoji, place) => (
               <button key={emoji} type="button" tabIndex={at === 0 && place === 0 ? 0 : -1} onClick={() => onPick(emoji)}>
