@@ -11,6 +11,9 @@ async function fill(alice, bob) {
   const url = new URL("/mqtt", address.replace(/^http/, "ws")).href;
   const connect = (username) => mqtt.connectAsync(url, { username, clientId: `${username}-fill`, protocolVersion: 5, reconnectPeriod: 0 });
   const clients = [await connect(alice), await connect(bob)];
+  // Nothing waits for them afterwards.
+  await clients[0].subscribeAsync(`chat/${alice}/inbox`, { qos: 1 });
+  await clients[1].subscribeAsync(`chat/${bob}/inbox`, { qos: 1 });
   const peers = [bob, alice];
   let under_way = [];
   for (let at = 1; at <= count; at += 1) {

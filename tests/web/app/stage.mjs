@@ -33,6 +33,7 @@ export async function scenario(play) {
   } catch (error) {
     console.error(error instanceof Wrong ? error.message : error);
     for (const { page, name } of stage.people) {
+      console.error(`${name} is at ${await page.evaluate(() => document.activeElement?.outerHTML.slice(0, 200)).catch(() => "")}`);
       console.error(`${name} sees: ${await page.evaluate(() => document.body.innerText.slice(-1_500)).catch((gone) => gone.message)}`);
       if (process.env.SHOTS) await page.screenshot({ path: `${process.env.SHOTS}/${name}.png` }).catch(() => {});
     }

@@ -22,6 +22,7 @@ export interface Cache {
   page(peer: string, before: number | undefined, limit: number): Promise<Page>;
   /** A page of the server: `whole` if it begins with the first entry of the conversation; `joins` if it ends before what is here. */
   put(peer: string, entries: readonly Text[], whole: boolean, joins: boolean): Promise<void>;
+  /** After everything was synced: before that it would leave holes. */
   arrived(peer: string, envelope: Envelope): Promise<void>;
   synced(me: string, sync: Sync): Promise<void>;
   remove(peer: string, seqs: readonly number[]): Promise<void>;
@@ -121,9 +122,7 @@ class IndexedCache implements Cache {
   }
 
   async arrived(peer: string, envelope: Envelope): Promise<void> {
-    const { entries, state, done } = this.#stores('readwrite');
-    const from = await answer<number | undefined>(state.get(`from ${peer}`));
-    if (from === undefined && envelope.kind === 'text') state.put(envelope.seq === 1 ? 0 : envelope.seq, `from ${peer}`);
+    const { entries, done } = this.#stores('readwrite');
     await apply(entries, peer, envelope);
     await done;
   }

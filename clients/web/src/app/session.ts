@@ -5,7 +5,7 @@
 
 import { signal, type ReadonlySignal } from '@preact/signals';
 
-import type { ChatEvent, Client, Clock, History, Options, Outbox, Start, Text, Unsent } from '../sdk/api';
+import type { ChatEvent, Client, Clock, Envelope, History, Options, Outbox, Start, Text, Unsent } from '../sdk/api';
 import { noCache, type Cache } from './cache';
 import { missingAfter, unreadCount, type Conversation } from './model/conversation';
 import { initial, reduce, type Event, type Kept, type State } from './model/state';
@@ -28,6 +28,8 @@ const TYPING_SHOWN_MS = 8_000;
 const READ_TOLD_MS = 200;
 const KEPT_MS = 500;
 const NOTICE_MS = 6_000;
+/** Messages that wait for the cache; more are synced the next time. */
+const AHEAD_MAX = 2_000;
 
 export interface Sdk {
   start: Start;
@@ -93,6 +95,8 @@ export class Session implements Chat {
   /** Counts connections: what was asked on an earlier one is not waited for. */
   #connected = 0;
   #token: string | undefined;
+  /** What came before everything was synced on this connection: the cache takes it afterwards, so that it has no holes. */
+  #ahead: { peer: string; message: Envelope }[] | undefined = [];
   /** Under way: `newest bob`, `earlier bob`, … */
   readonly #asking = new Map<string, Promise<void>>();
   readonly #typingOut = new Map<string, { saidAt: number; idle: () => void }>();
@@ -189,7 +193,8 @@ export class Session implements Chat {
         const peer = isMine ? message.to : message.from;
         if (message.kind === 'text' && !isMine) this.#news(peer, message.text, message.seq, before.conversations.get(peer));
         void this.#fill(peer);
-        await this.#cache.arrived(peer, message).catch(() => {});
+        if (!this.#ahead) await this.#cache.arrived(peer, message).catch(() => {});
+        else if (this.#ahead.length < AHEAD_MAX) this.#ahead.push({ peer, message });
         return;
       }
       case 'typing': {
@@ -226,6 +231,7 @@ export class Session implements Chat {
     const client = this.#client;
     const isOn = () => this.#connected === connection && !this.#isOver;
     const open = this.#state.value.open;
+    this.#ahead = [];
     this.#dispatch({ type: 'doubted' });
     if (open !== undefined) void this.#loadNewest(open);
     while (isOn() && client) {
@@ -241,6 +247,9 @@ export class Session implements Chat {
         const { message_bytes: messageBytes } = await client.whoami();
         this.#dispatch({ type: 'greeted', messageBytes });
         await this.#sync(client, isOn);
+        const ahead = this.#ahead ?? [];
+        if (isOn()) this.#ahead = undefined;
+        for (const { peer, message } of ahead) await this.#cache.arrived(peer, message).catch(() => {});
         return;
       } catch {
         await new Promise<void>((resolve) => this.#around.clock.after(ASK_AGAIN_MS, resolve));
@@ -294,7 +303,10 @@ export class Session implements Chat {
   async #loadNewest(peer: string): Promise<void> {
     if (!this.#conversation(peer)?.timeline) {
       const kept = await this.#cache.page(peer, undefined, PAGE).catch(() => ({ entries: [], more: true }));
-      if (kept.entries.length > 0 && !this.#conversation(peer)?.timeline) this.#dispatch({ type: 'newest', peer, ...kept });
+      const of = this.#conversation(peer);
+      // What is long past is no beginning if the server can be asked.
+      const isFar = this.#isConnected() && (kept.entries.at(-1)?.seq ?? 0) + PAGE < (of?.top ?? 0);
+      if (kept.entries.length > 0 && !isFar && !of?.timeline) this.#dispatch({ type: 'newest', peer, ...kept });
     }
     if (!this.#isConnected()) return;
     await this.#once(`newest ${peer}`, async () => {

@@ -1,7 +1,7 @@
 //! The page: log in, or the conversations and the open one.
 
 import type { JSX } from 'preact';
-import { useEffect, useState } from 'preact/hooks';
+import { useEffect, useLayoutEffect, useState } from 'preact/hooks';
 
 import type { Entrance } from '../entrance';
 import { now } from '../format';
@@ -67,7 +67,7 @@ function Inside({ session, onLogOut, embedded }: { session: Session; onLogOut: (
     };
   }, [unread]);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const onKeyDown = (event: KeyboardEvent) => {
       if (document.querySelector('dialog[open]')) return;
       const isControl = event.ctrlKey || event.metaKey;

@@ -34,8 +34,10 @@ export function ConversationView({ chat, state, peer, searchAsked, canLeave }: P
   const [needle, setNeedle] = useState('');
   const [match, setMatch] = useState(0);
 
+  const searchSeen = useRef(searchAsked);
   useEffect(() => {
-    if (searchAsked > 0) setSearching(true);
+    if (searchAsked !== searchSeen.current) setSearching(true);
+    searchSeen.current = searchAsked;
   }, [searchAsked]);
 
   const matches = useMemo(() => matchesOf(of?.timeline?.entries ?? [], isSearching ? needle : ''), [of?.timeline, needle, isSearching]);
