@@ -560,7 +560,7 @@ class Driver implements Client {
     if (connection.is === 'open' && now - connection.since >= GOOD_CONNECTION_MS) this.#failures = 0;
     const limitMs = Math.min(this.#retry.minMs * 2 ** Math.min(this.#failures, 16), this.#retry.maxMs);
     this.#failures += 1;
-    const retryAt = now + limitMs * this.#clock.random();
+    const retryAt = Math.round(now + limitMs * this.#clock.random());
     this.#drop();
     this.#connection = { is: 'none', retryAt };
     this.#tellState({ state: 'lost', reason, retryAt });
