@@ -10,7 +10,10 @@ import { IDBFactory } from 'fake-indexeddb';
 import { afterEach, expect, test, vi } from 'vitest';
 
 import { type ChatEvent, type Client, type Envelope, indexedDbOutbox, newDevice, type Options, start } from '../../src/sdk/index.js';
+import page from '../../../../docs/web-sdk.md?raw';
 import { Chatd, program } from './chatd.js';
+
+const AsyncFunction = (async () => {}).constructor as new (...text: string[]) => (...values: unknown[]) => Promise<void>;
 
 const closing: (() => Promise<void>)[] = [];
 
@@ -296,4 +299,26 @@ test('a page that dies leaves its messages to the next, and each is stored once'
   expect(messages(bob).map(words)).toEqual(Array.from({ length: 31 }, (_, number) => `m-${number}`));
   expect(second.events.filter(({ type }) => type === 'stored')).toHaveLength(30);
   expect(await outbox().load()).toEqual([]);
+});
+
+test('the example of docs/web-sdk.md', async () => {
+  const server = await chatd();
+  const bob = await connected(server, 'bob');
+  bob.client.listen(async (event) => {
+    if (event.type === 'message' && event.message.from === 'alice') await bob.client.send('alice', 'hello, too');
+  });
+  const [, example = ''] = /```js\n(.*?)```/s.exec(page) ?? [];
+  const body = example.replace(/^import .*$/m, '').replace('ws://127.0.0.1:8080/mqtt', server.server);
+  const sdk = { start: async (options: Options) => (alice = await start(options)), newDevice, indexedDbOutbox };
+  let alice: Client | undefined;
+  const said: string[] = [];
+  vi.stubGlobal('indexedDB', new IDBFactory());
+  try {
+    await new AsyncFunction(...Object.keys(sdk), 'console', body)(...Object.values(sdk), { log: (line: string) => said.push(line) });
+    await until(() => said.length >= 3);
+  } finally {
+    await alice?.close();
+    vi.unstubAllGlobals();
+  }
+  expect(said.toSorted()).toEqual(['alice: hello', 'bob: hello, too', "on the server's disk as number 1"]);
 });
