@@ -170,14 +170,13 @@ class Driver implements Client {
     if (this.#queuing.has(id) || this.#sending.has(id)) throw new SendError('same_id', `a message with the id ${id} waits already`);
     const unsent: Unsent = { id, to, text, queuedAt: this.#clock.now() };
     this.#queuing.add(id);
-    const added = this.#outbox.add(unsent);
+    const added = this.#add(unsent);
     // In the order in which they were asked for, whichever is in the outbox first.
-    const before = this.#queued;
-    const inTurn = Promise.allSettled([before, added]);
+    const inTurn = this.#queued.then(() => added);
     this.#queued = inTurn;
-    const [, outcome] = await inTurn;
+    const problem = await inTurn;
     this.#queuing.delete(id);
-    if (outcome.status === 'rejected') throw new SendError('outbox', `the outbox does not take it: ${sentence(outcome.reason)}`);
+    if (problem !== undefined) throw new SendError('outbox', `the outbox does not take it: ${problem}`);
     const stored = new Promise<Stored>((resolve, reject) => this.#waiters.set(id, { resolve, reject }));
     // Nobody has to listen: there is an event, too.
     stored.catch(() => {});
@@ -189,6 +188,16 @@ class Driver implements Client {
       this.#work();
     }
     return { ...unsent, stored };
+  }
+
+  /** Why it is not in the outbox. */
+  async #add(unsent: Unsent): Promise<string | undefined> {
+    try {
+      await this.#outbox.add(unsent);
+      return undefined;
+    } catch (error) {
+      return sentence(error);
+    }
   }
 
   waiting(): Unsent[] {
@@ -372,7 +381,7 @@ class Driver implements Client {
       const { seq, at, receiverAway } = answer;
       const stored: Stored = { id, seq, at, receiverAway };
       // What cannot be taken out is sent again in the next run, under the same id.
-      this.#tidy(this.#outbox.remove(id));
+      this.#tidy(async () => this.#outbox.remove(id));
       this.#waiters.get(id)?.resolve(stored);
       this.#waiters.delete(id);
       this.#teller.tell({ type: 'stored', unsent, stored });
@@ -407,8 +416,8 @@ class Driver implements Client {
     this.#work();
   }
 
-  #tidy(work: Promise<unknown>): void {
-    const done = work.catch(() => {}).finally(() => this.#tidying.delete(done));
+  #tidy(work: () => Promise<void>): void {
+    const done = work().catch(() => {}).finally(() => this.#tidying.delete(done));
     this.#tidying.add(done);
   }
 
@@ -560,7 +569,7 @@ class Driver implements Client {
     if (connection.is === 'open' && now - connection.since >= GOOD_CONNECTION_MS) this.#failures = 0;
     const limitMs = Math.min(this.#retry.minMs * 2 ** Math.min(this.#failures, 16), this.#retry.maxMs);
     this.#failures += 1;
-    const retryAt = now + limitMs * this.#clock.random();
+    const retryAt = Math.round(now + limitMs * this.#clock.random());
     this.#drop();
     this.#connection = { is: 'none', retryAt };
     this.#tellState({ state: 'lost', reason, retryAt });

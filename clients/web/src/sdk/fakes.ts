@@ -30,6 +30,11 @@ export class FakeClock implements Clock {
     return this.#timers.size;
   }
 
+  /** As for a page that is gone. */
+  forget(): void {
+    this.#timers.clear();
+  }
+
   /** Lets so much time pass, and everything happen in its order. */
   async pass(ms: number): Promise<void> {
     const until = this.time + ms;

@@ -3,8 +3,9 @@
 //! Everything of mqtt.js lives in this file. It is used for its packets and its socket, for one connection at a time; what is sent again is decided above.
 //! mqtt.js 5.16's oddities and what guards against them here:
 //! - Its acknowledgement of a message (`handleMessage`) stands in the way of every packet behind it: a program that asks the server something before it is done
-//!   with a message would wait for ever, and a slow one would lose the connection, as no answer to a ping is read. So messages are shown to it as QoS 0
-//!   and acknowledged here, by four bytes.
+//!   with a message would wait for ever, and a slow one would lose the connection, as no answer to a ping is read. So messages are hidden from it, and
+//!   acknowledged here, by four bytes.
+//! - It throws where nobody can catch it when a server sends packets that make no sense at that place. What is not expected is hidden from it, too.
 //! - The callback of a publish gets the acknowledgement only if it is a refusal; the numbers of a stored message are in the packet alone. So acknowledgements are
 //!   matched here, by the packet identifier that it gave last.
 //! - It pings from a worker made of a blob, which a strict Content-Security-Policy forbids, and by a schedule that browsers stretch for hidden pages until the
@@ -54,7 +55,8 @@ class MqttLink implements Link {
   #listen(client: MqttClient): void {
     this.#client = client;
     client.on('packetreceive', (packet) => {
-      if (!this.#over) this.#received(packet);
+      if (this.#over) hide(packet);
+      else this.#received(packet);
     });
     client.on('connect', ({ properties }) => {
       if (this.#over) return;
@@ -85,9 +87,9 @@ class MqttLink implements Link {
       }
       case 'publish': {
         const { topic, payload, retain, qos, messageId } = packet;
+        hide(packet);
         // Nothing is subscribed to at QoS 2.
-        if (qos === 2) return this.#ended({ why: 'lost', message: 'the server sends what was not asked for' });
-        packet.qos = 0;
+        if (qos === 2) return this.#ended(UNEXPECTED);
         const published = { topic, text: utf8(payload), waited: retain };
         return this.#tell({ is: 'published', published: qos === 1 && messageId !== undefined ? { ...published, packet: messageId } : published });
       }
@@ -105,6 +107,9 @@ class MqttLink implements Link {
         if (packet.reasonCode !== 0x8e) return this.#ended({ why: 'lost', message });
         return this.#ended({ why: 'taken_over', message: 'another program connected as the same device' });
       }
+      default:
+        hide(packet);
+        return this.#ended(UNEXPECTED);
     }
   }
 
@@ -157,6 +162,13 @@ class MqttLink implements Link {
     this.#over = true;
     this.#client?.end(true);
   }
+}
+
+const UNEXPECTED: Ended = { why: 'lost', message: 'the server sends what was not asked for' };
+
+/** mqtt.js passes over a packet of a kind that is not sent to clients. */
+function hide(packet: Packet): void {
+  (packet as { cmd: Packet['cmd'] }).cmd = 'pingreq';
 }
 
 function connectOptions({ user, device, password, keepAliveS }: Login): IClientOptions {

@@ -1,12 +1,13 @@
 //! What waits to be stored on the server: in which order it is published, how much at once, and what is tried again.
 //!
-//! Pure: time comes in. Invariants: messages are published in the order in which they were queued; none is forgotten before the server has
-//! stored or refused it, or the program discards it; none is published twice on one connection, but after a pause.
+//! Pure: time comes in. Invariants: a conversation's messages are stored in the order in which they were queued, so one is published when the one before it is
+//! answered: of several on their way the server could be too busy for the first and take the second. None is forgotten before the server has stored or
+//! refused it, or the program discards it; none is published twice on one connection, but after a pause.
 
 import type { Unsent } from './api.js';
 import { type Answer, isPassing } from './transport.js';
 
-/** Published and not answered. */
+/** Conversations of which a message is on its way. */
 export const WINDOW = 16;
 /** How long nothing is published after the server could not answer, at first and at most. */
 export const PAUSE_MIN_MS = 500;
@@ -17,9 +18,12 @@ const RATE_SHARE = 0.8;
 const BURST_MS = 500;
 
 export class Sending {
-  /** In order; the first `published` of them are on their way. */
+  /** In the order in which they were queued. */
   #waiting: Unsent[] = [];
-  #published = 0;
+  /** How many of them are for whom. */
+  #peers = new Map<string, number>();
+  /** Published and not answered: whose message of which id. */
+  #flying = new Map<string, string>();
   #pausedUntil: number | undefined;
   #pauseMs: number | undefined;
   #pace: Pace | undefined;
@@ -30,6 +34,7 @@ export class Sending {
 
   push(unsent: Unsent): void {
     this.#waiting.push(unsent);
+    this.#peers.set(unsent.to, (this.#peers.get(unsent.to) ?? 0) + 1);
   }
 
   has(id: string): boolean {
@@ -39,9 +44,13 @@ export class Sending {
   /** Takes it out, wherever it is. */
   take(id: string): Unsent | undefined {
     const at = this.#waiting.findIndex((unsent) => unsent.id === id);
-    if (at < 0) return undefined;
-    if (at < this.#published) this.#published -= 1;
-    return this.#waiting.splice(at, 1)[0];
+    const [unsent] = at < 0 ? [] : this.#waiting.splice(at, 1);
+    if (!unsent) return undefined;
+    const left = (this.#peers.get(unsent.to) ?? 1) - 1;
+    if (left > 0) this.#peers.set(unsent.to, left);
+    else this.#peers.delete(unsent.to);
+    this.#landed(unsent);
+    return unsent;
   }
 
   /** Takes out what was queued before then. */
@@ -58,40 +67,48 @@ export class Sending {
   }
 
   disconnected(): void {
-    this.#published = 0;
+    this.#flying.clear();
     this.#pausedUntil = undefined;
   }
 
   /** The next to publish, if one may be now. */
   next(now: number): Unsent | undefined {
-    if ((this.#pausedUntil !== undefined && now < this.#pausedUntil) || this.#published >= WINDOW) return undefined;
+    if (this.#pausedUntil !== undefined && now < this.#pausedUntil) return undefined;
     this.#pausedUntil = undefined;
-    if (this.#published === this.#waiting.length || (this.#pace && !this.#pace.take(now))) return undefined;
-    this.#published += 1;
-    return this.#waiting[this.#published - 1];
+    const unsent = this.#first();
+    if (!unsent || (this.#pace && !this.#pace.take(now))) return undefined;
+    this.#flying.set(unsent.to, unsent.id);
+    return unsent;
   }
 
   /** When {@link next} should be asked again, if nothing else happens before. */
   get wakeAt(): number | undefined {
-    if (this.#published === this.#waiting.length || this.#published >= WINDOW) return undefined;
-    return Math.max(this.#pausedUntil ?? 0, this.#pace?.freeAt ?? 0);
+    return this.#first() && Math.max(this.#pausedUntil ?? 0, this.#pace?.freeAt ?? 0);
   }
 
   /** The message that was answered for good; `undefined` if it is to be tried again, or is long known. */
   answered(id: string, answer: Answer, now: number): Unsent | undefined {
-    if (answer.is === 'refused' && isPassing(answer)) {
-      const at = this.#waiting.findIndex((unsent) => unsent.id === id);
-      if (at < 0) return undefined;
-      // It and all after it are published again, in this order.
-      this.#published = Math.min(this.#published, at);
-      if (this.#pausedUntil === undefined) {
-        this.#pauseMs = this.#pauseMs === undefined ? PAUSE_MIN_MS : Math.min(this.#pauseMs * 2, PAUSE_MAX_MS);
-        this.#pausedUntil = now + this.#pauseMs;
-      }
-      return undefined;
+    if (answer.is !== 'refused' || !isPassing(answer)) {
+      this.#pauseMs = undefined;
+      return this.take(id);
     }
-    this.#pauseMs = undefined;
-    return this.take(id);
+    const unsent = this.#waiting.find((unsent) => unsent.id === id);
+    if (unsent) this.#landed(unsent);
+    if (unsent && this.#pausedUntil === undefined) {
+      this.#pauseMs = this.#pauseMs === undefined ? PAUSE_MIN_MS : Math.min(this.#pauseMs * 2, PAUSE_MAX_MS);
+      this.#pausedUntil = now + this.#pauseMs;
+    }
+    return undefined;
+  }
+
+  #landed({ to, id }: Unsent): void {
+    if (this.#flying.get(to) === id) this.#flying.delete(to);
+  }
+
+  /** The first for a peer to whom none is on its way. */
+  #first(): Unsent | undefined {
+    if (this.#flying.size >= WINDOW || this.#flying.size === this.#peers.size) return undefined;
+    return this.#waiting.find(({ to }) => !this.#flying.has(to));
   }
 }
 

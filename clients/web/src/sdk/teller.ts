@@ -1,6 +1,7 @@
 //! Events on their way to whoever listens: one after another, in their order, each when all listeners are done with the one before.
 //!
-//! Bounded: of live events only the newest about a peer waits; messages are bounded by the receive maximum, the others by what the program did.
+//! Bounded: of live events only the newest about a peer waits, and of the connection's one after the other only how it stands; messages are bounded by
+//! the receive maximum, the others by what the program did.
 
 import type { ChatEvent, Listener } from './api.js';
 
@@ -25,7 +26,7 @@ export class Teller {
   /** `told` hears whether every listener took it. */
   tell(event: ChatEvent, told?: (taken: boolean) => void): void {
     const about = aboutWhat(event);
-    const earlier = about === undefined ? undefined : this.#live.get(about);
+    const earlier = about === undefined ? this.#stateBefore(event) : this.#live.get(about);
     if (earlier) {
       earlier.event = event;
       return;
@@ -51,6 +52,11 @@ export class Teller {
       told?.(failed.length === 0);
     }
     this.#telling = false;
+  }
+
+  #stateBefore(event: ChatEvent): Waiting | undefined {
+    const last = this.#waiting.at(-1);
+    return event.type === 'connection' && last?.event.type === 'connection' ? last : undefined;
   }
 
   #next(): Waiting | undefined {
