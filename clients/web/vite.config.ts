@@ -37,6 +37,9 @@ export default defineConfig({
   preview: { proxy, headers: { 'Content-Security-Policy': CSP, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer' } },
   build: {
     target: 'es2022',
+    // A twelfth smaller than with esbuild, mostly mqtt.js.
+    minify: 'terser',
+    terserOptions: { ecma: 2020, module: true, compress: { passes: 3, pure_getters: true } },
     modulePreload: { polyfill: false },
     assetsInlineLimit: 0,
     rollupOptions: { input: ['index.html', 'embed.html'] },

@@ -20,5 +20,5 @@ export function Avatar({ user, online = false }: { user: string; online?: boolea
 export function hueOf(user: string): number {
   let hash = 7;
   for (let at = 0; at < user.length; at += 1) hash = (hash * 31 + user.charCodeAt(at)) % 9973;
-  return (hash % 12) * 30;
+  return (hash * 137) % 360;
 }

@@ -152,7 +152,9 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     let isOther = false;
     for (const child of list.current.children) {
       const { key } = (child as HTMLElement).dataset;
-      if (key !== undefined && heights.set(key, child.getBoundingClientRect().height)) isOther = true;
+      const { height } = child.getBoundingClientRect();
+      // What is not laid out has none.
+      if (key !== undefined && height > 0 && heights.set(key, height)) isOther = true;
     }
     const at = anchor.current;
     if (at === 'end') {
