@@ -2,5 +2,5 @@ import { defineConfig } from 'vitest/config';
 
 export default defineConfig({
   esbuild: { jsx: 'automatic', jsxImportSource: 'preact' },
-  test: { include: ['src/**/*.test.{ts,tsx}'] },
+  test: { exclude: ['node_modules', 'tests'], include: ['**/*.test.{ts,tsx}'] },
 });

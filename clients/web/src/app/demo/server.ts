@@ -34,6 +34,8 @@ export class DemoServer {
   users?: Set<string>;
   passwords?: Map<string, string>;
   messageBytes = 16_384;
+  /** A sync token that is not of this server. */
+  refusesToken?: string;
 
   constructor(readonly clock: Clock, readonly latencyMs = 0) {}
 
@@ -340,6 +342,10 @@ class DemoClient implements Client {
 
   sync(since = '0', limit = 50) {
     return this.#ask(`sync ${since}`, () => {
+      if (since === this.server.refusesToken) {
+        delete this.server.refusesToken;
+        throw new Refusal('invalid_token', 'start over');
+      }
       const log = this.server.log();
       const from = Number(since);
       const page = log.slice(from, from + limit);

@@ -94,11 +94,17 @@ export function readTo(old: Conversation, seq: number): Conversation {
     ...old,
     myRead,
     unread: {
-      counted: myRead >= countedTo ? 0 : counted,
+      counted: myRead >= countedTo ? 0 : Math.min(counted, loadedBetween(old, myRead, countedTo) ?? counted),
       countedTo,
       since: since.filter((unread) => unread > myRead),
     },
   };
+}
+
+/** The peer's messages after one seq and up to another, if all of them are loaded. */
+function loadedBetween({ peer, timeline }: Conversation, after: number, to: number): number | undefined {
+  if (!timeline || timeline.to < to || (timeline.earlier && (timeline.entries[0]?.seq ?? Infinity) > after + 1)) return undefined;
+  return timeline.entries.filter(({ from, seq, text }) => from === peer && seq > after && seq <= to && text !== undefined).length;
 }
 
 /** As the server says. */

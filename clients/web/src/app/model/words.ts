@@ -55,7 +55,7 @@ export function lower(text: string): string {
 export function isEmojiOnly(text: string): boolean {
   if (text.length > 40) return false;
   const rest = text.trim();
-  if (rest === '' || !/^(?:\p{Emoji_Presentation}|\p{Emoji}\ufe0f|\p{Emoji_Modifier}|\p{Regional_Indicator}|\u200d|\p{Extended_Pictographic}\ufe0f?)+$/u.test(rest)) return false;
+  if (rest === '' || !/^(?:\p{Emoji_Presentation}|\p{Emoji}\ufe0f|\p{Emoji_Modifier}|\p{Regional_Indicator}|\u200d)+$/u.test(rest)) return false;
   return Array.from(new Intl.Segmenter().segment(rest)).length <= 3;
 }
 
