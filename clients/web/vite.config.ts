@@ -20,7 +20,7 @@ function serviceWorker(): Plugin {
     generateBundle(_options, bundle) {
       const built = Object.keys(bundle).filter((name) => name.startsWith('assets/') && !name.endsWith('.map'));
       const kept = readdirSync('public').map((name) => ({ name, hash: createHash('sha256').update(readFileSync(`public/${name}`)).digest('hex') }));
-      const files = ['/', '/embed.html', ...[...built, ...kept.map(({ name }) => name)].sort().map((name) => `/${name}`)];
+      const files = ['/', ...[...built, ...kept.map(({ name }) => name)].sort().map((name) => `/${name}`)];
       const pages = ['index.html', 'embed.html'].map((name) => String((bundle[name] as { source?: unknown } | undefined)?.source));
       const version = createHash('sha256').update(JSON.stringify([files, kept, pages])).digest('hex').slice(0, 16);
       const source = readFileSync('src/app/sw.js', 'utf8').replace('__VERSION__', version).replace("['__FILES__']", JSON.stringify(files));

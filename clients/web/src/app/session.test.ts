@@ -29,7 +29,6 @@ class Browser {
       openCache: (user) => openCache(user, this.databases),
       storage: this.storage,
       isLooking: () => this.isLooking,
-      isOnline: () => true,
       notify: (from, text) => void this.notified.push(`${from}: ${text}`),
     };
     const session = new Session({ user }, around);

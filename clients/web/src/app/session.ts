@@ -53,7 +53,6 @@ export interface Surroundings {
   storage: Pick<Storage, 'getItem' | 'setItem' | 'removeItem' | 'key' | 'length'>;
   /** Somebody looks at the page. */
   isLooking(): boolean;
-  isOnline(): boolean;
   notify(from: string, text: string, seq: number): void;
 }
 
@@ -169,7 +168,10 @@ export class Session implements Chat {
     this.#keepTimer?.();
     if (!forget) await this.#keep();
     await this.#client?.close().catch(() => {});
-    if (forget) await this.#cache.clear().catch(() => {});
+    if (forget) {
+      await this.#cache.clear().catch(() => {});
+      for (const peer of this.#state.value.drafts.keys()) this.#around.storage.removeItem(this.#draftName(peer));
+    }
     this.#cache.close();
     for (const cancel of this.#typingIn.values()) cancel();
     for (const { idle } of this.#typingOut.values()) idle();

@@ -23,7 +23,6 @@ export function browser(loadSdk: () => Promise<Sdk>): Surroundings {
     openCache: (user) => openCache(user),
     storage: storageOr(() => localStorage),
     isLooking: () => document.visibilityState === 'visible' && document.hasFocus(),
-    isOnline: () => navigator.onLine,
     notify,
   };
 }

@@ -9,7 +9,6 @@ export const texts = {
     title: 'Welcome',
     lead: 'Log in to chat.',
     name: 'Your name',
-    nameHint: 'Small letters, digits, - and _',
     password: 'Password or token',
     withPassword: 'I have a password or token',
     stay: 'Stay logged in in this tab',

@@ -1,7 +1,7 @@
 //! Where a message is written, or given other words.
 
 import type { JSX } from 'preact';
-import { useEffect, useLayoutEffect, useRef, useState } from 'preact/hooks';
+import { useLayoutEffect, useRef, useState } from 'preact/hooks';
 
 import type { Conversation } from '../model/conversation';
 import { bytesOf } from '../model/words';
@@ -36,7 +36,7 @@ export function Compose({ chat, of, me, draft, messageBytes }: Props): JSX.Eleme
     element.style.height = `${Math.min(element.scrollHeight, HEIGHT_MAX_PX)}px`;
   }, [text, peer]);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     const element = field.current;
     if (!element || (editing === undefined && !matchMedia('(hover: hover)').matches)) return;
     element.focus({ preventScroll: true });
@@ -46,11 +46,14 @@ export function Compose({ chat, of, me, draft, messageBytes }: Props): JSX.Eleme
   const write = (words: string) => (editing ? chat.editDraft(peer, words) : chat.draft(peer, words));
 
   const submit = () => {
+    // What is in the field, even if it is not drawn yet.
+    const words = field.current?.value ?? text;
     if (editing) {
       const old = of.timeline?.entries.find(({ seq }) => seq === editing.seq)?.text;
-      if (editing.text === old || editing.text.trim() === '') chat.stopEditing(peer);
+      chat.editDraft(peer, words);
+      if (words === old || words.trim() === '') chat.stopEditing(peer);
       else void chat.saveEdit(peer);
-    } else if (chat.send(peer, text)) {
+    } else if (chat.send(peer, words)) {
       chat.draft(peer, '');
     }
     field.current?.focus();

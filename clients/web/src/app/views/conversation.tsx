@@ -1,7 +1,7 @@
 //! The open conversation: with whom, what was said, what is being written.
 
 import type { JSX } from 'preact';
-import { useEffect, useMemo, useRef, useState } from 'preact/hooks';
+import { useLayoutEffect, useMemo, useRef, useState } from 'preact/hooks';
 
 import { lastSeen, now } from '../format';
 import type { State } from '../model/state';
@@ -35,7 +35,7 @@ export function ConversationView({ chat, state, peer, searchAsked, canLeave }: P
   const [match, setMatch] = useState(0);
 
   const searchSeen = useRef(searchAsked);
-  useEffect(() => {
+  useLayoutEffect(() => {
     if (searchAsked !== searchSeen.current) setSearching(true);
     searchSeen.current = searchAsked;
   }, [searchAsked]);

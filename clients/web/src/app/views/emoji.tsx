@@ -1,7 +1,7 @@
 //! A small choice of emoji; for all the others there is the system's. It is loaded when it is asked for.
 
 import type { JSX } from 'preact';
-import { useEffect, useRef } from 'preact/hooks';
+import { useLayoutEffect, useRef } from 'preact/hooks';
 
 import { texts } from '../texts';
 
@@ -17,7 +17,7 @@ const COLUMNS = 8;
 export function Picker({ onPick, onClose }: { onPick: (emoji: string) => void; onClose: () => void }): JSX.Element {
   const root = useRef<HTMLDivElement>(null);
 
-  useEffect(() => {
+  useLayoutEffect(() => {
     root.current?.querySelector<HTMLElement>('button')?.focus();
     const elsewhere = (event: Event) => {
       const area = root.current?.parentElement;

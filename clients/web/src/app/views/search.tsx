@@ -1,7 +1,7 @@
 //! Search in what is loaded of a conversation, from the newest match to older ones.
 
 import type { JSX } from 'preact';
-import { useEffect, useRef } from 'preact/hooks';
+import { useLayoutEffect, useRef } from 'preact/hooks';
 
 import type { Entry } from '../model/timeline';
 import { lower } from '../model/words';
@@ -31,7 +31,7 @@ interface Props {
 
 export function SearchBar({ needle, matches, at, onNeedle, onStep, onClose }: Props): JSX.Element {
   const field = useRef<HTMLInputElement>(null);
-  useEffect(() => field.current?.focus(), []);
+  useLayoutEffect(() => field.current?.focus(), []);
   return (
     <div class="search" role="search">
       <input

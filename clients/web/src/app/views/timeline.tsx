@@ -166,6 +166,8 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
         const off = at.edge === 'bottom' ? frame.bottom - row.bottom - at.offset : at.offset - (row.top - frame.top);
         if (Math.abs(off) > 0.5) element.scrollTop -= off;
       }
+      // All that is below it is in the view: from now on it is the end that stays.
+      if (row && element.scrollTop >= -END_PX) anchor.current = 'end';
     }
     if (focus.current !== undefined) {
       const row = rowElement(focus.current);
