@@ -61,6 +61,8 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
   const anchor = useRef<Anchor>('end');
   const focus = useRef<string>();
   const isPlaced = useRef(false);
+  /** Where the view was last, how high the list was, from which entry on; and by how much it has grown upwards since anything scrolled. */
+  const was = useRef({ top: 0, height: 0, first: 0, grown: 0 }).current;
   const [chosen, choose] = useState<string>();
   const [failure, setFailure] = useState<string>();
   const [isAway, setAway] = useState(false);
@@ -125,6 +127,9 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
   const onScroll = () => {
     const element = scroller.current;
     if (!element) return;
+    // A scroll that began just as the list grew is carried on from the top, and is as much too far as was put there.
+    if (was.grown > view && Math.abs(element.scrollTop - was.top + was.grown) < view) element.scrollTop += was.grown;
+    was.top = element.scrollTop;
     const distance = Math.max(0, -element.scrollTop);
     if (distance <= END_PX) anchor.current = 'end';
     else {
@@ -142,6 +147,7 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     clearTimeout(scrolling.current);
     scrolling.current = setTimeout(() => {
       scrolling.current = undefined;
+      was.grown = 0;
       redraw();
     }, SCROLLED_MS);
   };
@@ -156,6 +162,10 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
       // What is not laid out has none.
       if (key !== undefined && height > 0 && heights.set(key, height)) isOther = true;
     }
+    const firstShown = timeline?.entries[0]?.seq ?? 0;
+    if (firstShown < was.first) was.grown += element.scrollHeight - was.height;
+    was.first = firstShown;
+    was.height = element.scrollHeight;
     const at = anchor.current;
     if (at === 'end') {
       if (element.scrollTop !== 0) element.scrollTop = 0;
@@ -169,6 +179,7 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
       // All that is below it is in the view: from now on it is the end that stays.
       if (row && element.scrollTop >= -END_PX) anchor.current = 'end';
     }
+    was.top = element.scrollTop;
     if (focus.current !== undefined) {
       const row = rowElement(focus.current);
       if (row) {
