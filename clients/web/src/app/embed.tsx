@@ -1,0 +1,85 @@
+//! The chat on another site's page, in a frame. The site says who the user is:
+//!
+//!     frame.contentWindow.postMessage({ chat: 'login', user: 'alice', token: '…', with: 'bob' }, chatOrigin)
+//!
+//! after the frame has said `{ chat: 'ready' }`, and again whenever it says `{ chat: 'token' }`. Nothing is remembered. For a server in development mode
+//! `embed.html#user=alice&with=bob` is enough. Who may frame the page is up to the server's `frame-ancestors`.
+
+import { render } from 'preact';
+
+import { Entrance } from './entrance';
+import { keepTime } from './format';
+import { isName } from './model/words';
+import { applySettings } from './settings';
+import './styles/tokens.css';
+import './styles/base.css';
+import './styles/login.css';
+import './styles/list.css';
+import './styles/conversation.css';
+import './styles/parts.css';
+import { browser, storageOr } from './surroundings';
+import { texts } from './texts';
+import { App } from './views/app';
+
+/** The site has that long to bring a new token. */
+const TOKEN_MS = 10_000;
+
+interface Told {
+  chat: 'login';
+  user?: unknown;
+  token?: unknown;
+  with?: unknown;
+}
+
+document.documentElement.lang = texts.lang;
+document.documentElement.dir = texts.dir;
+applySettings();
+keepTime();
+
+const entrance = new Entrance(
+  browser(() => import('./wire').then(({ sdk }) => sdk)),
+  storageOr(() => sessionStorage),
+);
+let given: string | undefined;
+let waiting: ((token: string) => void) | undefined;
+
+function show(user: string, peer: string | undefined, token?: () => Promise<string>): void {
+  const embedded = peer === undefined ? {} : { peer };
+  entrance.enter(token ? { user, token } : { user }, { isKnown: true, remember: false });
+  render(<App entrance={entrance} embedded={embedded} />, document.getElementById('app') as HTMLElement);
+}
+
+/** The one that was given, and then a new one for each connection. */
+function token(): Promise<string> {
+  if (given !== undefined) {
+    const once = given;
+    given = undefined;
+    return Promise.resolve(once);
+  }
+  return new Promise((resolve, reject) => {
+    waiting = resolve;
+    setTimeout(() => reject(new Error('the site gave no token')), TOKEN_MS);
+    parent.postMessage({ chat: 'token' }, '*');
+  });
+}
+
+addEventListener('message', (event: MessageEvent<unknown>) => {
+  const told = event.data as Partial<Told> | null;
+  if (event.source !== parent || told?.chat !== 'login') return;
+  if (typeof told.token === 'string' && waiting) {
+    waiting(told.token);
+    waiting = undefined;
+    return;
+  }
+  if (typeof told.user !== 'string' || !isName(told.user) || typeof told.token !== 'string') return;
+  given = told.token;
+  show(told.user, typeof told.with === 'string' && isName(told.with) ? told.with : undefined, token);
+});
+
+const address = new URLSearchParams(location.hash.slice(1));
+const user = address.get('user');
+const peer = address.get('with');
+if (user !== null && isName(user)) {
+  history.replaceState(null, '', location.pathname);
+  show(user, peer !== null && isName(peer) ? peer : undefined);
+} else parent.postMessage({ chat: 'ready' }, '*');

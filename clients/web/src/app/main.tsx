@@ -1,0 +1,67 @@
+//! The page of the web chat: settings, who is remembered, the views; and after the first paint the SDK and the service worker.
+
+import { render } from 'preact';
+
+import { Entrance } from './entrance';
+import { keepTime } from './format';
+import type { Sdk } from './session';
+import { applySettings } from './settings';
+import './styles/tokens.css';
+import './styles/base.css';
+import './styles/login.css';
+import './styles/list.css';
+import './styles/conversation.css';
+import './styles/parts.css';
+import { browser, storageOr } from './surroundings';
+import { texts } from './texts';
+import { App } from './views/app';
+import { update } from './views/banner';
+
+/** With `--mode demo` there is no server but the one in memory. */
+const loadSdk = (): Promise<Sdk> => (import.meta.env.MODE === 'demo' ? import('./demo/scene').then(({ demo }) => demo) : import('./wire').then(({ sdk }) => sdk));
+
+document.documentElement.lang = texts.lang;
+document.documentElement.dir = texts.dir;
+applySettings();
+keepTime();
+
+const entrance = new Entrance(browser(loadSdk), storageOr(() => sessionStorage));
+render(<App entrance={entrance} />, document.getElementById('app') as HTMLElement);
+entrance.begin();
+
+addEventListener('storage', ({ key, newValue }) => {
+  const phase = entrance.phase.peek();
+  if (key !== null && phase.at === 'in') phase.session.draftElsewhere(key, newValue);
+  // Another tab has logged out.
+  if (key === 'chat user' && newValue === null) location.reload();
+});
+
+for (const event of ['online', 'visibilitychange'] as const) {
+  (event === 'online' ? globalThis : document).addEventListener(event, () => {
+    const phase = entrance.phase.peek();
+    if (phase.at === 'in' && document.visibilityState === 'visible') phase.session.retryNow();
+  });
+}
+
+if ('serviceWorker' in navigator && import.meta.env.PROD) {
+  void navigator.serviceWorker.register('/sw.js').then(watchForUpdates, () => {});
+  navigator.serviceWorker.addEventListener('message', ({ data }: MessageEvent<{ open?: string }>) => {
+    if (data.open !== undefined) location.hash = data.open;
+  });
+}
+
+function watchForUpdates(registration: ServiceWorkerRegistration | undefined): void {
+  if (!registration) return;
+  const offer = (worker: ServiceWorker | null) => {
+    if (!worker || !navigator.serviceWorker.controller) return;
+    update.value = () => {
+      navigator.serviceWorker.addEventListener('controllerchange', () => location.reload());
+      worker.postMessage('take over');
+    };
+  };
+  offer(registration.waiting);
+  registration.addEventListener('updatefound', () => {
+    const worker = registration.installing;
+    worker?.addEventListener('statechange', () => worker.state === 'installed' && offer(worker));
+  });
+}
