@@ -21,12 +21,13 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 /// Where the page is, its title, the file in `docs/`, and its text.
-const PAGES: [(&str, &str, &str, &str); 12] = [
+const PAGES: [(&str, &str, &str, &str); 13] = [
     ("/docs", "Protocol", "protocol.md", include_str!("../../docs/protocol.md")),
     ("/docs/mosquitto", "From a shell", "mosquitto.md", include_str!("../../docs/mosquitto.md")),
     ("/docs/terminal", "Chat in the terminal", "terminal.md", include_str!("../../docs/terminal.md")),
     ("/docs/chat", "chat, the command", "cli.md", include_str!("../../docs/cli.md")),
     ("/docs/rust", "Rust client", "sdk.md", include_str!("../../docs/sdk.md")),
+    ("/docs/web-chat", "Web chat", "web.md", include_str!("../../docs/web.md")),
     ("/docs/web", "Web SDK", "web-sdk.md", include_str!("../../docs/web-sdk.md")),
     ("/docs/webhooks", "Webhooks", "webhooks.md", include_str!("../../docs/webhooks.md")),
     ("/docs/security", "Security", "security.md", include_str!("../../docs/security.md")),

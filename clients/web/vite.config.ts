@@ -1,11 +1,13 @@
 import { createHash } from 'node:crypto';
-import { readFileSync, readdirSync } from 'node:fs';
+import { readFileSync, readdirSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
+import { gzipSync } from 'node:zlib';
 
 import { defineConfig, type Plugin } from 'vite';
 
 /** What the server sends with the pages: they have to work under it. */
 const CSP =
-  "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; connect-src 'self' ws: wss:; manifest-src 'self'; " +
+  "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; font-src 'self'; connect-src 'self'; manifest-src 'self'; " +
   "worker-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'self'";
 
 /** A chatd for `npm run dev` and `npm run preview`. */
@@ -29,10 +31,26 @@ function serviceWorker(): Plugin {
   };
 }
 
+/** Puts the compressed form of each file beside it, for chatd to serve. */
+function compressed(): Plugin {
+  return {
+    name: 'compressed',
+    apply: 'build',
+    enforce: 'post',
+    closeBundle() {
+      for (const file of readdirSync('dist', { recursive: true, withFileTypes: true })) {
+        if (!file.isFile() || file.name.endsWith('.gz')) continue;
+        const path = join(file.parentPath, file.name);
+        writeFileSync(`${path}.gz`, gzipSync(readFileSync(path), { level: 9 }));
+      }
+    },
+  };
+}
+
 export default defineConfig({
   appType: 'mpa',
   esbuild: { jsx: 'automatic', jsxImportSource: 'preact', legalComments: 'none' },
-  plugins: [serviceWorker()],
+  plugins: [serviceWorker(), compressed()],
   server: { proxy },
   preview: { proxy, headers: { 'Content-Security-Policy': CSP, 'X-Content-Type-Options': 'nosniff', 'Referrer-Policy': 'no-referrer' } },
   build: {

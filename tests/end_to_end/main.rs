@@ -69,6 +69,8 @@ mod terminal;
 #[cfg(test)]
 mod tls;
 #[cfg(test)]
+mod web_chat;
+#[cfg(test)]
 mod webhooks;
 #[cfg(test)]
 mod websocket;

@@ -124,10 +124,15 @@ fn is_debug(line: &str) -> bool {
 
 /// Runs a script of `tests/web` in Node, its packages installed; fails with its output unless it succeeds.
 pub async fn node(script: &str, arguments: &[&str]) -> Result<String> {
+    node_within(PATIENCE * 2, script, arguments).await
+}
+
+/// The same, for one that takes longer.
+pub async fn node_within(patience: Duration, script: &str, arguments: &[&str]) -> Result<String> {
     let folder = web().await?;
     let mut command = program("node", "apt-get install nodejs")?;
     let running = command.arg(folder.join(script)).args(arguments).current_dir(&folder).output();
-    let output = timeout(PATIENCE * 2, running).await.with_context(|| format!("node {script} {arguments:?}"))??;
+    let output = timeout(patience, running).await.with_context(|| format!("node {script} {arguments:?}"))??;
     let stdout = String::from_utf8_lossy(&output.stdout).into_owned();
     let stderr = String::from_utf8_lossy(&output.stderr);
     ensure!(output.status.success(), "node {script} {arguments:?}: {}\n{stdout}\n{stderr}", output.status);
@@ -197,6 +202,14 @@ impl Dialogue {
         Self::spawn("messenger.mjs", command)
     }
 
+    /// Starts a scenario of `tests/web/app`.
+    pub async fn scenario(name: &'static str, arguments: &[&str]) -> Result<Self> {
+        let folder = web().await?;
+        let mut command = program("node", "apt-get install nodejs")?;
+        command.arg(folder.join(format!("app/{name}.mjs"))).args(arguments).current_dir(&folder);
+        Self::spawn(name, command)
+    }
+
     fn spawn(name: &'static str, mut command: Command) -> Result<Self> {
         let mut child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let input = child.stdin.take().context("stdin is piped")?;
@@ -208,6 +221,14 @@ impl Dialogue {
     pub async fn tell(&mut self, line: &str) -> Result<()> {
         self.input.write_all(format!("{line}\n").as_bytes()).await?;
         Ok(self.input.flush().await?)
+    }
+
+    /// What it says next.
+    pub async fn next_line(&mut self) -> Result<String> {
+        match timeout(PATIENCE * 2, self.lines.next_line()).await {
+            Ok(Ok(Some(line))) => Ok(line),
+            _ => bail!("{} says nothing more", self.name),
+        }
     }
 
     /// Waits until it has said this line, now or before.
@@ -223,7 +244,8 @@ impl Dialogue {
 
     /// Ends its input, and waits until it ends.
     pub async fn quit(mut self) -> Result<()> {
-        self.tell("/quit").await?;
+        // It may have ended by itself.
+        drop(self.tell("/quit").await);
         let status = timeout(PATIENCE, self.child.wait()).await.context("waiting for the end of a program")??;
         ensure!(status.success(), "{}: {status}", self.name);
         Ok(())

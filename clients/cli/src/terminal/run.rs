@@ -105,7 +105,7 @@ impl<T: Outbox> Outbox for Loaded<T> {
     fn apply(&mut self, changes: &[Change]) -> Result<(), OutboxError> {
         self.outbox.apply(changes)?;
         for change in changes {
-            if let Change::Remove(id) = change
+            if let Change::Remove { id, .. } = change
                 && self.ids.remove(id)
             {
                 // There is room for all of them; whoever has quit does not care.
