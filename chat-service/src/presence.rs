@@ -266,6 +266,13 @@ impl<L: Log> Presence<L> {
                 return Some(Change::Of(user));
             }
         }
+        // A crowd that is gone leaves no room behind.
+        if state.leaving.len() < state.leaving.capacity() / 4 {
+            state.leaving.shrink_to_fit();
+        }
+        if state.online.len() < state.online.capacity() / 4 {
+            state.online.shrink_to_fit();
+        }
         None
     }
 

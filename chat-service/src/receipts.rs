@@ -27,6 +27,9 @@ const INTERVAL: Duration = Duration::from_millis(100);
 const PAGE: ReadLimit = ReadLimit { entries: 1_000, bytes: usize::MAX };
 /// Conversations whose last receipt is remembered, so that it is not told twice; when it is full all are forgotten.
 const TOLD_MAX: usize = 100_000;
+/// Users who may have listened once, before it is looked who still does; and how often it is looked, where much is told.
+const SWEEP_AT_LEAST: usize = 1_024;
+const SWEEP_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What moved since the last look.
 #[derive(Debug, Default)]
@@ -37,14 +40,30 @@ struct Moved {
     read: FxHashSet<(UserId, UserId)>,
 }
 
+/// Users who listened to receipts once; those who do not any more are forgotten when they may be the half, and now and then.
+#[derive(Debug, Default)]
+struct Listeners {
+    users: FxHashSet<UserId>,
+    sweep_at: usize,
+    swept_at: Option<Instant>,
+}
+
+impl Listeners {
+    fn sweep(&mut self, announcer: &Announcer) {
+        self.users.retain(|user| announcer.has_subscribers(&Down::Receipt.topic(user)));
+        self.sweep_at = (self.users.len() * 2).max(SWEEP_AT_LEAST);
+        self.users.shrink_to(self.sweep_at);
+        self.swept_at = Some(Instant::now());
+    }
+}
+
 /// Gathers what moved.
 pub struct Receipts<L> {
     log: Arc<L>,
     views: Views<L>,
     announcer: Announcer,
     moved: Mutex<Moved>,
-    /// Users who listened to receipts once; those who do not any more are forgotten in time.
-    listeners: Mutex<FxHashSet<UserId>>,
+    listeners: Mutex<Listeners>,
     wake: Notify,
 }
 
@@ -62,12 +81,16 @@ impl<L: Log> Receipts<L> {
 
     /// A user begins to listen.
     pub fn listens(&self, user: &UserId) {
-        self.listeners.lock().insert(user.clone());
+        let mut listeners = self.listeners.lock();
+        if listeners.users.len() >= listeners.sweep_at.max(SWEEP_AT_LEAST) {
+            listeners.sweep(&self.announcer);
+        }
+        listeners.users.insert(user.clone());
     }
 
     /// A user's inbox was acknowledged from one position to another.
     pub fn delivered(&self, user: &UserId, after: Position, position: Position) {
-        if self.listeners.lock().is_empty() {
+        if self.listeners.lock().users.is_empty() {
             return;
         }
         let mut moved = self.moved.lock();
@@ -113,7 +136,12 @@ impl<L: Log> Receipts<L> {
             }
             pairs.insert((sender, reader));
         }
-        self.listeners.lock().retain(|user| self.announcer.has_subscribers(&Down::Receipt.topic(user)));
+        {
+            let mut listeners = self.listeners.lock();
+            if listeners.swept_at.is_none_or(|at| at.elapsed() >= SWEEP_INTERVAL) {
+                listeners.sweep(&self.announcer);
+            }
+        }
         for (receiver, (after, position)) in moved.delivered {
             for sender in self.senders(&receiver, after, position).await? {
                 pairs.insert((sender, receiver.clone()));
@@ -154,7 +182,7 @@ impl<L: Log> Receipts<L> {
             after = last.position;
             let listeners = self.listeners.lock();
             let heard = page.entries.into_iter().filter(|entry| entry.position <= position);
-            senders.extend(heard.map(|entry| entry.from).filter(|sender| listeners.contains(sender)));
+            senders.extend(heard.map(|entry| entry.from).filter(|sender| listeners.users.contains(sender)));
             if page.end {
                 break;
             }

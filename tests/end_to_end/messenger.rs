@@ -654,7 +654,7 @@ async fn two_who_begin_a_conversation_see_each_other() {
     ok(&mut alice, "alice", "whoami", json!({})).await;
     for client in [&mut alice, &mut bob] {
         let rest = client.ping().await.unwrap();
-        assert!(!rest.iter().any(|packet| is_presence(packet)), "{rest:?}");
+        assert!(!rest.iter().any(is_presence), "{rest:?}");
     }
     // Whoever is blocked does not see who blocked them, until that is taken back.
     ok(&mut bob, "bob", "block", json!({"with": "eve"})).await;

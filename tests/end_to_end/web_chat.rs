@@ -37,7 +37,7 @@ async fn plays(chatd: &Chatd, scenario: &str, more: &[&str]) {
     assert_well(chatd).await;
 }
 
-async fn dialogue(chatd: &Chatd, scenario: &str, more: &[&str]) -> Dialogue {
+async fn dialogue(chatd: &Chatd, scenario: &'static str, more: &[&str]) -> Dialogue {
     let (chromium, address) = (programs::chromium().unwrap(), address(chatd));
     let arguments = [&[chromium.to_str().unwrap(), &address], more].concat();
     Dialogue::scenario(scenario, &arguments).await.unwrap()
@@ -142,11 +142,11 @@ async fn mosquitto_the_terminal_and_the_browser_talk_to_each_other() {
     does(&mut bob, "sees from a shell").await;
     let alice = Terminal::chat(chatd.mqtt_addr(), "alice", home.path(), 80, 24).await.unwrap();
     alice.shows_text("from a shell").await;
+    alice.press(&["Enter"]).await.unwrap();
+    alice.shows_text("Write a message").await;
     does(&mut bob, "write from a browser").await;
     alice.shows_text("from a browser").await;
     does(&mut bob, "ticks read from a browser").await;
-    alice.press(&["Enter"]).await.unwrap();
-    alice.shows_text("Write a message").await;
     alice.text("from a terminal").await.unwrap();
     alice.press(&["Enter"]).await.unwrap();
     does(&mut bob, "sees from a terminal").await;

@@ -42,6 +42,8 @@ export async function scenario(play) {
   } finally {
     await browser.close();
     for (const wire of stage.wires) wire.close();
+    // Those who are told what to do by lines would wait for more.
+    process.stdin.destroy();
   }
 }
 
