@@ -9,6 +9,7 @@ use std::time::Duration;
 use end_to_end::command::{self, Done, Person, Running};
 use end_to_end::packet::{self, Publish, Version};
 use end_to_end::programs;
+use end_to_end::tls::{self, Files};
 use end_to_end::{Chatd, Dice, Options, PATIENCE, eventually};
 use rustix::process::Signal;
 use serde_json::Value;
@@ -575,6 +576,46 @@ fn write(path: &Path, text: &str, mode: u32) {
     std::fs::create_dir_all(path.parent().unwrap()).unwrap();
     std::fs::write(path, text).unwrap();
     std::fs::set_permissions(path, std::fs::Permissions::from_mode(mode)).unwrap();
+}
+
+/// Over TLS and WebSocket over TLS, to a server that only an authority of the profile's vouches for, and with a certificate in place of a password.
+#[tokio::test]
+async fn over_tls() {
+    let (files, strangers) = (Files::new().unwrap(), Files::new().unwrap());
+    files.issue("alice", "alice").unwrap();
+    let options = files.options().set("tls.client_ca", files.text("ca.pem")).set("auth.mode", "required");
+    let chatd = Chatd::start_with(options).await.unwrap();
+    let (mqtt, http) = (tls::port(&chatd, "mqtt").await, tls::port(&chatd, "http").await);
+    let alice = Person::new("alice", &chatd).unwrap();
+    let profile = |name: &str, server: String, ca: &Files| {
+        format!(
+            "[profiles.{name}]\nserver = \"{server}\"\nuser = \"alice\"\nca_file = \"{}\"\n\
+             client_certificate = \"{}\"\nclient_key = \"{}\"\n",
+            ca.text("ca.pem"),
+            files.text("alice.pem"),
+            files.text("alice.key")
+        )
+    };
+    let file = [
+        profile("tcp", format!("mqtts://localhost:{mqtt}"), &files),
+        profile("web", format!("wss://localhost:{http}/mqtt"), &files),
+        profile("stranger", format!("mqtts://localhost:{mqtt}"), &strangers),
+    ];
+    write(&alice.home().join(".config/chat/config.toml"), &file.concat(), 0o600);
+    let run = async |arguments: &[&str]| {
+        let mut command = alice.chat(arguments).await.unwrap();
+        command.env_remove("CHAT_SERVER").env_remove("CHAT_USER");
+        command::ended(command).await.unwrap()
+    };
+    for (seq, over) in [(1, "tcp"), (2, "web")] {
+        let done = run(&["send", "bob", "in secret", "--json", "--profile", over]).await;
+        assert_eq!((done.code, done.numbers("seq")), (Some(0), vec![seq]), "{over}: {done:?}");
+    }
+    let done = run(&["send", "bob", "hello", "--timeout", "10", "--profile", "stranger"]).await;
+    assert_eq!(done.code, Some(3), "{done:?}");
+    assert!(done.err.contains("certificate"), "{done:?}");
+    let done = run(&["history", "bob", "--json", "--profile", "web"]).await;
+    assert_eq!(done.numbers("seq"), [1, 2], "nothing was said to a server that nobody vouches for: {done:?}");
 }
 
 #[tokio::test]
