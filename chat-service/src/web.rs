@@ -4,6 +4,7 @@
 //! their names and are kept by browsers for ever; the others are asked for again each time, and answered with 304 if they are the same. Every
 //! file has its compressed form beside it. Invariant: nothing that is served here may run what is not served here too.
 
+use std::borrow::Cow;
 use std::sync::Arc;
 
 use axum::Router;
@@ -54,7 +55,7 @@ pub fn router(origins: &[AllowedOrigin]) -> Router {
 fn read(name: &str, origins: &[AllowedOrigin]) -> Option<File> {
     let embedded = Files::get(name)?;
     let hash: String = embedded.metadata.sha256_hash()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-    let compressed = Files::get(&format!("{name}{COMPRESSED}")).map(|file| Bytes::from(file.data.into_owned()));
+    let compressed = Files::get(&format!("{name}{COMPRESSED}")).map(|file| bytes(file.data));
     let is_hashed = name.starts_with("assets/");
     let kept = if is_hashed { "public, max-age=31536000, immutable" } else { "no-cache" };
     let mut headers = HeaderMap::new();
@@ -72,7 +73,15 @@ fn read(name: &str, origins: &[AllowedOrigin]) -> Option<File> {
     put(HeaderName::from_static("cross-origin-opener-policy"), "same-origin");
     put(HeaderName::from_static("permissions-policy"), "camera=(), geolocation=(), microphone=(), payment=(), usb=()");
     let etag = HeaderValue::from_str(&format!("\"{hash}\"")).ok()?;
-    Some(File { body: embedded.data.into_owned().into(), compressed, etag, headers })
+    Some(File { body: bytes(embedded.data), compressed, etag, headers })
+}
+
+/// Of a program's own, nothing is copied.
+fn bytes(embedded: Cow<'static, [u8]>) -> Bytes {
+    match embedded {
+        Cow::Borrowed(bytes) => Bytes::from_static(bytes),
+        Cow::Owned(bytes) => bytes.into(),
+    }
 }
 
 /// Whose pages may show this one as a part of themselves.
