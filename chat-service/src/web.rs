@@ -156,6 +156,11 @@ mod tests {
     }
 
     #[test]
+    fn without_the_web_chat_there_is_a_page_that_says_how_to_begin() {
+        assert!(FIRST_PAGE.contains("mosquitto_sub") && FIRST_PAGE.contains("scripts/run"));
+    }
+
+    #[test]
     fn a_compressed_file_is_for_who_takes_it() {
         let encoding = |asked: &'static str| {
             let answer = file().answer(&asking(header::ACCEPT_ENCODING, asked));

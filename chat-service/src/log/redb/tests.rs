@@ -341,10 +341,11 @@ async fn settled(log: &RedbLog) -> Vec<u32> {
 #[tokio::test]
 async fn an_index_is_merged_and_says_the_same() {
     let folder = tempfile::tempdir().unwrap();
-    let filled = fill(folder.path(), 150).await;
+    let filled = fill(folder.path(), 300).await;
     let log = RedbLog::open(folder.path(), SMALL).unwrap();
     let levels = settled(&log).await;
-    assert!(levels.contains(&2), "{levels:?}");
+    // How many runs there were depends on how fast the disk is: twice as many as this needs, where others have it too.
+    assert!(levels.iter().any(|level| *level >= 2), "{levels:?}");
     assert!(levels.is_sorted_by(|a, b| a >= b), "the oldest are merged most: {levels:?}");
     assert_eq!(everything_of(&log, &["alice", "bob", "eve"]).await, filled);
     drop(log);
