@@ -192,7 +192,10 @@ impl Tries {
                 false
             }
             None => {
-                members.list.push((number, subscription));
+                // What was published to the group before is the group's, whoever is left of it when it is handed out.
+                let earliest = members.list.iter().map(|(_, other)| other.after).min();
+                let after = earliest.map_or(subscription.after, |earliest| earliest.min(subscription.after));
+                members.list.push((number, OrdinarySubscription { after, ..subscription }));
                 true
             }
         }

@@ -589,6 +589,7 @@ async fn typing_is_told_live_and_ends() {
     event(&mut bob, "bob", "typing", json!({"from": "alice", "state": "off"})).await;
     // Not for whoever comes later, and nothing but on and off.
     alice.publish(Publish::new("chat/alice/typing/bob", "on", 1)).await.unwrap();
+    event(&mut bob, "bob", "typing", json!({"from": "alice", "state": "on"})).await;
     let mut laptop = device(&chatd, Connect::v5("bob", "bob-laptop")).await;
     assert_eq!(without_presence(laptop.ping().await.unwrap()), []);
     let mut new = Connect::v5("alice", "alice-laptop").to(&chatd).await.unwrap();
