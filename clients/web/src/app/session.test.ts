@@ -265,4 +265,34 @@ describe('a session', () => {
     expect(textsOf(second, 'zoe')).toEqual(['new']);
     expect(server.asked.filter((what) => what.startsWith('sync'))).toEqual(['sync 1', 'sync 0']);
   });
+
+  it('forgets how far it had come when the server was put back to an older day', async () => {
+    const browser = new Browser();
+    for (let at = 1; at <= 5; at += 1) server.append('bob', 'alice', { kind: 'text', text: `lost ${at}` });
+    const alice = await browser.page('alice', 'bob');
+    alice.seen('bob', 5);
+    await clock.pass(1_000);
+    server.goDown();
+    alice.send('bob', 'written meanwhile');
+    await clock.pass(1_000);
+
+    const older = new DemoServer(clock);
+    for (let at = 1; at <= 6; at += 1) older.append('bob', 'alice', { kind: 'text', text: `new ${at}` });
+    server.becomes(older);
+    server.refusesToken = '5';
+    browser.isLooking = false;
+    server.comeBack();
+    await clock.pass(1_000);
+    expect(textsOf(alice, 'bob')).toEqual([...Array.from({ length: 6 }, (_, at) => `new ${at + 1}`), 'written meanwhile']);
+    // Nobody has seen these: what was read is another past.
+    expect(server.standing('alice', 'bob').my_read).toBe(0);
+    expect(bobOf(alice)).toMatchObject({ myRead: 0, read: 0, top: 7 });
+
+    server.append('bob', 'alice', { kind: 'text', text: 'news' });
+    await clock.pass(1_000);
+    expect(textsOf(alice, 'bob')?.at(-1)).toBe('news');
+    await alice.end(false);
+    const again = await browser.page('alice', 'bob');
+    expect(bobOf(again).myRead).toBe(0);
+  });
 });

@@ -240,41 +240,45 @@ export class Session implements Chat {
       try {
         const listed = await client.conversations(undefined, LIST_PAGE);
         if (!isOn()) return;
-        // What was read here and not told.
-        for (const { with: peer, my_read } of listed.conversations) {
-          const myRead = this.#state.value.conversations.get(peer)?.myRead ?? 0;
-          if (myRead > my_read) this.#markRead(peer, myRead);
-        }
         this.#dispatch({ type: 'listed', page: listed });
         const { message_bytes: messageBytes } = await client.whoami();
         this.#dispatch({ type: 'greeted', messageBytes });
         await this.#sync(client, isOn);
+        if (!isOn()) return;
+        // What was read here and not told; now it is known that it is still the same past.
+        for (const { with: peer, my_read } of listed.conversations) {
+          const myRead = this.#conversation(peer)?.myRead ?? 0;
+          if (myRead > my_read) this.#markRead(peer, myRead);
+        }
         const ahead = this.#ahead ?? [];
-        if (isOn()) this.#ahead = undefined;
+        this.#ahead = undefined;
         for (const { peer, message } of ahead) await this.#cache.arrived(peer, message).catch(() => {});
         return;
-      } catch {
-        await new Promise<void>((resolve) => this.#around.clock.after(ASK_AGAIN_MS, resolve));
+      } catch (error) {
+        if (isOn() && codeOf(error) === 'invalid_token' && this.#token !== undefined) await this.#startOver();
+        else await new Promise<void>((resolve) => this.#around.clock.after(ASK_AGAIN_MS, resolve));
       }
     }
+  }
+
+  /** It is another server, or an older one: under the numbers that are known here it has other entries, and they are not read yet. */
+  async #startOver(): Promise<void> {
+    const { open } = this.#state.value;
+    this.#token = undefined;
+    this.#toRead.clear();
+    this.#dispatch({ type: 'forgotten' });
+    await this.#cache.clear().catch(() => {});
+    if (open !== undefined) void this.#loadNewest(open);
   }
 
   async #sync(client: Client, isOn: () => boolean): Promise<void> {
     const initial = this.#token === undefined;
     for (;;) {
-      let sync;
-      try {
-        sync = await client.sync(this.#token, SYNC_PAGE);
-      } catch (error) {
-        if (codeOf(error) !== 'invalid_token' || this.#token === undefined) throw error;
-        // Another server, or an older one: the past is a different one.
-        this.#token = undefined;
-        await this.#cache.clear().catch(() => {});
-        return this.#sync(client, isOn);
-      }
+      const since = this.#token;
+      const sync = await client.sync(since, SYNC_PAGE);
       if (!isOn()) return;
       this.#dispatch({ type: 'synced', sync, initial });
-      await this.#cache.synced(this.user, sync).catch(() => {});
+      await this.#cache.synced(this.user, since, sync).catch(() => {});
       this.#token = sync.next;
       if (this.#state.value.open !== undefined) void this.#fill(this.#state.value.open);
       if (!sync.more) return;
