@@ -119,6 +119,10 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     }
   };
 
+  /** For those who ask later, when it is about other rows. */
+  const lookNow = useRef(look);
+  lookNow.current = look;
+
   const loadMore = () => {
     if (!timeline?.earlier || isWaiting || span.first > AHEAD || failure !== undefined) return;
     chat.loadEarlier(peer).catch((error: unknown) => setFailure(error instanceof Error ? error.message : texts.timeline.failed));
@@ -203,7 +207,7 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     });
     observer.observe(element);
     if (list.current) observer.observe(list.current);
-    const looked = () => look();
+    const looked = () => lookNow.current();
     addEventListener('focus', looked);
     document.addEventListener('visibilitychange', looked);
     return () => {
