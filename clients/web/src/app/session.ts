@@ -54,6 +54,8 @@ export interface Surroundings {
   /** Somebody looks at the page. */
   isLooking(): boolean;
   notify(from: string, text: string, seq: number): void;
+  /** Takes back what was notified and is still shown. */
+  withdraw?(): void;
 }
 
 /** What the views can do. */
@@ -155,7 +157,12 @@ export class Session implements Chat {
       if (client.connection.state !== 'connecting') await this.#hear({ type: 'connection', connection: client.connection });
       const early = this.#early ?? [];
       this.#early = undefined;
-      for (const unsent of early) this.#queue(client, unsent);
+      for (const unsent of early) {
+        void this.#queue(client, unsent).then(
+          () => this.#cache.dropFailed(unsent.id).catch(() => {}),
+          (error: unknown) => this.#failed(unsent, error),
+        );
+      }
     } catch (error) {
       this.#dispatch({ type: 'connection', connection: { state: 'closed', why: { code: 'outbox', message: sentence(error) } } });
       for (const unsent of this.#early ?? []) this.#failed(unsent, error);
@@ -166,13 +173,17 @@ export class Session implements Chat {
   async end(forget: boolean): Promise<void> {
     this.#isOver = true;
     this.#keepTimer?.();
-    if (!forget) await this.#keep();
+    const cache = this.#cache;
+    // What still comes is not kept.
+    if (forget) this.#cache = noCache;
+    else await this.#keep();
     await this.#client?.close().catch(() => {});
     if (forget) {
-      await this.#cache.clear().catch(() => {});
-      for (const peer of this.#state.value.drafts.keys()) this.#around.storage.removeItem(this.#draftName(peer));
+      await cache.clear().catch(() => {});
+      for (const peer of this.#readDrafts().keys()) this.#around.storage.removeItem(this.#draftName(peer));
+      this.#around.withdraw?.();
     }
-    this.#cache.close();
+    cache.close();
     for (const cancel of this.#typingIn.values()) cancel();
     for (const { idle } of this.#typingOut.values()) idle();
     this.#noticeTimer?.();
@@ -400,17 +411,20 @@ export class Session implements Chat {
     }
     const unsent: Unsent = { id: randomName(), to: peer, text, queuedAt: this.#around.clock.now() };
     this.#dispatch({ type: 'queued', unsent });
-    if (this.#client) this.#queue(this.#client, unsent);
-    else if (this.#early) this.#early.push(unsent);
+    if (this.#client) this.#queue(this.#client, unsent).catch((error: unknown) => this.#failed(unsent, error));
+    else if (this.#early) {
+      this.#early.push(unsent);
+      // There is no outbox yet, and the page may be gone before there is one.
+      void this.#cache.keepFailed({ unsent, failure: texts.notice.closedBefore }).catch(() => {});
+    }
     else this.#failed(unsent, new Error(this.#whyClosed()));
     return true;
   }
 
-  #queue(client: Client, unsent: Unsent): void {
-    client.queue(unsent.to, unsent.text, unsent.id).then(
-      ({ stored }) => void stored.catch(() => {}),
-      (error: unknown) => this.#failed(unsent, error),
-    );
+  /** Resolves when it is in the outbox. */
+  async #queue(client: Client, unsent: Unsent): Promise<void> {
+    const { stored } = await client.queue(unsent.to, unsent.text, unsent.id);
+    stored.catch(() => {});
   }
 
   #failed(unsent: Unsent, error: unknown): void {
@@ -450,11 +464,14 @@ export class Session implements Chat {
     const editing = this.#conversation(peer)?.editing;
     if (!editing || editing.text === '') return;
     const { seq, text } = editing;
-    await this.#do(async (client) => {
+    const save = async (client: Client) => {
       await client.edit(peer, seq, text);
       this.#dispatch({ type: 'edited', peer, seq, text });
-      this.#dispatch({ type: 'edit_ended', peer });
-    });
+      // Who has written on meanwhile, or edits another message, is not done.
+      const now = this.#conversation(peer)?.editing;
+      if (now?.seq === seq && now.text === text) this.#dispatch({ type: 'edit_ended', peer });
+    };
+    await this.#once(`edit ${peer} ${seq} ${text}`, () => this.#do(save));
   }
 
   unsend(peer: string, seq: number): Promise<void> {
