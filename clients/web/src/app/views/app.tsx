@@ -38,7 +38,7 @@ export function App({ entrance, embedded }: Props): JSX.Element {
   return (
     <Login
       phase={phase}
-      onEnter={(who, stay) => entrance.enter(who, { stay })}
+      onEnter={(who, stay) => entrance.enter(who, embedded ? { remember: false } : { stay })}
       onCancel={() => entrance.cancel()}
     />
   );
