@@ -71,6 +71,8 @@ export interface Chat {
   send(peer: string, text: string): boolean;
   retry(peer: string, id: string): void;
   discard(peer: string, id: string): void;
+  /** Somebody looks at the page. */
+  isLooking(): boolean;
   /** So far the user has seen the conversation. */
   seen(peer: string, seq: number): void;
   startEditing(peer: string, seq: number): void;
@@ -507,6 +509,10 @@ export class Session implements Chat {
   }
 
   // ---- read and typing
+
+  isLooking(): boolean {
+    return this.#around.isLooking();
+  }
 
   seen(peer: string, seq: number): void {
     const of = this.#conversation(peer);

@@ -60,7 +60,7 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
   const heights = useRef(new Heights(ROW_PX)).current;
   const anchor = useRef<Anchor>('end');
   const focus = useRef<string>();
-  const isPlaced = useRef(false);
+  const hadLine = useRef(false);
   /** Where the view was last, how high the list was, from which entry on; and by how much it has grown upwards since anything scrolled. */
   const was = useRef({ top: 0, height: 0, first: 0, grown: 0 }).current;
   const [chosen, choose] = useState<string>();
@@ -77,11 +77,10 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
   const lastMessage = keys.length > 1 ? keys.at(-1) : undefined;
   const tabStop = chosen !== undefined && places.has(chosen) ? chosen : lastMessage;
 
-  if (!isPlaced.current && timeline) {
-    isPlaced.current = true;
-    // What is new begins at the top of the view, or all of it is in the view.
-    if (places.has('unread')) anchor.current = { key: 'unread', edge: 'top', offset: 24 };
-  }
+  // What is new begins at the top of the view, or all of it is in the view.
+  const hasLine = places.has('unread');
+  if (hasLine && !hadLine.current && anchor.current === 'end') anchor.current = { key: 'unread', edge: 'top', offset: 24 };
+  hadLine.current = hasLine;
 
   const view = scroller.current?.clientHeight ?? 900;
   const span = spanOf(keys, heights, distanceNow(), view, MARGIN_PX);
@@ -133,10 +132,13 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     if (!element) return;
     // A scroll that began just as the list grew is carried on from the top, and is as much too far as was put there.
     if (was.grown > view && Math.abs(element.scrollTop - was.top + was.grown) < view) element.scrollTop += was.grown;
+    // Browsers tell of a scroll when the list has grown, too: the line stays, if it was that.
+    const isStill = was.top >= -END_PX && anchor.current !== 'end' && anchor.current.key === 'unread';
     was.top = element.scrollTop;
     const distance = Math.max(0, -element.scrollTop);
-    if (distance <= END_PX) anchor.current = 'end';
-    else {
+    if (distance <= END_PX) {
+      if (!isStill) anchor.current = 'end';
+    } else {
       const key = keys[indexAt(keys, heights, distance)];
       const row = key === undefined ? undefined : rowElement(key);
       if (key === undefined) return;
@@ -180,8 +182,8 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
         const off = at.edge === 'bottom' ? frame.bottom - row.bottom - at.offset : at.offset - (row.top - frame.top);
         if (Math.abs(off) > 0.5) element.scrollTop -= off;
       }
-      // All that is below it is in the view: from now on it is the end that stays.
-      if (row && element.scrollTop >= -END_PX) anchor.current = 'end';
+      // All that is below it is in the view: from now on it is the end that stays. As long as nobody looks, the line does.
+      if (row && element.scrollTop >= -END_PX && (at.key !== 'unread' || chat.isLooking())) anchor.current = 'end';
     }
     was.top = element.scrollTop;
     if (focus.current !== undefined) {
