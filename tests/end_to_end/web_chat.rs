@@ -69,6 +69,11 @@ async fn hostile_text_is_harmless() {
 }
 
 #[tokio::test]
+async fn what_nobody_has_seen_is_not_read() {
+    plays(&chatd(Options::default()).await, "away", &[]).await;
+}
+
+#[tokio::test]
 async fn a_browser_that_keeps_nothing_and_one_that_is_left() {
     plays(&chatd(Options::default()).await, "traces", &[]).await;
 }

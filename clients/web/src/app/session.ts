@@ -71,8 +71,8 @@ export interface Chat {
   send(peer: string, text: string): boolean;
   retry(peer: string, id: string): void;
   discard(peer: string, id: string): void;
-  /** Somebody looks at the page. */
-  isLooking(): boolean;
+  /** Somebody looks at the page, and sees what comes as it comes: it is not all that was missed. */
+  isFollowing(): boolean;
   /** So far the user has seen the conversation. */
   seen(peer: string, seq: number): void;
   startEditing(peer: string, seq: number): void;
@@ -134,6 +134,7 @@ export class Session implements Chat {
     } catch {
       this.tell(texts.notice.noCache);
     }
+    if (this.#isOver) return this.#cache.close();
     const kept = await this.#cache.load().catch(() => ({ conversations: [], failed: [], token: undefined }));
     this.#token = kept.token;
     this.#dispatch({ type: 'restored', conversations: kept.conversations, drafts: this.#readDrafts() });
@@ -206,7 +207,7 @@ export class Session implements Chat {
         const { message } = event;
         const isMine = message.from === before.me;
         const peer = isMine ? message.to : message.from;
-        if (message.kind === 'text' && !isMine) this.#news(peer, message.text, message.seq, before.conversations.get(peer));
+        if (message.kind === 'text' && !isMine) this.#news(peer, message.text, message.seq, event.waited, before.conversations.get(peer));
         void this.#fill(peer);
         if (!this.#ahead) await this.#cache.arrived(peer, message).catch(() => {});
         else if (this.#ahead.length < AHEAD_MAX) this.#ahead.push({ peer, message });
@@ -230,11 +231,11 @@ export class Session implements Chat {
     }
   }
 
-  #news(peer: string, text: string, seq: number, before: Conversation | undefined): void {
+  #news(peer: string, text: string, seq: number, waited: boolean, before: Conversation | undefined): void {
     const after = this.#state.value.conversations.get(peer);
     if (!after || after.blocked || unreadCount(after) <= (before ? unreadCount(before) : 0)) return;
     const isOpen = this.#state.value.open === peer;
-    if (isOpen && this.#around.isLooking()) return;
+    if (isOpen && this.#around.isLooking() && !waited) return;
     if (isOpen) this.#dispatch({ type: 'unseen', peer, after: seq - 1 });
     if (!this.#around.isLooking()) this.#around.notify(peer, text, seq);
   }
@@ -418,8 +419,7 @@ export class Session implements Chat {
       this.#early.push(unsent);
       // There is no outbox yet, and the page may be gone before there is one.
       void this.#cache.keepFailed({ unsent, failure: texts.notice.closedBefore }).catch(() => {});
-    }
-    else this.#failed(unsent, new Error(this.#whyClosed()));
+    } else this.#failed(unsent, new Error(this.#whyClosed()));
     return true;
   }
 
@@ -510,8 +510,8 @@ export class Session implements Chat {
 
   // ---- read and typing
 
-  isLooking(): boolean {
-    return this.#around.isLooking();
+  isFollowing(): boolean {
+    return this.#ahead === undefined && this.#around.isLooking();
   }
 
   seen(peer: string, seq: number): void {

@@ -77,9 +77,10 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
   const lastMessage = keys.length > 1 ? keys.at(-1) : undefined;
   const tabStop = chosen !== undefined && places.has(chosen) ? chosen : lastMessage;
 
-  // What is new begins at the top of the view, or all of it is in the view.
+  const unread = unreadCount(of);
+  // What is new begins at the top of the view, or all of it is in the view. A line that comes with earlier messages is above what was read already.
   const hasLine = places.has('unread');
-  if (hasLine && !hadLine.current && anchor.current === 'end') anchor.current = { key: 'unread', edge: 'top', offset: 24 };
+  if (hasLine && !hadLine.current && unread > 0 && anchor.current === 'end') anchor.current = { key: 'unread', edge: 'top', offset: 24 };
   hadLine.current = hasLine;
 
   const view = scroller.current?.clientHeight ?? 900;
@@ -182,8 +183,8 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
         const off = at.edge === 'bottom' ? frame.bottom - row.bottom - at.offset : at.offset - (row.top - frame.top);
         if (Math.abs(off) > 0.5) element.scrollTop -= off;
       }
-      // All that is below it is in the view: from now on it is the end that stays. As long as nobody looks, the line does.
-      if (row && element.scrollTop >= -END_PX && (at.key !== 'unread' || chat.isLooking())) anchor.current = 'end';
+      // All that is below it is in the view: from now on it is the end that stays. Until somebody follows, the line does.
+      if (row && element.scrollTop >= -END_PX && (at.key !== 'unread' || chat.isFollowing())) anchor.current = 'end';
     }
     was.top = element.scrollTop;
     if (focus.current !== undefined) {
@@ -306,7 +307,6 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     menu.click();
   };
 
-  const unread = unreadCount(of);
   return (
     <div class="timeline">
       <div class="scroller" ref={scroller} onScroll={onScroll}>
