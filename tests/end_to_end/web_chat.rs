@@ -69,6 +69,16 @@ async fn hostile_text_is_harmless() {
 }
 
 #[tokio::test]
+async fn what_nobody_has_seen_is_not_read() {
+    plays(&chatd(Options::default()).await, "away", &[]).await;
+}
+
+#[tokio::test]
+async fn a_browser_that_keeps_nothing_and_one_that_is_left() {
+    plays(&chatd(Options::default()).await, "traces", &[]).await;
+}
+
+#[tokio::test]
 async fn axe_finds_nothing() {
     plays(&chatd(Options::default()).await, "axe", &[]).await;
 }
@@ -117,6 +127,36 @@ async fn a_killed_server_loses_nothing() {
             "start the server" => {
                 chatd.restart_on_same_ports().await.unwrap();
                 browsers.tell("started").await.unwrap();
+            }
+            "all is as it has to be" => break,
+            line => println!("{line}"),
+        }
+    }
+    browsers.quit().await.unwrap();
+    assert_well(&chatd).await;
+}
+
+/// Numbers are given again, and what has them now is neither hidden behind what had them before, nor read.
+#[tokio::test]
+async fn a_server_goes_back_in_time() {
+    let mut chatd = chatd(Options::default()).await;
+    let mut browsers = dialogue(&chatd, "restored", &[]).await;
+    let folder = TempDir::new().unwrap();
+    let backup = folder.path().join("backup");
+    loop {
+        match browsers.next_line().await.unwrap().as_str() {
+            "make a backup" => {
+                let (code, _, said) = chatd.tool(&["backup", backup.to_str().unwrap()]).await.unwrap();
+                assert_eq!(code, Some(0), "{said}");
+                browsers.tell("made").await.unwrap();
+            }
+            "put the backup back" => {
+                chatd.kill9().await.unwrap();
+                std::fs::remove_dir_all(chatd.data()).unwrap();
+                let (code, _, said) = chatd.tool(&["restore", backup.to_str().unwrap()]).await.unwrap();
+                assert_eq!(code, Some(0), "{said}");
+                chatd.restart_on_same_ports().await.unwrap();
+                browsers.tell("put back").await.unwrap();
             }
             "all is as it has to be" => break,
             line => println!("{line}"),

@@ -46,13 +46,27 @@ describe('the cache', () => {
 
   it('is complete when everything was synced', async () => {
     const entries = texts(1, 3) as Envelope[];
-    await cache.synced('alice', { entries, conversations: [], next: 't1', more: true });
+    await cache.synced('alice', undefined, { entries, conversations: [], next: 't1', more: true });
     expect((await cache.load()).token).toBe('t1');
     expect(seqs(await cache.page('bob', undefined, 10))).toEqual([]);
     const standing = { with: 'bob', delivered: 0, read: 0, my_read: 0, blocked: false };
-    await cache.synced('alice', { entries: texts(4, 5) as Envelope[], conversations: [{ ...standing, deleted: [2] }], next: 't2', more: false });
+    await cache.synced('alice', 't1', { entries: texts(4, 5) as Envelope[], conversations: [{ ...standing, deleted: [2] }], next: 't2', more: false });
     const page = await cache.page('bob', undefined, 10);
     expect([seqs(page), page.more]).toEqual([[1, 3, 4, 5], false]);
+  });
+
+  it('keeps no token for what it has not', async () => {
+    const page = (from: number, to: number, next: string, more: boolean) => ({ entries: texts(from, to) as Envelope[], conversations: [], next, more });
+    await cache.synced('alice', undefined, page(1, 2, 't1', true));
+    // The page after t1 found no place.
+    await cache.synced('alice', 't2', page(5, 6, 't3', false));
+    expect((await cache.load()).token).toBe('t1');
+    expect(await cache.page('bob', undefined, 10)).toEqual({ entries: [], more: true });
+    // Another tab logs out while this one goes on.
+    await cache.clear();
+    await cache.synced('alice', 't1', page(3, 6, 't3', false));
+    expect(await cache.load()).toEqual({ conversations: [], failed: [] });
+    expect(await cache.page('bob', undefined, 10)).toEqual({ entries: [], more: true });
   });
 
   it('keeps texts as they stand', async () => {

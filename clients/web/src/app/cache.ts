@@ -1,6 +1,7 @@
 //! What a user has seen of the conversations, kept in this browser: to be read offline, and to ask the server only for what is new. Shared by the user's tabs.
 //!
-//! Invariants: a sync token is kept in the same transaction as what came with it; until everything was synced once, a conversation is told only from where it
+//! Invariants: a sync token is kept in the same transaction as what came with it, and only if what came before it is here, too (it may have found no place, or another
+//! tab may have forgotten everything); until everything was synced once, a conversation is told only from where it
 //! has no holes. Nothing here is the only copy of anything, but for messages that were not sent.
 
 import type { Envelope, Sync, Text, Unsent } from '../sdk/api';
@@ -24,7 +25,8 @@ export interface Cache {
   put(peer: string, entries: readonly Text[], whole: boolean, joins: boolean): Promise<void>;
   /** After everything was synced: before that it would leave holes. */
   arrived(peer: string, envelope: Envelope): Promise<void>;
-  synced(me: string, sync: Sync): Promise<void>;
+  /** What came since a token. */
+  synced(me: string, since: string | undefined, sync: Sync): Promise<void>;
   remove(peer: string, seqs: readonly number[]): Promise<void>;
   keep(conversations: readonly Kept[]): Promise<void>;
   keepFailed(failed: Failed): Promise<void>;
@@ -127,12 +129,18 @@ class IndexedCache implements Cache {
     await done;
   }
 
-  async synced(me: string, sync: Sync): Promise<void> {
+  async synced(me: string, since: string | undefined, sync: Sync): Promise<void> {
     const { entries, state, done } = this.#stores('readwrite');
-    for (const entry of sync.entries) await apply(entries, entry.from === me ? entry.to : entry.from, entry);
+    const follows = (await answer<string | undefined>(state.get('token'))) === since;
+    for (const entry of sync.entries) {
+      // Without what came before, a text would be beyond a hole; what is taken back is so in any case.
+      if (follows || entry.kind !== 'text') await apply(entries, entry.from === me ? entry.to : entry.from, entry);
+    }
     for (const { with: peer, deleted } of sync.conversations) for (const seq of deleted ?? []) entries.delete([peer, seq]);
-    state.put(sync.next, 'token');
-    if (!sync.more) state.put(true, 'complete');
+    if (follows) {
+      state.put(sync.next, 'token');
+      if (!sync.more) state.put(true, 'complete');
+    }
     await done;
   }
 

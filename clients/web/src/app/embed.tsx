@@ -40,12 +40,17 @@ const entrance = new Entrance(
   browser(() => import('./wire').then(({ sdk }) => sdk)),
   storageOr(() => sessionStorage),
 );
+let user: string | undefined;
 let given: string | undefined;
 let waiting: ((token: string) => void) | undefined;
 
-function show(user: string, peer: string | undefined, token?: () => Promise<string>): void {
+function show(who: string, peer: string | undefined, token?: () => Promise<string>): void {
   const embedded = peer === undefined ? {} : { peer };
-  entrance.enter(token ? { user, token } : { user }, { isKnown: true, remember: false });
+  user = who;
+  waiting = undefined;
+  // The site knows its users. An address is anybody's: until the server has let that user in, nothing is shown of what is kept here.
+  if (token) entrance.enter({ user, token }, { isKnown: true, remember: false });
+  else entrance.enter({ user }, { remember: false });
   render(<App entrance={entrance} embedded={embedded} />, document.getElementById('app') as HTMLElement);
 }
 
@@ -66,7 +71,8 @@ function token(): Promise<string> {
 addEventListener('message', (event: MessageEvent<unknown>) => {
   const told = event.data as Partial<Told> | null;
   if (event.source !== parent || told?.chat !== 'login') return;
-  if (typeof told.token === 'string' && waiting) {
+  // Another user's is none for this one's connection.
+  if (typeof told.token === 'string' && waiting && (told.user === undefined || told.user === user)) {
     waiting(told.token);
     waiting = undefined;
     return;
@@ -77,9 +83,9 @@ addEventListener('message', (event: MessageEvent<unknown>) => {
 });
 
 const address = new URLSearchParams(location.hash.slice(1));
-const user = address.get('user');
+const named = address.get('user');
 const peer = address.get('with');
-if (user !== null && isName(user)) {
+if (named !== null && isName(named)) {
   history.replaceState(null, '', location.pathname);
-  show(user, peer !== null && isName(peer) ? peer : undefined);
+  show(named, peer !== null && isName(peer) ? peer : undefined);
 } else parent.postMessage({ chat: 'ready' }, '*');

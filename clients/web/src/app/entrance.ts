@@ -57,15 +57,15 @@ export class Entrance {
         if (!wasConnected && remember) this.#remember(login, stay);
         wasConnected = true;
       }
-      this.#step(session, connection, password !== undefined);
+      this.#step(session, connection, password !== undefined, remember);
     });
     void session.begin();
   }
 
-  #step(session: Session, connection: ConnectionState, withPassword: boolean): void {
+  #step(session: Session, connection: ConnectionState, withPassword: boolean, isRemembered: boolean): void {
     const phase = this.#phase.peek();
     if (connection.state === 'closed' && connection.why.code === 'login_refused') {
-      this.#forget();
+      if (isRemembered) this.#forget(session.user);
       this.#leave(false);
       const problem = texts.login.refused(connection.why.message);
       this.#phase.value = { at: 'login', user: session.user, withPassword: true, problem: withPassword || phase.at === 'entering' ? problem : texts.login.again };
@@ -88,7 +88,7 @@ export class Entrance {
 
   /** With everything that this browser keeps of the user, but for what waits to be sent. */
   logOut(): void {
-    this.#forget();
+    this.#forget(this.#session?.user);
     this.#leave(true);
     this.#phase.value = { at: 'login', user: '', withPassword: false };
   }
@@ -110,8 +110,9 @@ export class Entrance {
     }
   }
 
-  #forget(): void {
+  /** Other tabs may be another user's. */
+  #forget(user: string | undefined): void {
     this.#tab.removeItem(SECRET);
-    this.#around.storage.removeItem(USER);
+    if (this.#around.storage.getItem(USER) === user) this.#around.storage.removeItem(USER);
   }
 }

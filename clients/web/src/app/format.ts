@@ -31,9 +31,15 @@ export function dayOf(at: number): string {
   return `${day.getFullYear()}-${day.getMonth()}-${day.getDate()}`;
 }
 
+/** Days have 23 to 25 hours. */
+function dayBefore(today: number): number {
+  const day = new Date(today);
+  return new Date(day.getFullYear(), day.getMonth(), day.getDate() - 1, 12).getTime();
+}
+
 export function dayName(at: number, today: number): string {
   if (dayOf(at) === dayOf(today)) return texts.timeline.today;
-  if (dayOf(at) === dayOf(today - DAY_MS)) return texts.timeline.yesterday;
+  if (dayOf(at) === dayOf(dayBefore(today))) return texts.timeline.yesterday;
   return today - at < 300 * DAY_MS ? longWeekday.format(at) : fullDate.format(at);
 }
 

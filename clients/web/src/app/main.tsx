@@ -50,6 +50,9 @@ if ('serviceWorker' in navigator && import.meta.env.PROD) {
   });
 }
 
+/** Long-lived pages load nothing by which the browser would find a newer version. */
+const UPDATE_MS = 3_600_000;
+
 function watchForUpdates(registration: ServiceWorkerRegistration | undefined): void {
   if (!registration) return;
   const offer = (worker: ServiceWorker | null) => {
@@ -60,6 +63,13 @@ function watchForUpdates(registration: ServiceWorkerRegistration | undefined): v
     };
   };
   offer(registration.waiting);
+  setInterval(() => void registration.update().catch(() => {}), UPDATE_MS);
+  let isFirst = !navigator.serviceWorker.controller;
+  navigator.serviceWorker.addEventListener('controllerchange', () => {
+    // Another tab has taken the newer version: what this page has not loaded yet is gone.
+    if (!isFirst) update.value = () => location.reload();
+    isFirst = false;
+  });
   registration.addEventListener('updatefound', () => {
     const worker = registration.installing;
     worker?.addEventListener('statechange', () => worker.state === 'installed' && offer(worker));

@@ -265,4 +265,92 @@ describe('a session', () => {
     expect(textsOf(second, 'zoe')).toEqual(['new']);
     expect(server.asked.filter((what) => what.startsWith('sync'))).toEqual(['sync 1', 'sync 0']);
   });
+
+  it('forgets how far it had come when the server was put back to an older day', async () => {
+    const browser = new Browser();
+    for (let at = 1; at <= 5; at += 1) server.append('bob', 'alice', { kind: 'text', text: `lost ${at}` });
+    const alice = await browser.page('alice', 'bob');
+    alice.seen('bob', 5);
+    await clock.pass(1_000);
+    server.goDown();
+    alice.send('bob', 'written meanwhile');
+    await clock.pass(1_000);
+
+    const older = new DemoServer(clock);
+    for (let at = 1; at <= 6; at += 1) older.append('bob', 'alice', { kind: 'text', text: `new ${at}` });
+    server.becomes(older);
+    server.refusesToken = '5';
+    browser.isLooking = false;
+    server.comeBack();
+    await clock.pass(1_000);
+    expect(textsOf(alice, 'bob')).toEqual([...Array.from({ length: 6 }, (_, at) => `new ${at + 1}`), 'written meanwhile']);
+    // Nobody has seen these: what was read is another past.
+    expect(server.standing('alice', 'bob').my_read).toBe(0);
+    expect(bobOf(alice)).toMatchObject({ myRead: 0, read: 0, top: 7 });
+
+    server.append('bob', 'alice', { kind: 'text', text: 'news' });
+    await clock.pass(1_000);
+    expect(textsOf(alice, 'bob')?.at(-1)).toBe('news');
+    await alice.end(false);
+    const again = await browser.page('alice', 'bob');
+    expect(bobOf(again).myRead).toBe(0);
+  });
+
+  it('lets whoever is editing write on while an edit is saved', async () => {
+    server = new DemoServer(clock, 1_000);
+    const alice = await new Browser().page('alice', 'bob');
+    await clock.pass(5_000);
+    alice.send('bob', 'one');
+    alice.send('bob', 'two');
+    await clock.pass(5_000);
+    alice.startEditing('bob', 1);
+    alice.editDraft('bob', 'uno');
+    const saved = [alice.saveEdit('bob'), alice.saveEdit('bob')];
+    alice.editDraft('bob', 'uno, and more');
+    await clock.pass(5_000);
+    await Promise.all(saved);
+    expect(textsOf(alice, 'bob')).toEqual(['uno', 'two']);
+    expect(server.asked.filter((what) => what === 'edit')).toHaveLength(1);
+    expect(bobOf(alice).editing).toEqual({ seq: 1, text: 'uno, and more' });
+    const again = alice.saveEdit('bob');
+    alice.startEditing('bob', 2);
+    await clock.pass(5_000);
+    await again;
+    expect(bobOf(alice).editing).toEqual({ seq: 2, text: 'two' });
+  });
+
+  it('keeps what was written before the program was there, should the page be closed', async () => {
+    const browser = new Browser();
+    const sdk = Object.getOwnPropertyDescriptor(DemoServer.prototype, 'sdk')!;
+    Object.defineProperty(server, 'sdk', { get: () => new Promise(() => {}), configurable: true });
+    const first = await browser.page('alice', 'bob');
+    first.send('bob', 'in haste');
+    await clock.pass(1_000);
+    await first.end(false);
+    Object.defineProperty(server, 'sdk', sdk);
+    const second = await browser.page('alice', 'bob');
+    expect(bobOf(second).outgoing).toMatchObject([{ text: 'in haste', failure: 'the page was closed too early' }]);
+    second.retry('bob', bobOf(second).outgoing[0]!.id);
+    await clock.pass(1_000);
+    expect(textsOf(second, 'bob')).toEqual(['in haste']);
+    await second.end(false);
+    expect(bobOf(await browser.page('alice', 'bob')).outgoing).toEqual([]);
+  });
+
+  it('leaves nothing behind when the user logs out, whatever still comes', async () => {
+    const browser = new Browser();
+    for (let at = 1; at <= 5; at += 1) server.append('bob', 'alice', { kind: 'text', text: `text ${at}` });
+    const alice = await browser.page('alice', 'bob');
+    await clock.pass(1_000);
+    alice.draft('bob', 'a draft');
+    alice.seen('bob', 5);
+    const ended = alice.end(true);
+    server.append('bob', 'alice', { kind: 'text', text: 'late' });
+    await clock.pass(1_000);
+    await ended;
+    const cache = await openCache('alice', browser.databases);
+    expect(await cache.load()).toEqual({ conversations: [], failed: [] });
+    expect((await cache.page('bob', undefined, 10)).entries).toEqual([]);
+    expect(browser.storage.length).toBe(0);
+  });
 });

@@ -54,6 +54,8 @@ export interface Surroundings {
   /** Somebody looks at the page. */
   isLooking(): boolean;
   notify(from: string, text: string, seq: number): void;
+  /** Takes back what was notified and is still shown. */
+  withdraw?(): void;
 }
 
 /** What the views can do. */
@@ -69,6 +71,8 @@ export interface Chat {
   send(peer: string, text: string): boolean;
   retry(peer: string, id: string): void;
   discard(peer: string, id: string): void;
+  /** Somebody looks at the page, and sees what comes as it comes: it is not all that was missed. */
+  isFollowing(): boolean;
   /** So far the user has seen the conversation. */
   seen(peer: string, seq: number): void;
   startEditing(peer: string, seq: number): void;
@@ -130,6 +134,7 @@ export class Session implements Chat {
     } catch {
       this.tell(texts.notice.noCache);
     }
+    if (this.#isOver) return this.#cache.close();
     const kept = await this.#cache.load().catch(() => ({ conversations: [], failed: [], token: undefined }));
     this.#token = kept.token;
     this.#dispatch({ type: 'restored', conversations: kept.conversations, drafts: this.#readDrafts() });
@@ -155,7 +160,12 @@ export class Session implements Chat {
       if (client.connection.state !== 'connecting') await this.#hear({ type: 'connection', connection: client.connection });
       const early = this.#early ?? [];
       this.#early = undefined;
-      for (const unsent of early) this.#queue(client, unsent);
+      for (const unsent of early) {
+        void this.#queue(client, unsent).then(
+          () => this.#cache.dropFailed(unsent.id).catch(() => {}),
+          (error: unknown) => this.#failed(unsent, error),
+        );
+      }
     } catch (error) {
       this.#dispatch({ type: 'connection', connection: { state: 'closed', why: { code: 'outbox', message: sentence(error) } } });
       for (const unsent of this.#early ?? []) this.#failed(unsent, error);
@@ -166,13 +176,17 @@ export class Session implements Chat {
   async end(forget: boolean): Promise<void> {
     this.#isOver = true;
     this.#keepTimer?.();
-    if (!forget) await this.#keep();
+    const cache = this.#cache;
+    // What still comes is not kept.
+    if (forget) this.#cache = noCache;
+    else await this.#keep();
     await this.#client?.close().catch(() => {});
     if (forget) {
-      await this.#cache.clear().catch(() => {});
-      for (const peer of this.#state.value.drafts.keys()) this.#around.storage.removeItem(this.#draftName(peer));
+      await cache.clear().catch(() => {});
+      for (const peer of this.#readDrafts().keys()) this.#around.storage.removeItem(this.#draftName(peer));
+      this.#around.withdraw?.();
     }
-    this.#cache.close();
+    cache.close();
     for (const cancel of this.#typingIn.values()) cancel();
     for (const { idle } of this.#typingOut.values()) idle();
     this.#noticeTimer?.();
@@ -193,7 +207,7 @@ export class Session implements Chat {
         const { message } = event;
         const isMine = message.from === before.me;
         const peer = isMine ? message.to : message.from;
-        if (message.kind === 'text' && !isMine) this.#news(peer, message.text, message.seq, before.conversations.get(peer));
+        if (message.kind === 'text' && !isMine) this.#news(peer, message.text, message.seq, event.waited, before.conversations.get(peer));
         void this.#fill(peer);
         if (!this.#ahead) await this.#cache.arrived(peer, message).catch(() => {});
         else if (this.#ahead.length < AHEAD_MAX) this.#ahead.push({ peer, message });
@@ -217,11 +231,11 @@ export class Session implements Chat {
     }
   }
 
-  #news(peer: string, text: string, seq: number, before: Conversation | undefined): void {
+  #news(peer: string, text: string, seq: number, waited: boolean, before: Conversation | undefined): void {
     const after = this.#state.value.conversations.get(peer);
     if (!after || after.blocked || unreadCount(after) <= (before ? unreadCount(before) : 0)) return;
     const isOpen = this.#state.value.open === peer;
-    if (isOpen && this.#around.isLooking()) return;
+    if (isOpen && this.#around.isLooking() && !waited) return;
     if (isOpen) this.#dispatch({ type: 'unseen', peer, after: seq - 1 });
     if (!this.#around.isLooking()) this.#around.notify(peer, text, seq);
   }
@@ -240,41 +254,45 @@ export class Session implements Chat {
       try {
         const listed = await client.conversations(undefined, LIST_PAGE);
         if (!isOn()) return;
-        // What was read here and not told.
-        for (const { with: peer, my_read } of listed.conversations) {
-          const myRead = this.#state.value.conversations.get(peer)?.myRead ?? 0;
-          if (myRead > my_read) this.#markRead(peer, myRead);
-        }
         this.#dispatch({ type: 'listed', page: listed });
         const { message_bytes: messageBytes } = await client.whoami();
         this.#dispatch({ type: 'greeted', messageBytes });
         await this.#sync(client, isOn);
+        if (!isOn()) return;
+        // What was read here and not told; now it is known that it is still the same past.
+        for (const { with: peer, my_read } of listed.conversations) {
+          const myRead = this.#conversation(peer)?.myRead ?? 0;
+          if (myRead > my_read) this.#markRead(peer, myRead);
+        }
         const ahead = this.#ahead ?? [];
-        if (isOn()) this.#ahead = undefined;
+        this.#ahead = undefined;
         for (const { peer, message } of ahead) await this.#cache.arrived(peer, message).catch(() => {});
         return;
-      } catch {
-        await new Promise<void>((resolve) => this.#around.clock.after(ASK_AGAIN_MS, resolve));
+      } catch (error) {
+        if (isOn() && codeOf(error) === 'invalid_token' && this.#token !== undefined) await this.#startOver();
+        else await new Promise<void>((resolve) => this.#around.clock.after(ASK_AGAIN_MS, resolve));
       }
     }
+  }
+
+  /** It is another server, or an older one: under the numbers that are known here it has other entries, and they are not read yet. */
+  async #startOver(): Promise<void> {
+    const { open } = this.#state.value;
+    this.#token = undefined;
+    this.#toRead.clear();
+    this.#dispatch({ type: 'forgotten' });
+    await this.#cache.clear().catch(() => {});
+    if (open !== undefined) void this.#loadNewest(open);
   }
 
   async #sync(client: Client, isOn: () => boolean): Promise<void> {
     const initial = this.#token === undefined;
     for (;;) {
-      let sync;
-      try {
-        sync = await client.sync(this.#token, SYNC_PAGE);
-      } catch (error) {
-        if (codeOf(error) !== 'invalid_token' || this.#token === undefined) throw error;
-        // Another server, or an older one: the past is a different one.
-        this.#token = undefined;
-        await this.#cache.clear().catch(() => {});
-        return this.#sync(client, isOn);
-      }
+      const since = this.#token;
+      const sync = await client.sync(since, SYNC_PAGE);
       if (!isOn()) return;
       this.#dispatch({ type: 'synced', sync, initial });
-      await this.#cache.synced(this.user, sync).catch(() => {});
+      await this.#cache.synced(this.user, since, sync).catch(() => {});
       this.#token = sync.next;
       if (this.#state.value.open !== undefined) void this.#fill(this.#state.value.open);
       if (!sync.more) return;
@@ -396,17 +414,19 @@ export class Session implements Chat {
     }
     const unsent: Unsent = { id: randomName(), to: peer, text, queuedAt: this.#around.clock.now() };
     this.#dispatch({ type: 'queued', unsent });
-    if (this.#client) this.#queue(this.#client, unsent);
-    else if (this.#early) this.#early.push(unsent);
-    else this.#failed(unsent, new Error(this.#whyClosed()));
+    if (this.#client) this.#queue(this.#client, unsent).catch((error: unknown) => this.#failed(unsent, error));
+    else if (this.#early) {
+      this.#early.push(unsent);
+      // There is no outbox yet, and the page may be gone before there is one.
+      void this.#cache.keepFailed({ unsent, failure: texts.notice.closedBefore }).catch(() => {});
+    } else this.#failed(unsent, new Error(this.#whyClosed()));
     return true;
   }
 
-  #queue(client: Client, unsent: Unsent): void {
-    client.queue(unsent.to, unsent.text, unsent.id).then(
-      ({ stored }) => void stored.catch(() => {}),
-      (error: unknown) => this.#failed(unsent, error),
-    );
+  /** Resolves when it is in the outbox. */
+  async #queue(client: Client, unsent: Unsent): Promise<void> {
+    const { stored } = await client.queue(unsent.to, unsent.text, unsent.id);
+    stored.catch(() => {});
   }
 
   #failed(unsent: Unsent, error: unknown): void {
@@ -446,11 +466,14 @@ export class Session implements Chat {
     const editing = this.#conversation(peer)?.editing;
     if (!editing || editing.text === '') return;
     const { seq, text } = editing;
-    await this.#do(async (client) => {
+    const save = async (client: Client) => {
       await client.edit(peer, seq, text);
       this.#dispatch({ type: 'edited', peer, seq, text });
-      this.#dispatch({ type: 'edit_ended', peer });
-    });
+      // Who has written on meanwhile, or edits another message, is not done.
+      const now = this.#conversation(peer)?.editing;
+      if (now?.seq === seq && now.text === text) this.#dispatch({ type: 'edit_ended', peer });
+    };
+    await this.#once(`edit ${peer} ${seq} ${text}`, () => this.#do(save));
   }
 
   unsend(peer: string, seq: number): Promise<void> {
@@ -486,6 +509,10 @@ export class Session implements Chat {
   }
 
   // ---- read and typing
+
+  isFollowing(): boolean {
+    return this.#ahead === undefined && this.#around.isLooking();
+  }
 
   seen(peer: string, seq: number): void {
     const of = this.#conversation(peer);

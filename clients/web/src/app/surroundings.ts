@@ -24,6 +24,7 @@ export function browser(loadSdk: () => Promise<Sdk>): Surroundings {
     storage: storageOr(() => localStorage),
     isLooking: () => document.visibilityState === 'visible' && document.hasFocus(),
     notify,
+    withdraw,
   };
 }
 
@@ -61,6 +62,15 @@ function notify(from: string, text: string): void {
         notification.close();
       };
       return undefined;
+    },
+    () => {},
+  );
+}
+
+function withdraw(): void {
+  navigator.serviceWorker?.getRegistration().then(
+    async (registration) => {
+      for (const notification of (await registration?.getNotifications()) ?? []) notification.close();
     },
     () => {},
   );

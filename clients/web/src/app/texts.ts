@@ -178,6 +178,7 @@ export const texts = {
   notice: {
     copied: 'Copied.',
     notDone: (message: string) => `That did not work: ${message}`,
+    closedBefore: 'the page was closed too early',
     noCache: 'This browser keeps nothing for this page: without a connection there is nothing to read.',
     newMessage: (from: string, text: string) => `${from}: ${text}`,
   },

@@ -32,7 +32,7 @@ test('envelopes of every kind', () => {
 test('what is no envelope', () => {
   const wrong = [
     { v: 2 }, { from: 'Alice' }, { from: 'a'.repeat(65) }, { to: 'alice' }, { conversation: 'alice' }, { conversation: 'bob:alice' }, { seq: 0 }, { seq: 1.5 },
-    { seq: '1' }, { seq: 2 ** 53 }, { at: -1 }, { id: 'a b' }, { id: null }, { text: '' }, { text: 7 }, { kind: 'edit' }, { kind: '__proto__' },
+    { seq: '1' }, { seq: 2 ** 53 }, { at: -1 }, { at: 8_640_000_000_000_001 }, { id: 'a b' }, { id: null }, { text: '' }, { text: 7 }, { kind: 'edit' }, { kind: '__proto__' },
   ];
   for (const members of wrong) expect(readEnvelope({ ...text, ...members }), JSON.stringify(members)).toBeUndefined();
   for (const value of [undefined, null, 7, 'text', [], [text]]) expect(readEnvelope(value)).toBeUndefined();

@@ -37,10 +37,17 @@ function isSeq(value: unknown): value is number {
   return isCursor(value) && value > 0;
 }
 
+/** Later than that no clock can be. */
+const TIME_MAX_MS = 8_640_000_000_000_000;
+
+function isTime(value: unknown): value is number {
+  return isCursor(value) && value <= TIME_MAX_MS;
+}
+
 /** What all entries have. */
 function readEntry(read: Members): Entry | undefined {
   const { v, conversation, seq, from, to, id, at } = read;
-  if (v !== 1 || !isUser(from) || !isUser(to) || from === to || !isSeq(seq) || !isCursor(at)) return undefined;
+  if (v !== 1 || !isUser(from) || !isUser(to) || from === to || !isSeq(seq) || !isTime(at)) return undefined;
   if (conversation !== (from < to ? `${from}:${to}` : `${to}:${from}`)) return undefined;
   if (id === undefined) return { v, conversation, seq, from, to, at };
   return isId(id) ? { v, conversation, seq, from, to, id, at } : undefined;
@@ -78,7 +85,7 @@ function readText(value: unknown): Text | undefined {
   const { text, edited_at, unsent } = read;
   if (unsent === true) return { ...entry, kind: 'text', unsent };
   if (!isText(text)) return undefined;
-  return isCursor(edited_at) ? { ...entry, kind: 'text', text, edited_at } : { ...entry, kind: 'text', text };
+  return isTime(edited_at) ? { ...entry, kind: 'text', text, edited_at } : { ...entry, kind: 'text', text };
 }
 
 /** A live event, by the last level of its topic. */
@@ -98,7 +105,7 @@ export function readEvent(name: string, text: string | undefined): ChatEvent | u
     case 'presence': {
       const { user, status, last_seen } = read;
       if (!isUser(user) || (status !== 'online' && status !== 'offline')) return undefined;
-      return isCursor(last_seen) ? { type: 'presence', user, status, last_seen } : { type: 'presence', user, status };
+      return isTime(last_seen) ? { type: 'presence', user, status, last_seen } : { type: 'presence', user, status };
     }
     default:
       return undefined;
@@ -163,14 +170,14 @@ export function readWhoami(ok: unknown): Whoami | undefined {
   const read = members(ok);
   if (!read) return undefined;
   const { user, at, version, message_bytes } = read;
-  if (!isUser(user) || !isCursor(at) || typeof version !== 'string' || !isSeq(message_bytes)) return undefined;
+  if (!isUser(user) || !isTime(at) || typeof version !== 'string' || !isSeq(message_bytes)) return undefined;
   return { user, at, version, message_bytes };
 }
 
 export function readBlocked(ok: unknown): { user: string; at: number }[] | undefined {
   return list(members(ok)?.blocked, (value) => {
     const { user, at } = members(value) ?? {};
-    return isUser(user) && isCursor(at) ? { user, at } : undefined;
+    return isUser(user) && isTime(at) ? { user, at } : undefined;
   });
 }
 

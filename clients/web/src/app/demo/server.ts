@@ -79,6 +79,13 @@ export class DemoServer {
     for (const client of this.#clients) this.later(() => client.connect());
   }
 
+  /** As if another's store were put in the place of its own. */
+  becomes(other: DemoServer): void {
+    this.records.clear();
+    for (const [name, record] of other.records) this.records.set(name, record);
+    this.#log.splice(0, Infinity, ...other.log());
+  }
+
   forget(client: DemoClient): void {
     this.#clients.delete(client);
     this.presence(client.user);

@@ -65,6 +65,8 @@ export type Event =
   | { type: 'later'; peer: string; entries: readonly Text[]; more: boolean; upTo: number }
   /** Timelines that may have holes: all but the open one. */
   | { type: 'doubted' }
+  /** The past is another one: of what was known only what was written here still holds. */
+  | { type: 'forgotten' }
   /** `initial`: it is the whole past, of which the list knows what matters. */
   | { type: 'synced'; sync: Sync; initial: boolean }
   | { type: 'queued'; unsent: Unsent }
@@ -177,6 +179,18 @@ export function reduce(state: State, event: Event): State {
       const next = new Map<string, Conversation>();
       for (const [peer, old] of state.conversations) next.set(peer, peer === state.open ? old : conversations.forget(old));
       return { ...state, conversations: next };
+    }
+    case 'forgotten': {
+      const next = new Map<string, Conversation>();
+      const drafts = new Map(state.drafts);
+      for (const [peer, old] of state.conversations) {
+        // The message that was to have these words is another one now.
+        if (old.editing && !drafts.has(peer)) drafts.set(peer, old.editing.text);
+        const outgoing = old.outgoing.filter(({ seq }) => seq === undefined);
+        if (outgoing.length > 0 || peer === state.open) next.set(peer, { ...conversations.conversation(peer), outgoing, activeAt: outgoing.at(-1)?.queuedAt ?? 0 });
+      }
+      const { listNext: _listNext, ...rest } = state;
+      return { ...rest, conversations: next, drafts };
     }
     case 'synced': {
       let next = state;

@@ -27,6 +27,20 @@ describe('links', () => {
     }
   });
 
+  it('have no host that is read as another', () => {
+    for (const text of ['https://bank.example\u2044x.evil.example/', 'https://bank.example\u2215x.evil.example/', 'https://bank.example\u29f8x.evil.example/', 'https:///evil.example', 'https://%65vil.example/', 'https://bank.example\u02d01x.evil.example/', 'https://bank.example:1:2/']) {
+      expect(linkOf(text), text).toBeUndefined();
+    }
+    for (const text of ['http://127.0.0.1:8080', 'https://[::1]:8080/a', 'https://münchen.example/ä', 'https://日本語.example/', 'http://my_host?a']) expect(linkOf(text)?.text, text).toBe(text);
+  });
+
+  it('take no time, however they end', () => {
+    const begun = performance.now();
+    expect(linkOf(`https://example.com/${')'.repeat(200_000)}`)?.text).toBe('https://example.com/');
+    expect(linkOf(`https://example.com/${'('.repeat(100_000)}${')'.repeat(100_000)}`)?.text).toHaveLength(200_020);
+    expect(performance.now() - begun).toBeLessThan(2_000);
+  });
+
   it('show where a name in another script really goes', () => {
     expect(linkOf('https://аррӏе.com')?.href).toBe('https://xn--80ak6aa92e.com/');
   });

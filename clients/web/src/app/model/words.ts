@@ -87,19 +87,29 @@ export const nameOf = (typed: string): string => typed.trim().replace(/^@/, '').
 
 /** Punctuation at the end belongs to the sentence, and a bracket if it was not opened in the link. */
 function withoutTail(link: string): string {
-  for (;;) {
-    const last = link.at(-1) ?? '';
-    const opening = { ')': '(', ']': '[' }[last];
-    const belongs = opening === undefined ? !/[.,;:!?…]/u.test(last) : link.split(opening).length >= link.split(last).length;
-    if (belongs) return link;
-    link = link.slice(0, -1);
+  const count = (sign: string) => link.split(sign).length - 1;
+  const unopened = { ')': count(')') - count('('), ']': count(']') - count('[') };
+  let end = link.length;
+  for (; end > 0; end -= 1) {
+    const last = link[end - 1] as string;
+    if (last === ')' || last === ']') {
+      if (unopened[last] <= 0) break;
+      unopened[last] -= 1;
+    } else if (!/[.,;:!?…]/u.test(last)) break;
   }
+  return link.slice(0, end);
 }
 
+/**
+ * A host as it is read: `https://bank.example@evil.example` and `https://bank.example⁄evil.example` (no slash, but what looks like one) look like what they are
+ * not, and so do encoded hosts, and colons that are letters.
+ */
+const HOST = /^https?:\/\/(?:(?:(?![\u02b0-\u02ff])[\p{L}\p{M}\p{N}._-])+|\[[0-9a-f:.]+\])(?::[0-9]*)?(?:[/?#]|$)/iu;
+
 function addressOf(link: string): string | undefined {
+  if (!HOST.test(link)) return undefined;
   try {
     const { protocol, href, hostname, username, password } = new URL(link);
-    // `https://bank.example@evil.example` looks like what it is not.
     if (username !== '' || password !== '' || hostname === '') return undefined;
     return protocol === 'http:' || protocol === 'https:' ? href : undefined;
   } catch {

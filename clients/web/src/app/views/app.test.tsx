@@ -15,6 +15,7 @@ let clock: TestClock;
 let server: DemoServer;
 let root: HTMLElement;
 let entrance: Entrance;
+let isLooking: boolean;
 
 const inMemory = () =>
   storageOr(() => {
@@ -30,7 +31,7 @@ function show(): void {
       loadSdk: async () => server.sdk,
       openCache: (user) => openCache(user, databases),
       storage: inMemory(),
-      isLooking: () => true,
+      isLooking: () => isLooking,
       notify: () => {},
     },
     inMemory(),
@@ -71,6 +72,7 @@ async function open(peer: string): Promise<void> {
 }
 
 beforeEach(() => {
+  isLooking = true;
   clock = new TestClock();
   server = new DemoServer(clock);
   root = document.createElement('div');
@@ -194,5 +196,30 @@ describe('the chat', () => {
     server.comeBack();
     await clock.pass(50);
     expect(root.querySelector('.banner')).toBeNull();
+  });
+
+  it('has read what came meanwhile when the user comes back to the window', async () => {
+    await enter('alice');
+    server.append('bob', 'alice', { kind: 'text', text: 'first' });
+    await clock.pass(50);
+    await open('bob');
+    await clock.pass(1_000);
+    expect(server.standing('alice', 'bob').my_read).toBe(1);
+    isLooking = false;
+    server.append('bob', 'alice', { kind: 'text', text: 'second' });
+    await clock.pass(1_000);
+    expect(textsOf()).toEqual(['first', 'second']);
+    expect(server.standing('alice', 'bob').my_read).toBe(1);
+    isLooking = true;
+    dispatchEvent(new Event('focus'));
+    await clock.pass(1_000);
+    expect(server.standing('alice', 'bob').my_read).toBe(2);
+  });
+
+  it('goes where the address says, after one that makes no sense, too', async () => {
+    location.hash = '%';
+    await enter('alice');
+    await open('bob');
+    expect(one('.conversation h1').textContent).toBe('bob');
   });
 });

@@ -27,13 +27,18 @@ interface Props {
 
 export function App({ entrance, embedded }: Props): JSX.Element {
   const phase = entrance.phase.value;
+  const logOut = () => {
+    entrance.logOut();
+    // Whoever comes next does not begin where this one was.
+    location.hash = '';
+  };
   if (phase.at === 'in') {
-    return <Inside key={phase.session.user} session={phase.session} onLogOut={() => entrance.logOut()} {...(embedded ? { embedded } : {})} />;
+    return <Inside key={phase.session.user} session={phase.session} onLogOut={logOut} {...(embedded ? { embedded } : {})} />;
   }
   return (
     <Login
       phase={phase}
-      onEnter={(who, stay) => entrance.enter(who, { stay })}
+      onEnter={(who, stay) => entrance.enter(who, embedded ? { remember: false } : { stay })}
       onCancel={() => entrance.cancel()}
     />
   );
@@ -51,7 +56,8 @@ function Inside({ session, onLogOut, embedded }: { session: Session; onLogOut: (
   // The address says which conversation is open: the browser's own buttons go back and forth.
   useEffect(() => {
     const go = () => {
-      const peer = onlyPeer ?? decodeURIComponent(location.hash.slice(1));
+      // Names need no encoding: what has one is no name.
+      const peer = onlyPeer ?? location.hash.slice(1);
       if (isName(peer) && peer !== session.user) session.open(peer);
       else session.leave();
     };

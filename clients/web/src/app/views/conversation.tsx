@@ -9,6 +9,7 @@ import { oneLine } from '../model/words';
 import type { Chat } from '../session';
 import { texts } from '../texts';
 import { Avatar } from './avatar';
+import { copy } from './clipboard';
 import { Compose } from './compose';
 import { Sure } from './dialog';
 import { Icon } from './icons';
@@ -53,7 +54,7 @@ export function ConversationView({ chat, state, peer, searchAsked, canLeave }: P
 
   const deeds = {
     copy: (text: string) =>
-      void navigator.clipboard.writeText(text).then(
+      void copy(text).then(
         () => chat.tell(texts.notice.copied),
         (error: Error) => chat.tell(texts.notice.notDone(error.message), 'error'),
       ),

@@ -60,7 +60,7 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
   const heights = useRef(new Heights(ROW_PX)).current;
   const anchor = useRef<Anchor>('end');
   const focus = useRef<string>();
-  const isPlaced = useRef(false);
+  const hadLine = useRef(false);
   /** Where the view was last, how high the list was, from which entry on; and by how much it has grown upwards since anything scrolled. */
   const was = useRef({ top: 0, height: 0, first: 0, grown: 0 }).current;
   const [chosen, choose] = useState<string>();
@@ -77,11 +77,11 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
   const lastMessage = keys.length > 1 ? keys.at(-1) : undefined;
   const tabStop = chosen !== undefined && places.has(chosen) ? chosen : lastMessage;
 
-  if (!isPlaced.current && timeline) {
-    isPlaced.current = true;
-    // What is new begins at the top of the view, or all of it is in the view.
-    if (places.has('unread')) anchor.current = { key: 'unread', edge: 'top', offset: 24 };
-  }
+  const unread = unreadCount(of);
+  // What is new begins at the top of the view, or all of it is in the view. A line that comes with earlier messages is above what was read already.
+  const hasLine = places.has('unread');
+  if (hasLine && !hadLine.current && unread > 0 && anchor.current === 'end') anchor.current = { key: 'unread', edge: 'top', offset: 24 };
+  hadLine.current = hasLine;
 
   const view = scroller.current?.clientHeight ?? 900;
   const span = spanOf(keys, heights, distanceNow(), view, MARGIN_PX);
@@ -119,6 +119,10 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     }
   };
 
+  /** For those who ask later, when it is about other rows. */
+  const lookNow = useRef(look);
+  lookNow.current = look;
+
   const loadMore = () => {
     if (!timeline?.earlier || isWaiting || span.first > AHEAD || failure !== undefined) return;
     chat.loadEarlier(peer).catch((error: unknown) => setFailure(error instanceof Error ? error.message : texts.timeline.failed));
@@ -129,10 +133,13 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     if (!element) return;
     // A scroll that began just as the list grew is carried on from the top, and is as much too far as was put there.
     if (was.grown > view && Math.abs(element.scrollTop - was.top + was.grown) < view) element.scrollTop += was.grown;
+    // Browsers tell of a scroll when the list has grown, too: the line stays, if it was that.
+    const isStill = was.top >= -END_PX && anchor.current !== 'end' && anchor.current.key === 'unread';
     was.top = element.scrollTop;
     const distance = Math.max(0, -element.scrollTop);
-    if (distance <= END_PX) anchor.current = 'end';
-    else {
+    if (distance <= END_PX) {
+      if (!isStill) anchor.current = 'end';
+    } else {
       const key = keys[indexAt(keys, heights, distance)];
       const row = key === undefined ? undefined : rowElement(key);
       if (key === undefined) return;
@@ -176,8 +183,8 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
         const off = at.edge === 'bottom' ? frame.bottom - row.bottom - at.offset : at.offset - (row.top - frame.top);
         if (Math.abs(off) > 0.5) element.scrollTop -= off;
       }
-      // All that is below it is in the view: from now on it is the end that stays.
-      if (row && element.scrollTop >= -END_PX) anchor.current = 'end';
+      // All that is below it is in the view: from now on it is the end that stays. Until somebody follows, the line does.
+      if (row && element.scrollTop >= -END_PX && (at.key !== 'unread' || chat.isFollowing())) anchor.current = 'end';
     }
     was.top = element.scrollTop;
     if (focus.current !== undefined) {
@@ -203,7 +210,7 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     });
     observer.observe(element);
     if (list.current) observer.observe(list.current);
-    const looked = () => look();
+    const looked = () => lookNow.current();
     addEventListener('focus', looked);
     document.addEventListener('visibilitychange', looked);
     return () => {
@@ -300,7 +307,6 @@ export function Timeline({ chat, of: whole, me, isConnected, needle, found, deed
     menu.click();
   };
 
-  const unread = unreadCount(of);
   return (
     <div class="timeline">
       <div class="scroller" ref={scroller} onScroll={onScroll}>
