@@ -1,7 +1,7 @@
 //! The server as a whole: opens the log, starts the sequencer, the broker and the listeners, and takes them down in the opposite order.
 
 use std::future::Future;
-use std::net::SocketAddr;
+use std::net::{Ipv4Addr, SocketAddr};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -242,6 +242,10 @@ impl Server {
         } else {
             ("authentication is required", " -P '…'")
         };
+        // Of several addresses the one of this machine.
+        let page =
+            if http.ip().is_unspecified() { SocketAddr::new(Ipv4Addr::LOCALHOST.into(), http.port()) } else { http };
+        let page = if web::is_there() { format!("in a browser:  http://{page}/\n") } else { String::new() };
         let mut over_tls = String::new();
         for (name, listener) in [("mqtt", &self.mqtt_tls), ("http", &self.http_tls)] {
             if let Some(listener) = listener {
@@ -253,7 +257,7 @@ impl Server {
              http listening on {http}\n{over_tls}\
              messages lie in {}\n\
              {mode}\n\
-             \n\
+             \n{page}\
              bob listens:   mosquitto_sub{host}{port} -u bob{password} -i bob-phone -c -q 1 -t chat/bob/inbox\n\
              alice writes:  mosquitto_pub{host}{port} -u alice{password} -q 1 -t chat/alice/out/bob -m 'hello'\n",
             storage.display(),

@@ -37,10 +37,15 @@ struct File {
     headers: HeaderMap,
 }
 
+/// Whether it was built in.
+pub fn is_there() -> bool {
+    Files::get("index.html").is_some()
+}
+
 /// `/` and the files of the web chat. Pages of `origins` may show `/embed.html` as a part of themselves.
 pub fn router(origins: &[AllowedOrigin]) -> Router {
     let mut router = Router::new();
-    if Files::get("index.html").is_none() {
+    if !is_there() {
         router = router.route("/", get(async || Html(FIRST_PAGE)));
     }
     for name in Files::iter().filter(|name| !name.ends_with(COMPRESSED)) {

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use end_to_end::programs::{self, Dialogue, mosquitto_pub};
 use end_to_end::terminal::Terminal;
-use end_to_end::{Chatd, Options, PATIENCE};
+use end_to_end::{Chatd, Options, PATIENCE, eventually};
 use tempfile::TempDir;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -220,6 +220,8 @@ fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
 #[tokio::test]
 async fn pages_come_with_their_rules() {
     let chatd = chatd(Options::default().set("http.origins", "https://shop.example.org")).await;
+    let told = format!("in a browser:  {}\n", address(&chatd));
+    eventually("it says where the page is", PATIENCE, async || chatd.greeting().contains(&told)).await;
     let (head, page) = answer(&chatd, "/", "").await;
     assert!(head.starts_with("http/1.1 200"), "{head}");
     let policy = header(&head, "content-security-policy").unwrap();
