@@ -1,16 +1,9 @@
 // The server is killed and comes back while both write: nothing is lost or doubled. Whoever runs this does the killing: for each line `kill the server` on standard output
 // it is to be killed, and a line to be written to standard input when it is gone; for each `start the server` the same when it is back, at the same address.
 // node restart.mjs /usr/bin/chromium http://127.0.0.1:8080/ [ROUNDS]
-import { createInterface } from "node:readline";
-
-import { more, must, nameOf, scenario, step } from "./stage.mjs";
+import { ask, more, must, nameOf, scenario, step } from "./stage.mjs";
 
 const rounds = Number(more[0] ?? 3);
-const lines = createInterface({ input: process.stdin })[Symbol.asyncIterator]();
-const ask = async (what) => {
-  step(what);
-  must(!(await lines.next()).done, `nobody answered: ${what}`);
-};
 
 await scenario(async (stage) => {
   const [a, b] = [nameOf("alice"), nameOf("bob")];

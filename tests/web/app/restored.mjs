@@ -2,15 +2,8 @@
 // it: for the lines `make a backup` and `put the backup back` on standard output a line is to be written to standard input when it is done, with the server at the
 // same address.
 // node restored.mjs /usr/bin/chromium http://127.0.0.1:8080/
-import { createInterface } from "node:readline";
+import { ask, must, nameOf, scenario, step } from "./stage.mjs";
 
-import { must, nameOf, scenario, step } from "./stage.mjs";
-
-const lines = createInterface({ input: process.stdin })[Symbol.asyncIterator]();
-const ask = async (what) => {
-  step(what);
-  must(!(await lines.next()).done, `nobody answered: ${what}`);
-};
 
 await scenario(async (stage) => {
   const [a, b] = [nameOf("alice"), nameOf("bob")];

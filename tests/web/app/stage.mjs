@@ -2,6 +2,7 @@
 // A scenario is called with the path of a Chromium and the address of the page; it prints a line for each step, and ends with a sentence and code 1 if something
 // is not as it has to be.
 import { createServer, connect } from "node:net";
+import { createInterface } from "node:readline";
 
 import { chromium } from "playwright-core";
 
@@ -16,6 +17,15 @@ export class Wrong extends Error {}
 
 export function must(is, sentence) {
   if (!is) throw new Wrong(sentence);
+}
+
+let lines;
+
+/** Has whoever runs the scenario do something: a line to standard output, and one back when it is done. */
+export async function ask(what) {
+  lines ??= createInterface({ input: process.stdin })[Symbol.asyncIterator]();
+  step(what);
+  must(!(await lines.next()).done, `nobody answered: ${what}`);
 }
 
 /** Runs a scenario: `play(stage)`. */
