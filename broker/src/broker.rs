@@ -20,7 +20,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::absent::{Absent, AbsentSession, DelayedWill, Due};
 use crate::admission::{Admission, Place};
-use crate::bus::{Bus, BusCounters, BusError, BusMessage, BusOptions, BusSink};
+use crate::bus::{Bus, BusCounters, BusError, BusMessage, BusOptions, BusSink, Frame};
 use crate::connection;
 use crate::engine::Will;
 use crate::escaped::Escaped;
@@ -105,7 +105,7 @@ pub struct Announcer {
 }
 
 trait AnnounceTo: Send + Sync {
-    fn announce(&self, messages: Vec<LiveMessage>);
+    fn announce(&self, frames: Vec<Frame>);
     fn has_subscribers(&self, topic: &str) -> bool;
     fn takes_answers(&self, topic: &str) -> bool;
     fn has_room(&self, bytes: usize) -> bool;
@@ -116,6 +116,11 @@ trait AnnounceTo: Send + Sync {
 impl Announcer {
     /// Publishes on bound topics. What is on disk must be committed before; messages of a topic in the order of their positions.
     pub fn announce(&self, messages: Vec<LiveMessage>) {
+        self.announce_encoded(messages.iter().map(LiveMessage::encode).collect());
+    }
+
+    /// The same for messages that were written by [`crate::live::encode`].
+    pub fn announce_encoded(&self, messages: Vec<Frame>) {
         if let Some(inner) = self.inner.get() {
             inner.announce(messages);
         }
@@ -149,12 +154,10 @@ impl Announcer {
 }
 
 impl<S: Service> AnnounceTo for Arc<Shared<S>> {
-    fn announce(&self, messages: Vec<LiveMessage>) {
-        let Some(bus) = self.live_bus.get() else { return };
-        let topic: Arc<str> = Arc::from(LIVE_BUS_TOPIC);
-        let carried =
-            messages.iter().map(|message| BusMessage { topic: Arc::clone(&topic), payload: message.encode() });
-        bus.publish(carried.collect());
+    fn announce(&self, frames: Vec<Frame>) {
+        if let Some(bus) = self.live_bus.get() {
+            bus.publish(LIVE_BUS_TOPIC, frames);
+        }
     }
 
     fn has_subscribers(&self, topic: &str) -> bool {
@@ -474,7 +477,7 @@ impl<S: Service> Shared<S> {
         // After it is retained: whoever subscribes from now on finds it there.
         message.number = self.last_ordinary.fetch_add(1, Ordering::AcqRel) + 1;
         if let Some(bus) = self.ordinary_bus.get() {
-            bus.publish(vec![BusMessage { topic: Arc::from(ORDINARY_BUS_TOPIC), payload: message.encode() }]);
+            bus.publish(ORDINARY_BUS_TOPIC, vec![Frame::from(&*message.encode())]);
         }
         Ok(())
     }

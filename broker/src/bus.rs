@@ -255,44 +255,48 @@ impl Emptying {
     }
 }
 
-/// A numbered payload to be, without its number.
-struct Frame {
-    topic: Bytes,
+/// A payload that leaves room for its number, so that it is written once.
+#[derive(Debug)]
+pub struct Frame {
     payload: Vec<u8>,
 }
 
 impl Frame {
-    fn new(message: BusMessage) -> Self {
-        let mut payload = Vec::with_capacity(NUMBER_BYTES + message.payload.len());
+    /// With room for a payload of so many bytes, which grows if that is not enough.
+    pub fn with_capacity(payload_bytes: usize) -> Self {
+        let mut payload = Vec::with_capacity(NUMBER_BYTES + payload_bytes);
         payload.extend_from_slice(&[0; NUMBER_BYTES]);
-        payload.extend_from_slice(&message.payload);
-        Self { topic: Bytes::from_owner(TopicBytes(message.topic)), payload }
+        Self { payload }
     }
 
-    /// As rumqttd counts a message for its segments.
-    fn bytes(&self) -> u64 {
-        kept_bytes(&self.topic, self.payload.len())
+    /// Where the payload is written: what is there already stays.
+    pub fn payload(&mut self) -> &mut Vec<u8> {
+        &mut self.payload
     }
 
-    fn numbered(mut self, number: u64) -> (Bytes, Bytes) {
+    #[cfg(test)]
+    pub(crate) fn into_payload(self) -> Bytes {
+        Bytes::from(self.payload).slice(NUMBER_BYTES..)
+    }
+
+    fn numbered(mut self, number: u64) -> Bytes {
         if let Some(prefix) = self.payload.first_chunk_mut::<NUMBER_BYTES>() {
             *prefix = number.to_be_bytes();
         }
-        (self.topic, self.payload.into())
+        self.payload.into()
+    }
+}
+
+impl From<&[u8]> for Frame {
+    fn from(payload: &[u8]) -> Self {
+        let mut frame = Self::with_capacity(payload.len());
+        frame.payload.extend_from_slice(payload);
+        frame
     }
 }
 
 fn kept_bytes(topic: &[u8], payload_bytes: usize) -> u64 {
     u64::try_from(topic.len() + payload_bytes + 4).unwrap_or(u64::MAX)
-}
-
-/// Lends an `Arc<str>` to [`Bytes`] without a copy.
-struct TopicBytes(Arc<str>);
-
-impl AsRef<[u8]> for TopicBytes {
-    fn as_ref(&self) -> &[u8] {
-        self.0.as_bytes()
-    }
 }
 
 impl Bus {
@@ -343,19 +347,16 @@ impl Bus {
     }
 
     /// Queues a batch and wakes the router once. Never waits on a slow reader: what goes over the bounds of [`BusOptions`] is dropped,
-    /// and the sink hears of a gap. Topics that may not reach the router are refused.
-    pub fn publish(&self, messages: Vec<BusMessage>) {
+    /// and the sink hears of a gap. A topic that may not reach the router is refused, and all of the batch with it.
+    pub fn publish(&self, topic: &'static str, frames: Vec<Frame>) {
         let shared = &self.handle.shared;
-        let mut frames = Vec::with_capacity(messages.len());
-        for message in messages {
-            if shared.admits(&message.topic) {
-                frames.push(Frame::new(message));
-            } else {
-                shared.refuse(&message.topic);
-            }
+        if frames.is_empty() {
+            return;
         }
-        if !frames.is_empty() {
-            shared.publish(frames);
+        if shared.admits(topic) {
+            shared.publish(&Bytes::from_static(topic.as_bytes()), frames);
+        } else {
+            shared.refuse(topic, u64::try_from(frames.len()).unwrap_or(u64::MAX));
         }
     }
 
@@ -402,6 +403,15 @@ impl Bus {
         }
         if thread.join().is_err() {
             tracing::error!(bus = self.handle.shared.options.name, "the thread of the bus had panicked");
+        }
+    }
+
+    /// Publishes messages of any topics, one run of the same topic after the other.
+    #[cfg(test)]
+    fn send(&self, messages: Vec<BusMessage>) {
+        for run in messages.chunk_by(|one, next| one.topic == next.topic) {
+            let topic = String::leak(run[0].topic.to_string());
+            self.publish(topic, run.iter().map(|message| Frame::from(&*message.payload)).collect());
         }
     }
 
@@ -453,9 +463,10 @@ impl Shared {
             && self.options.filters.iter().any(|filter| filter::matches(filter, topic))
     }
 
-    fn refuse(&self, topic: &str) {
-        let refused = self.counters.refused.fetch_add(1, Ordering::Relaxed) + 1;
-        if refused.is_power_of_two() {
+    fn refuse(&self, topic: &str, messages: u64) {
+        let before = self.counters.refused.fetch_add(messages, Ordering::Relaxed);
+        let refused = before + messages;
+        if before == 0 || before.ilog2() < refused.ilog2() {
             tracing::error!(
                 bus = self.options.name,
                 topic,
@@ -466,7 +477,7 @@ impl Shared {
         debug_assert!(topic.is_ascii() && !topic.is_empty(), "bus topics are ours, and ASCII: {topic:?}");
     }
 
-    fn publish(&self, frames: Vec<Frame>) {
+    fn publish(&self, topic: &Bytes, frames: Vec<Frame>) {
         let frames_len = u64::try_from(frames.len()).unwrap_or(u64::MAX);
         let mut publisher = self.publisher.lock();
         let mut messages = publisher.let_in_messages.saturating_sub(self.read_messages.load(Ordering::Acquire));
@@ -476,14 +487,15 @@ impl Shared {
         let (messages_before, bytes_before) = (messages, bytes);
         for frame in frames {
             publisher.last_number += 1;
-            let frame_bytes = frame.bytes();
+            // As rumqttd counts a message for its segments.
+            let frame_bytes = kept_bytes(topic, frame.payload.len());
             // A message larger than the bound passes alone: rumqttd keeps the last segment whatever its size.
             if messages >= self.options.messages_under_way_max || (bytes + frame_bytes > bytes_max && messages != 0) {
                 continue;
             }
             messages += 1;
             bytes += frame_bytes;
-            packets.push(frame.numbered(publisher.last_number));
+            packets.push((topic.clone(), frame.numbered(publisher.last_number)));
         }
         let mut let_in = messages - messages_before;
         if publisher.send(packets) {
@@ -909,7 +921,7 @@ mod tests {
             .map(|n| message(&format!("chat/{}/{}", n % 11, ["inbox", "sent"][n % 2]), "x".repeat(n % 5)))
             .collect();
         for batch in messages.chunks(7) {
-            bus.publish(batch.to_vec());
+            bus.send(batch.to_vec());
         }
         expect_messages(&hears, messages);
         assert_eq!(hears.try_recv().ok(), None, "overlapping filters deliver once");
@@ -925,7 +937,7 @@ mod tests {
         let total = 100_000;
         let mut heard = 0;
         for first in (0..total).step_by(100) {
-            bus.publish(numbers("t", first..first + 100));
+            bus.send(numbers("t", first..first + 100));
             while first - heard > 5_000 {
                 expect_messages(&hears, [message("t", heard)]);
                 heard += 1;
@@ -944,7 +956,7 @@ mod tests {
         let of = |n: u64| BusMessage { topic: Arc::clone(&topic), payload: n.to_string().into() };
         let messages: Vec<BusMessage> = (0..EMPTIED_MESSAGES_MIN).map(of).collect();
         for _ in 0..3 {
-            bus.publish(messages.clone());
+            bus.send(messages.clone());
             expect_messages(&hears, messages.iter().cloned());
             // Whatever rumqttd keeps of them holds their topic.
             eventually("they are let go", || Arc::strong_count(&topic) == 1 + messages.len());
@@ -977,7 +989,7 @@ mod tests {
                 let bus = bus.clone();
                 std::thread::spawn(move || {
                     for first in (0..5_000).step_by(10) {
-                        bus.publish(numbers(&publisher.to_string(), first..first + 10));
+                        bus.send(numbers(&publisher.to_string(), first..first + 10));
                     }
                 })
             })
@@ -1001,14 +1013,14 @@ mod tests {
         let closed = gate.lock();
         let began = Instant::now();
         for first in (0..10_000).step_by(100) {
-            bus.publish(numbers("t", first..first + 100));
+            bus.send(numbers("t", first..first + 100));
         }
         assert!(began.elapsed() < PATIENCE, "publishing does not wait");
         assert_eq!((bus.counters().published, bus.counters().dropped), (1_000, 9_000));
         drop(closed);
         // Nothing is published after the loss: the heartbeat tells.
         assert_eq!(until_gap(&hears), numbers("t", 0..1_000));
-        bus.publish(numbers("t", 10_000..10_010));
+        bus.send(numbers("t", 10_000..10_010));
         expect_messages(&hears, numbers("t", 10_000..10_010));
         assert_eq!((bus.counters().gaps, bus.counters().restarts), (1, 0));
         bus.stop();
@@ -1019,7 +1031,7 @@ mod tests {
         let (bus, hears, gate) = start(BusOptions { segment_bytes: 16 * 1024, segments: 4, ..options(&["+"]) });
         let closed = gate.lock();
         for n in 0..1_000 {
-            bus.publish(vec![message("t", format!("{n:0>1000}"))]);
+            bus.send(vec![message("t", format!("{n:0>1000}"))]);
         }
         assert_eq!(bus.counters().published, 2 * 16 * 1024 / 1_013);
         drop(closed);
@@ -1028,7 +1040,7 @@ mod tests {
         // One that is larger than everything passes when nothing else is under way.
         let large = message("t", "x".repeat(1_000_000));
         eventually("all is read", || {
-            bus.publish(vec![large.clone()]);
+            bus.send(vec![large.clone()]);
             hears.try_recv() == Ok(Heard::Message(large.clone()))
         });
         bus.stop();
@@ -1040,7 +1052,7 @@ mod tests {
         for round in 0..200u64 {
             let closed = (round % 3 == 0).then(|| gate.lock());
             for first in (round * 200..round * 200 + 200).step_by(40) {
-                bus.publish(numbers("t", first..first + 40));
+                bus.send(numbers("t", first..first + 40));
             }
             drop(closed);
         }
@@ -1048,7 +1060,7 @@ mod tests {
         assert_eq!(counters.published + counters.dropped, 40_000);
         eventually("all that was let in is delivered", || bus.counters().delivered == counters.published);
         // Whatever is lost at the end is told by the next heartbeat, whatever else by the next message.
-        bus.publish(vec![message("t", 40_000)]);
+        bus.send(vec![message("t", 40_000)]);
         let (mut expected, mut gap) = (0, false);
         while expected != 40_001 {
             match hears.recv_timeout(PATIENCE).expect("messages to the last") {
@@ -1068,16 +1080,16 @@ mod tests {
         let (bus, hears, _gate) = start(options(&["+"]));
         let (bystander, bystander_hears, _gate) = start(options(&["+"]));
         for death in 1..=5 {
-            bus.publish(numbers("t", 0..10));
+            bus.send(numbers("t", 0..10));
             expect_messages(&hears, numbers("t", 0..10));
             bus.break_router();
             assert_eq!(until_gap(&hears), []);
             assert_eq!(bus.counters().restarts, death);
             assert_eq!(bus.counters().gaps, death);
         }
-        bus.publish(numbers("t", 0..2_000));
+        bus.send(numbers("t", 0..2_000));
         expect_messages(&hears, numbers("t", 0..2_000));
-        bystander.publish(numbers("t", 0..10));
+        bystander.send(numbers("t", 0..10));
         expect_messages(&bystander_hears, numbers("t", 0..10));
         assert_eq!((bystander.counters().gaps, bystander.counters().restarts), (0, 0));
         bus.stop();
@@ -1091,11 +1103,11 @@ mod tests {
             if round == 25 {
                 bus.break_router();
             }
-            bus.publish(numbers("t", round * 100..round * 100 + 100));
+            bus.send(numbers("t", round * 100..round * 100 + 100));
         }
         let before = until_gap(&hears);
         assert_eq!(before, numbers("t", 0..u64::try_from(before.len()).expect("few")));
-        bus.publish(vec![message("t", "end")]);
+        bus.send(vec![message("t", "end")]);
         let mut last = None;
         loop {
             match hears.recv_timeout(PATIENCE).expect("the end") {
@@ -1117,10 +1129,10 @@ mod tests {
         let (bus, hears, _gate) =
             start(BusOptions { heartbeat_timeout: Duration::from_millis(500), ..options(&["+"]) });
         bus.mute_router();
-        bus.publish(vec![message("t", "lost")]);
+        bus.send(vec![message("t", "lost")]);
         assert_eq!(until_gap(&hears), []);
         assert!(bus.counters().restarts >= 1);
-        bus.publish(vec![message("t", "found")]);
+        bus.send(vec![message("t", "found")]);
         expect_messages(&hears, [message("t", "found")]);
         bus.stop();
     }
@@ -1129,7 +1141,7 @@ mod tests {
     fn the_heartbeat_ages_while_the_sink_is_busy_and_the_router_is_not_blamed() {
         let (bus, hears, gate) = start(BusOptions { heartbeat_timeout: Duration::from_millis(500), ..options(&["+"]) });
         let closed = gate.lock();
-        bus.publish(vec![message("t", 1)]);
+        bus.send(vec![message("t", 1)]);
         eventually("an old heartbeat", || bus.heartbeat_age() > Duration::from_millis(700));
         drop(closed);
         eventually("a fresh heartbeat", || bus.heartbeat_age() < Duration::from_millis(300));
@@ -1141,9 +1153,9 @@ mod tests {
     #[test]
     fn a_panic_in_the_sink_is_a_gap() {
         let (bus, hears, _gate) = start(options(&["+"]));
-        bus.publish(vec![message("t", "panic")]);
+        bus.send(vec![message("t", "panic")]);
         assert_eq!(until_gap(&hears), []);
-        bus.publish(vec![message("t", 2)]);
+        bus.send(vec![message("t", 2)]);
         expect_messages(&hears, [message("t", 2)]);
         bus.stop();
     }
@@ -1156,7 +1168,7 @@ mod tests {
         assert_eq!(hears.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Disconnected), "the sink is gone");
         bus.stop();
         clone.stop();
-        clone.publish(vec![message("t", 1)]);
+        clone.send(vec![message("t", 1)]);
         assert_eq!(clone.counters().dropped, 1);
     }
 
@@ -1164,7 +1176,7 @@ mod tests {
     fn the_last_handle_stops_the_bus() {
         let (bus, hears, _gate) = start(options(&["+"]));
         drop(bus.clone());
-        bus.publish(vec![message("t", 1)]);
+        bus.send(vec![message("t", 1)]);
         expect_messages(&hears, [message("t", 1)]);
         drop(bus);
         assert_eq!(hears.recv_timeout(PATIENCE), Err(RecvTimeoutError::Disconnected), "the sink is gone");
@@ -1174,12 +1186,12 @@ mod tests {
     fn topics_that_may_not_reach_the_router_do_not() {
         let (bus, hears, _gate) = start(options(&["a/+", "#"]));
         for topic in ["$a/b", "a/#", "a\0", HEARTBEAT_TOPIC, &"a".repeat(70_000)] {
-            bus.publish(vec![message(topic, 1)]);
+            bus.send(vec![message(topic, 1)]);
         }
         assert_eq!(bus.counters().refused, 5);
         bus.stop();
         let (bus, _hears, _gate) = start(options(&["a/+"]));
-        bus.publish(vec![message("b", 1), message("a/b", 2)]);
+        bus.send(vec![message("b", 1), message("a/b", 2)]);
         assert_eq!((bus.counters().refused, bus.counters().published), (1, 1));
         bus.stop();
         assert_eq!(hears.try_recv().ok(), None);
@@ -1189,8 +1201,8 @@ mod tests {
     #[should_panic(expected = "bus topics are ours")]
     fn a_topic_that_would_kill_the_router_is_caught() {
         let (bus, hears, _gate) = start(options(&["#"]));
-        bus.publish(vec![message("é", 1)]);
-        bus.publish(vec![message("t", 2)]);
+        bus.send(vec![message("é", 1)]);
+        bus.send(vec![message("t", 2)]);
         expect_messages(&hears, [message("t", 2)]);
         assert_eq!((bus.counters().refused, bus.counters().restarts), (1, 0));
         panic!("bus topics are ours: in a release build the server goes on");

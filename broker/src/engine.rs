@@ -5,7 +5,12 @@
 //! it would answer a repeated QoS 2 PUBLISH with PUBREC although the first is not stored yet (suppressed here, because PUBREC means stored).
 //! It reserves memory by the length that a packet announces, and panics at a Topic Alias Maximum of 0: so a CONNECT is gathered here first, and
 //! looked at in `connect_packet`. It cannot begin in the middle of a QoS 2 exchange: see [`Engine::release_again`].
+//!
+//! A message at QoS 1 would cost it a dozen allocations. So once a client is connected its ordinary PUBLISH and PUBACK packets are read and
+//! written by [`crate::plain`], and what is under way at QoS 1 is kept here; it never hears of those. Invariant: a packet identifier
+//! towards the client is in `awaiting_puback`, in `reserved` or in `of_inner`, and in one of them only.
 
+use std::cell::RefCell;
 use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::time::Instant;
@@ -15,7 +20,7 @@ use mqtt_protocol_core::mqtt::common::Cursor;
 use mqtt_protocol_core::mqtt::connection::{ConnectionOptions, Event};
 use mqtt_protocol_core::mqtt::packet::{
     CorrelationData, GenericPacketTrait, MaximumPacketSize, Packet, Property, Qos, ReasonString, ReceiveMaximum,
-    RetainHandling, SubscriptionIdentifier, TopicAlias, TopicAliasMaximum, UserProperty, v3_1_1, v5_0,
+    RetainHandling, SubscriptionIdentifier, TopicAliasMaximum, UserProperty, v3_1_1, v5_0,
 };
 use mqtt_protocol_core::mqtt::result_code::{
     AuthReasonCode, ConnectReasonCode, ConnectReturnCode, DisconnectReasonCode, MqttError, PubackReasonCode,
@@ -29,6 +34,7 @@ use crate::escaped::Escaped;
 use crate::framing::{Framing, Malformed};
 use crate::limits::Limits;
 use crate::live::LiveMessage;
+use crate::plain::{self, Plain, Told};
 use crate::rate::Cost;
 use crate::service::{Authentication, BoundPublish, ConnectRefusalCode, Identity, RefusalCode};
 use crate::topics::message::MessageProperties;
@@ -99,7 +105,8 @@ pub(crate) struct Publish {
     pub(crate) qos: u8,
     pub(crate) retain: bool,
     pub(crate) packet_id: Option<u16>,
-    pub(crate) properties: MessageProperties,
+    /// Few have any.
+    pub(crate) properties: Option<Box<MessageProperties>>,
 }
 
 /// One filter of a SUBSCRIBE.
@@ -170,7 +177,10 @@ impl Incoming {
     pub(crate) fn cost(&self) -> Option<Cost> {
         let cost = |publishes: usize, bytes: usize| Some(Cost { publishes: publishes as u64, bytes: bytes as u64 });
         match self {
-            Self::Publish(publish) => cost(1, publish.topic.len() + publish.payload.len() + publish.properties.bytes()),
+            Self::Publish(publish) => {
+                let properties = publish.properties.as_ref().map_or(0, |properties| properties.bytes());
+                cost(1, publish.topic.len() + publish.payload.len() + properties)
+            }
             Self::Overfull(Overfull::Publish { bytes, .. }) => cost(1, *bytes),
             Self::Overfull(Overfull::Subscribe { filters, .. }) => cost(*filters, 0),
             Self::Subscribe { filters, .. } => cost(filters.len(), 0),
@@ -280,9 +290,39 @@ pub(crate) struct Engine {
     /// take.
     connecting: Option<Vec<u8>>,
     takes_no_aliases: bool,
+    /// QoS 1 publishes that `plain` read and that are not answered yet.
+    unanswered_plain: usize,
+    /// The same for those that the protocol engine read, in their order.
+    unanswered_of_inner: VecDeque<u16>,
+    /// Of messages sent at QoS 1, in their order.
+    awaiting_puback: VecDeque<u16>,
+    /// Kept for messages that the session's last connection sent.
+    reserved: HashSet<u16>,
+    /// Those that the protocol engine knows: of messages at QoS 2.
+    of_inner: HashSet<u16>,
+    /// The packet identifier that was given away last.
+    last_packet_id: u16,
+    /// A PUBACK that is not whole yet.
+    puback: Vec<u8>,
+    /// The client's Maximum Packet Size.
+    sent_bytes_max: usize,
     /// Topics that have an alias towards the client: 1, 2, 3, …
     aliases: Vec<Box<str>>,
     aliases_max: usize,
+}
+
+/// The type of a PUBACK.
+const PUBACK: u8 = 4;
+
+/// What of a PUBACK matters here.
+struct Puback {
+    packet_id: u16,
+    user_properties: usize,
+}
+
+thread_local! {
+    /// Where the properties of a message are gathered before their length is known.
+    static PROPERTIES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
 /// CONNACK's return code in MQTT 3.1.1.
@@ -314,6 +354,14 @@ impl Engine {
             connected: false,
             connecting: Some(Vec::new()),
             takes_no_aliases: false,
+            unanswered_plain: 0,
+            unanswered_of_inner: VecDeque::new(),
+            awaiting_puback: VecDeque::new(),
+            reserved: HashSet::new(),
+            of_inner: HashSet::new(),
+            last_packet_id: 0,
+            puback: Vec::new(),
+            sent_bytes_max: usize::MAX,
             aliases: Vec::new(),
             aliases_max: 0,
         }
@@ -329,6 +377,7 @@ impl Engine {
     pub(crate) fn feed(&mut self, bytes: &[u8], packets: &mut VecDeque<Incoming>) -> usize {
         let mut taken = 0;
         while taken < bytes.len() && packets.len() < PACKETS_AT_ONCE && self.fault.is_none() && !self.closing {
+            let begins = self.framing.is_between_packets();
             let len = match self.framing.advance(&bytes[taken..]) {
                 Ok(len) => len,
                 Err(Malformed::ProtocolLevel) if !self.connected => {
@@ -352,8 +401,12 @@ impl Engine {
             taken += len;
             self.packet_bytes += len;
             let packet_bytes = self.packet_bytes;
-            if self.framing.is_between_packets() {
+            let is_whole = self.framing.is_between_packets();
+            if is_whole {
                 self.packet_bytes = 0;
+            }
+            if self.connected && self.take_plain(received, begins, is_whole, packets) {
+                continue;
             }
             let events = if let Some(connecting) = &mut self.connecting {
                 connecting.extend_from_slice(received);
@@ -370,6 +423,7 @@ impl Engine {
             for event in events {
                 match event {
                     Event::NotifyPacketReceived(packet) => {
+                        self.note_unanswered(&packet);
                         let packet = if user_properties(&packet) > self.user_properties_max {
                             Some(Incoming::Overfull(self.overfull(&packet)))
                         } else {
@@ -404,6 +458,113 @@ impl Engine {
         taken
     }
 
+    /// Takes an ordinary PUBLISH, and every PUBACK. `false`: the packet, or this part of one, is the protocol engine's.
+    fn take_plain(&mut self, received: &[u8], begins: bool, is_whole: bool, packets: &mut VecDeque<Incoming>) -> bool {
+        let is_puback = received.first().is_some_and(|first| first >> 4 == PUBACK);
+        if !self.puback.is_empty() || (begins && is_puback) {
+            if is_whole && self.puback.is_empty() {
+                self.take_puback(received, packets);
+                return true;
+            }
+            self.puback.extend_from_slice(received);
+            if self.puback.len() > usize::try_from(self.packet_bytes_max).unwrap_or(usize::MAX) {
+                self.overstepped = Some("packet_bytes");
+                self.fault = Some(MqttError::PacketTooLarge);
+            } else if is_whole {
+                let puback = std::mem::take(&mut self.puback);
+                self.take_puback(&puback, packets);
+            }
+            return true;
+        }
+        if !begins || !is_whole || received.len() > usize::try_from(self.packet_bytes_max).unwrap_or(usize::MAX) {
+            return false;
+        }
+        let Some(Plain::Publish { topic, payload, retain, packet_id }) = plain::read(received, self.is_v5()) else {
+            return false;
+        };
+        if packet_id.is_some() {
+            self.unanswered_plain += 1;
+            self.judge_receive_maximum();
+            if self.fault.is_some() {
+                return true;
+            }
+        }
+        packets.push_back(Incoming::Publish(Publish {
+            topic: topic.to_owned(),
+            payload: Bytes::copy_from_slice(payload),
+            qos: u8::from(packet_id.is_some()),
+            retain,
+            packet_id,
+            properties: None,
+        }));
+        true
+    }
+
+    fn take_puback(&mut self, packet: &[u8], packets: &mut VecDeque<Incoming>) {
+        let read = match plain::read(packet, self.is_v5()) {
+            Some(Plain::Puback(packet_id)) => Ok(Puback { packet_id, user_properties: 0 }),
+            _ => self.long_puback(plain::body(packet)),
+        };
+        let packet_id = match read {
+            Ok(Puback { user_properties, .. }) if user_properties > self.user_properties_max => {
+                packets.push_back(Incoming::Overfull(Overfull::Other));
+                return;
+            }
+            Ok(Puback { packet_id, .. }) => packet_id,
+            Err(error) => {
+                self.fault.get_or_insert(error);
+                return;
+            }
+        };
+        match self.awaiting_puback.iter().position(|sent| *sent == packet_id) {
+            Some(at) => {
+                self.awaiting_puback.remove(at);
+                if self.awaiting_puback.is_empty() {
+                    self.awaiting_puback.shrink_to(0);
+                }
+                packets.push_back(Incoming::Puback(packet_id));
+            }
+            // [MQTT-4.3.2-2]: it acknowledges nothing that was sent.
+            None => drop(self.fault.get_or_insert(MqttError::ProtocolError)),
+        }
+    }
+
+    /// With a reason or properties.
+    fn long_puback(&self, body: &[u8]) -> Result<Puback, MqttError> {
+        let (puback, bytes) = if self.is_v5() {
+            let (puback, bytes) = v5_0::Puback::parse(body)?;
+            let packet_id = puback.packet_id();
+            (Puback { packet_id, user_properties: user_properties(&puback.into()) }, bytes)
+        } else {
+            let (puback, bytes) = v3_1_1::Puback::parse(body)?;
+            (Puback { packet_id: puback.packet_id(), user_properties: 0 }, bytes)
+        };
+        if bytes == body.len() { Ok(puback) } else { Err(MqttError::MalformedPacket) }
+    }
+
+    /// Counts what the protocol engine has read.
+    fn note_unanswered(&mut self, packet: &Packet) {
+        let (qos, packet_id) = match packet {
+            Packet::V3_1_1Publish(publish) => (publish.qos(), publish.packet_id()),
+            Packet::V5_0Publish(publish) => (publish.qos(), publish.packet_id()),
+            _ => return,
+        };
+        if let (Qos::AtLeastOnce, Some(packet_id)) = (qos, packet_id) {
+            self.unanswered_of_inner.push_back(packet_id);
+            // Those of QoS 2 are counted when they are noted.
+            self.judge_receive_maximum();
+        }
+    }
+
+    /// [MQTT-3.3.4-9]: what we told an MQTT 5 client that it may have under way.
+    fn judge_receive_maximum(&mut self) {
+        let under_way = self.unanswered_plain + self.unanswered_of_inner.len() + self.unreleased_qos2.len();
+        if under_way > usize::from(self.receive_maximum) && self.is_v5() {
+            self.overstepped = Some("receive_maximum");
+            self.fault.get_or_insert(MqttError::ReceiveMaximumExceeded);
+        }
+    }
+
     fn on_event(&mut self, event: Event) {
         match event {
             Event::RequestSendPacket { packet, .. } => {
@@ -429,8 +590,8 @@ impl Engine {
                 self.fault.get_or_insert(error);
             }
             Event::RequestClose => self.closing = true,
+            Event::NotifyPacketIdReleased(packet_id) => drop(self.of_inner.remove(&packet_id)),
             Event::NotifyPacketReceived(_)
-            | Event::NotifyPacketIdReleased(_)
             | Event::RequestTimerReset { .. }
             | Event::RequestTimerCancel(_) => {}
         }
@@ -485,6 +646,9 @@ impl Engine {
                         Property::TopicAliasMaximum(value) if !self.takes_no_aliases => {
                             self.aliases_max = usize::from(value.val().min(TOPIC_ALIASES_SENT_MAX));
                         }
+                        Property::MaximumPacketSize(bytes) => {
+                            self.sent_bytes_max = usize::try_from(bytes.val()).unwrap_or(usize::MAX);
+                        }
                         Property::AuthenticationMethod(method) => {
                             has_method = true;
                             authentication.method = method.val().to_owned();
@@ -530,7 +694,7 @@ impl Engine {
                     qos,
                     retain: p.retain(),
                     packet_id: p.packet_id(),
-                    properties: MessageProperties::default(),
+                    properties: None,
                 })
             }
             Packet::V5_0Publish(p) => {
@@ -547,7 +711,7 @@ impl Engine {
                     qos,
                     retain: p.retain(),
                     packet_id: p.packet_id(),
-                    properties: message_properties(p.props()),
+                    properties: (!p.props().is_empty()).then(|| Box::new(message_properties(p.props()))),
                 })
             }
             Packet::V3_1_1Puback(p) => Incoming::Puback(p.packet_id()),
@@ -675,6 +839,7 @@ impl Engine {
         {
             self.unanswered_qos2.push(packet_id);
             self.unreleased_qos2.insert(packet_id);
+            self.judge_receive_maximum();
         }
     }
 
@@ -776,33 +941,97 @@ impl Engine {
 
     /// Keeps a packet identifier for a message that the session's last connection sent.
     pub(crate) fn reserve(&mut self, packet_id: u16) -> bool {
-        self.inner.register_packet_id(packet_id).is_ok()
+        packet_id != 0 && !self.is_used(packet_id) && self.reserved.insert(packet_id)
     }
 
     /// Lets a reserved packet identifier go.
     pub(crate) fn release(&mut self, packet_id: u16) {
-        for event in self.inner.release_packet_id(packet_id) {
-            self.on_event(event);
+        self.reserved.remove(&packet_id);
+    }
+
+    fn is_used(&self, packet_id: u16) -> bool {
+        self.awaiting_puback.contains(&packet_id)
+            || self.reserved.contains(&packet_id)
+            || self.of_inner.contains(&packet_id)
+    }
+
+    /// One after the other, so that one that was released is not used again soon. `None` if all are under way.
+    fn next_packet_id(&mut self) -> Option<u16> {
+        for _ in 0..u16::MAX {
+            self.last_packet_id = self.last_packet_id.checked_add(1).unwrap_or(1);
+            if !self.is_used(self.last_packet_id) {
+                return Some(self.last_packet_id);
+            }
         }
+        None
     }
 
     /// Sends a message; `Some` is the packet identifier of a QoS 1 or 2 message.
     pub(crate) fn publish(&mut self, message: Outgoing<'_>) -> Result<Option<u16>, NotSent> {
+        if self.closing || !self.connected {
+            return Err(NotSent::Closed);
+        }
         let packet_id = match (message.qos, message.again) {
             (0, _) => None,
             (_, Some(again)) => Some(again),
-            (_, None) => match self.inner.acquire_packet_id() {
-                Ok(packet_id) => Some(packet_id),
-                Err(error) => {
-                    tracing::debug!(?error, "no packet identifier is free");
+            (_, None) => {
+                let Some(packet_id) = self.next_packet_id() else {
+                    tracing::debug!("no packet identifier is free");
                     self.closing = true;
                     return Err(NotSent::Closed);
-                }
-            },
+                };
+                Some(packet_id)
+            }
         };
-        let dup = message.again.is_some() && message.qos > 0;
-        let mut topic = message.topic;
-        let mut new_alias = false;
+        let sent = match packet_id {
+            Some(packet_id) if message.qos == 2 => self.publish_qos2(&message, packet_id),
+            _ => self.publish_plain(&message, packet_id),
+        };
+        if let Err(error) = sent {
+            tracing::debug!(?error, topic = %Escaped(message.topic), "message not sent");
+            if let Some(packet_id) = packet_id {
+                self.release(packet_id);
+            }
+            self.closing |= error == NotSent::Closed;
+            return Err(error);
+        }
+        self.messages_sent += 1;
+        Ok(packet_id)
+    }
+
+    fn publish_plain(&mut self, message: &Outgoing<'_>, packet_id: Option<u16>) -> Result<(), NotSent> {
+        let bytes_max = self.sent_bytes_max;
+        let too_long = |bytes: usize| if bytes > bytes_max { NotSent::TooLarge } else { NotSent::Closed };
+        if self.is_v5() {
+            let alias = self.alias(message.topic);
+            let topic = if alias.is_some_and(|(_, is_known)| is_known) { "" } else { message.topic };
+            let put = PROPERTIES.with_borrow_mut(|properties| {
+                properties.clear();
+                plain::put_publish_properties(properties, message, alias.map(|(alias, _)| alias));
+                plain::put_publish(&mut self.out, topic, message, packet_id, Some(properties), bytes_max)
+            });
+            if put.is_err() && alias.is_some_and(|(_, is_known)| !is_known) {
+                self.aliases.pop();
+            }
+            put.map_err(too_long)?;
+        } else {
+            plain::put_publish(&mut self.out, message.topic, message, packet_id, None, bytes_max).map_err(too_long)?;
+        }
+        if let Some(packet_id) = packet_id {
+            self.reserved.remove(&packet_id);
+            self.awaiting_puback.push_back(packet_id);
+        }
+        Ok(())
+    }
+
+    /// Without a topic alias: the protocol engine does not know those that are in use.
+    fn publish_qos2(&mut self, message: &Outgoing<'_>, packet_id: u16) -> Result<(), NotSent> {
+        self.reserved.remove(&packet_id);
+        if self.inner.register_packet_id(packet_id).is_err() {
+            return Err(NotSent::Closed);
+        }
+        self.of_inner.insert(packet_id);
+        let dup = message.again.is_some();
         let built: Result<Packet, MqttError> = if self.is_v5() {
             let mut properties: Vec<Property> = Vec::with_capacity(4);
             match message.user_properties {
@@ -827,57 +1056,30 @@ impl Engine {
             for identifier in message.identifiers {
                 push(&mut properties, SubscriptionIdentifier::new(*identifier).map(Property::from));
             }
-            if let Some((alias, known)) = self.alias(topic) {
-                push(&mut properties, TopicAlias::new(alias).map(Property::from));
-                new_alias = !known;
-                if known {
-                    topic = "";
-                }
-            }
             v5_0::Publish::builder()
-                .topic_name(topic)
+                .topic_name(message.topic)
                 .and_then(|builder| {
-                    let builder =
-                        builder.qos(qos(message.qos)).dup(dup).retain(message.retain).payload(message.payload);
-                    let builder = if properties.is_empty() { builder } else { builder.props(properties) };
-                    match packet_id {
-                        Some(id) => builder.packet_id(id),
-                        None => builder,
-                    }
-                    .build()
+                    let builder = builder.qos(Qos::ExactlyOnce).dup(dup).retain(message.retain);
+                    let builder = builder.payload(message.payload).packet_id(packet_id);
+                    if properties.is_empty() { builder } else { builder.props(properties) }.build()
                 })
                 .map(Into::into)
         } else {
             v3_1_1::Publish::builder()
                 .topic_name(message.topic)
                 .and_then(|builder| {
-                    let builder =
-                        builder.qos(qos(message.qos)).dup(dup).retain(message.retain).payload(message.payload);
-                    match packet_id {
-                        Some(id) => builder.packet_id(id),
-                        None => builder,
-                    }
-                    .build()
+                    let builder = builder.qos(Qos::ExactlyOnce).dup(dup).retain(message.retain);
+                    builder.payload(message.payload).packet_id(packet_id).build()
                 })
                 .map(Into::into)
         };
-        let sent = built.and_then(|packet| self.send(packet));
-        if let Err(error) = sent {
-            tracing::debug!(?error, topic = %Escaped(message.topic), "message not sent");
-            if new_alias {
-                self.aliases.pop();
+        built.and_then(|packet| self.send(packet)).map_err(|error| {
+            for event in self.inner.release_packet_id(packet_id) {
+                self.on_event(event);
             }
-            if let Some(id) = packet_id {
-                self.release(id);
-            }
-            if error == MqttError::PacketTooLarge {
-                return Err(NotSent::TooLarge);
-            }
-            self.closing = true;
-            return Err(NotSent::Closed);
-        }
-        self.messages_sent += 1;
-        Ok(packet_id)
+            self.of_inner.remove(&packet_id);
+            if error == MqttError::PacketTooLarge { NotSent::TooLarge } else { NotSent::Closed }
+        })
     }
 
     /// The alias of a topic, and whether the client knows it already; a new one if there is room.
@@ -901,9 +1103,13 @@ impl Engine {
     /// The engine knows of no such beginning, so it is led there by a message and a PUBREC that cross no socket. `false` if the client's
     /// receive maximum leaves no room now, or a packet of its own is under way. The packet identifier has to be reserved.
     pub(crate) fn release_again(&mut self, packet_id: u16) -> bool {
-        if !self.framing.is_between_packets() {
+        if !self.framing.is_between_packets() || !self.reserved.remove(&packet_id) {
             return false;
         }
+        if self.inner.register_packet_id(packet_id).is_err() {
+            return false;
+        }
+        self.of_inner.insert(packet_id);
         let sent: Result<Packet, MqttError> = if self.is_v5() {
             let builder =
                 v5_0::Publish::builder().topic_name("-").map(|b| b.qos(Qos::ExactlyOnce).packet_id(packet_id));
@@ -917,9 +1123,8 @@ impl Engine {
         let events = self.inner.send(packet);
         if events.iter().any(|event| matches!(event, Event::NotifyError(_))) {
             // It has let go of the packet identifier: keep it for the next try.
-            if self.inner.register_packet_id(packet_id).is_err() {
-                tracing::debug!(packet_id, "still in use");
-            }
+            self.of_inner.remove(&packet_id);
+            self.reserved.insert(packet_id);
             return false;
         }
         let [high, low] = packet_id.to_be_bytes();
@@ -930,14 +1135,54 @@ impl Engine {
 
     /// PUBACK or PUBREC.
     pub(crate) fn acknowledge(&mut self, packet_id: u16, qos: u8, ack: &Ack<'_>) {
-        if qos == 2 {
-            self.on_qos2_taken(packet_id);
-            if self.is_v5() && matches!(ack, Ack::Refused { .. }) {
+        if qos == 2 { self.put_pubrec(packet_id, ack) } else { self.put_puback(packet_id, ack) }
+    }
+
+    fn put_puback(&mut self, packet_id: u16, ack: &Ack<'_>) {
+        if self.closing && self.is_v5() {
+            // Nothing comes behind a DISCONNECT.
+            return;
+        }
+        if let Some(at) = self.unanswered_of_inner.iter().position(|of_inner| *of_inner == packet_id) {
+            self.unanswered_of_inner.remove(at);
+            self.tell_inner_of_puback(packet_id);
+        } else {
+            self.unanswered_plain = self.unanswered_plain.saturating_sub(1);
+        }
+        let (reason, told) = match ack {
+            Ack::Stored { subscribers: true, properties } => (PubackReasonCode::Success, Told::Properties(properties)),
+            Ack::Stored { subscribers: false, properties } => {
+                (PubackReasonCode::NoMatchingSubscribers, Told::Properties(properties))
+            }
+            Ack::Refused { code, reason } => (puback_code(*code), Told::Reason(reason)),
+        };
+        let told = if self.problem_information { told } else { Told::Nothing };
+        let is_plain = reason == PubackReasonCode::Success && matches!(told, Told::Nothing | Told::Properties([]));
+        let reason = (self.is_v5() && !is_plain).then_some(reason as u8);
+        if !plain::put_puback(&mut self.out, packet_id, reason, told, self.sent_bytes_max) {
+            self.closing = true;
+        }
+    }
+
+    /// It counts what it has read until it is answered; its answer stays here.
+    fn tell_inner_of_puback(&mut self, packet_id: u16) {
+        let told = if self.is_v5() {
+            v5_0::Puback::builder().packet_id(packet_id).build().map(|packet| self.inner.send(packet.into()))
+        } else {
+            v3_1_1::Puback::builder().packet_id(packet_id).build().map(|packet| self.inner.send(packet.into()))
+        };
+        if let Err(error) = told {
+            tracing::debug!(?error, "an answer could not be counted");
+        }
+    }
+
+    fn put_pubrec(&mut self, packet_id: u16, ack: &Ack<'_>) {
+        self.on_qos2_taken(packet_id);
+        let sent = if self.is_v5() {
+            if matches!(ack, Ack::Refused { .. }) {
                 // [MQTT-4.3.3-9]: the packet identifier is free.
                 self.unreleased_qos2.remove(&packet_id);
             }
-        }
-        let sent = if self.is_v5() {
             let mut properties = Vec::new();
             if self.problem_information {
                 match ack {
@@ -951,56 +1196,30 @@ impl Engine {
                     }
                 }
             }
-            let sent = self.send_v5_ack(packet_id, qos, ack, properties);
-            if sent == Err(MqttError::PacketTooLarge) {
-                // [MQTT-3.4.2-2] and [MQTT-3.4.2-3]: what does not fit the client's maximum packet size is left out.
-                self.send_v5_ack(packet_id, qos, ack, Vec::new())
-            } else {
-                sent
+            match self.send_v5_pubrec(packet_id, ack, properties) {
+                // [MQTT-3.5.2-2] and [MQTT-3.5.2-3]: what does not fit the client's maximum packet size is left out.
+                Err(MqttError::PacketTooLarge) => self.send_v5_pubrec(packet_id, ack, Vec::new()),
+                sent => sent,
             }
-        } else if qos == 2 {
-            v3_1_1::Pubrec::builder().packet_id(packet_id).build().and_then(|packet| self.send(packet.into()))
         } else {
-            v3_1_1::Puback::builder().packet_id(packet_id).build().and_then(|packet| self.send(packet.into()))
+            v3_1_1::Pubrec::builder().packet_id(packet_id).build().and_then(|packet| self.send(packet.into()))
         };
         self.must(sent);
     }
 
-    fn send_v5_ack(
-        &mut self,
-        packet_id: u16,
-        qos: u8,
-        ack: &Ack<'_>,
-        properties: Vec<Property>,
-    ) -> Result<(), MqttError> {
-        let plain = properties.is_empty() && matches!(ack, Ack::Stored { subscribers: true, .. });
-        if qos == 2 {
-            let mut builder = v5_0::Pubrec::builder().packet_id(packet_id);
-            if !plain {
-                builder = builder.reason_code(match ack {
-                    Ack::Stored { subscribers: true, .. } => PubrecReasonCode::Success,
-                    Ack::Stored { subscribers: false, .. } => PubrecReasonCode::NoMatchingSubscribers,
-                    Ack::Refused { code, .. } => pubrec_code(*code),
-                });
-            }
-            if !properties.is_empty() {
-                builder = builder.props(properties);
-            }
-            builder.build().and_then(|packet| self.send(packet.into()))
-        } else {
-            let mut builder = v5_0::Puback::builder().packet_id(packet_id);
-            if !plain {
-                builder = builder.reason_code(match ack {
-                    Ack::Stored { subscribers: true, .. } => PubackReasonCode::Success,
-                    Ack::Stored { subscribers: false, .. } => PubackReasonCode::NoMatchingSubscribers,
-                    Ack::Refused { code, .. } => puback_code(*code),
-                });
-            }
-            if !properties.is_empty() {
-                builder = builder.props(properties);
-            }
-            builder.build().and_then(|packet| self.send(packet.into()))
+    fn send_v5_pubrec(&mut self, packet_id: u16, ack: &Ack<'_>, properties: Vec<Property>) -> Result<(), MqttError> {
+        let mut builder = v5_0::Pubrec::builder().packet_id(packet_id);
+        if !properties.is_empty() || !matches!(ack, Ack::Stored { subscribers: true, .. }) {
+            builder = builder.reason_code(match ack {
+                Ack::Stored { subscribers: true, .. } => PubrecReasonCode::Success,
+                Ack::Stored { subscribers: false, .. } => PubrecReasonCode::NoMatchingSubscribers,
+                Ack::Refused { code, .. } => pubrec_code(*code),
+            });
         }
+        if !properties.is_empty() {
+            builder = builder.props(properties);
+        }
+        builder.build().and_then(|packet| self.send(packet.into()))
     }
 
     /// QoS 2 publishes that were answered with PUBREC and not released yet.
@@ -1278,14 +1497,6 @@ fn qos_number(qos: Qos) -> u8 {
         Qos::AtMostOnce => 0,
         Qos::AtLeastOnce => 1,
         Qos::ExactlyOnce => 2,
-    }
-}
-
-fn qos(number: u8) -> Qos {
-    match number {
-        0 => Qos::AtMostOnce,
-        1 => Qos::AtLeastOnce,
-        _ => Qos::ExactlyOnce,
     }
 }
 

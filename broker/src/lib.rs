@@ -21,6 +21,7 @@ pub mod listener;
 pub mod live;
 mod mailbox;
 mod ordinary;
+mod plain;
 mod queues;
 mod rate;
 mod registry;

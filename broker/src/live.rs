@@ -5,8 +5,9 @@
 
 use std::sync::Arc;
 
-use bytes::{BufMut, Bytes, BytesMut};
+use bytes::{BufMut, Bytes};
 
+use crate::bus::Frame;
 use crate::service::{Keeping, Position};
 
 /// A message of a bound topic, live.
@@ -49,22 +50,15 @@ impl LiveMessage {
         payload: Bytes,
         properties: &[(&str, &str)],
     ) -> Self {
-        let mut encoded = BytesMut::with_capacity(properties.iter().map(|(k, v)| 4 + k.len() + v.len()).sum());
-        for (key, value) in properties {
-            // A property longer than MQTT can carry is left out; the payload says the same.
-            let (Ok(key_len), Ok(value_len)) = (u16::try_from(key.len()), u16::try_from(value.len())) else { continue };
-            encoded.put_u16(key_len);
-            encoded.put_slice(key.as_bytes());
-            encoded.put_u16(value_len);
-            encoded.put_slice(value.as_bytes());
-        }
+        let mut encoded = Vec::with_capacity(properties.iter().map(|(k, v)| 4 + k.len() + v.len()).sum());
+        properties.iter().for_each(|property| put_property(&mut encoded, property));
         Self {
             topic,
             gathered_by: None,
             position,
             received_us,
             payload,
-            properties: encoded.freeze(),
+            properties: encoded.into(),
             correlation: Bytes::new(),
             flags: 0,
         }
@@ -150,20 +144,11 @@ impl LiveMessage {
         PropertyIter { rest: &self.properties }
     }
 
-    pub(crate) fn encode(&self) -> Bytes {
-        let parts = [self.topic.as_bytes(), &self.properties, &self.correlation];
-        let parts = parts.map(|part| if u32::try_from(part.len()).is_ok() { part } else { &[] });
-        let length = HEADER_BYTES + parts.iter().map(|part| part.len()).sum::<usize>() + self.payload.len();
-        let mut bytes = BytesMut::with_capacity(length);
-        bytes.put_u64(self.position.0);
-        bytes.put_u64(self.received_us);
-        bytes.put_u8(self.flags);
-        for part in parts {
-            bytes.put_u32(u32::try_from(part.len()).unwrap_or(0));
-        }
-        parts.into_iter().for_each(|part| bytes.put_slice(part));
-        bytes.put_slice(&self.payload);
-        bytes.freeze()
+    pub(crate) fn encode(&self) -> Frame {
+        let Self { topic, position, received_us, payload, properties, correlation, flags, .. } = self;
+        frame(topic, *position, *received_us, *flags, properties.len(), correlation, payload, |out| {
+            out.extend_from_slice(properties);
+        })
     }
 
     pub(crate) fn decode(bytes: &Bytes) -> Option<Self> {
@@ -189,6 +174,66 @@ impl LiveMessage {
             flags,
         })
     }
+}
+
+/// A message of a durable topic, written once: what [`LiveMessage::new`] makes, and [`LiveMessage::changing_earlier`] where it does.
+pub fn encode(
+    topic: &str,
+    position: Position,
+    received_us: u64,
+    payload: &[u8],
+    properties: &[(&str, &str)],
+    changes_earlier: bool,
+) -> Frame {
+    let flags = if changes_earlier { CHANGES_EARLIER } else { 0 };
+    let properties_bytes = properties.iter().filter_map(property_lengths).map(|(key, value)| 4 + key.1 + value.1).sum();
+    frame(topic, position, received_us, flags, properties_bytes, &[], payload, |out| {
+        properties.iter().for_each(|property| put_property(out, property));
+    })
+}
+
+/// Lengths of key and value, as they are written and as numbers. `None` for one that is longer than MQTT can carry: it is left out, the
+/// payload says the same.
+fn property_lengths((key, value): &(&str, &str)) -> Option<((u16, usize), (u16, usize))> {
+    let length = |text: &str| u16::try_from(text.len()).ok().map(|length| (length, text.len()));
+    Some((length(key)?, length(value)?))
+}
+
+fn put_property(out: &mut Vec<u8>, property: &(&str, &str)) {
+    let Some(((key_length, _), (value_length, _))) = property_lengths(property) else { return };
+    out.put_u16(key_length);
+    out.put_slice(property.0.as_bytes());
+    out.put_u16(value_length);
+    out.put_slice(property.1.as_bytes());
+}
+
+#[expect(clippy::too_many_arguments, reason = "the parts of a message, each written once")]
+fn frame(
+    topic: &str,
+    position: Position,
+    received_us: u64,
+    flags: u8,
+    properties_bytes: usize,
+    correlation: &[u8],
+    payload: &[u8],
+    put_properties: impl FnOnce(&mut Vec<u8>),
+) -> Frame {
+    let length = |bytes: usize| u32::try_from(bytes).unwrap_or(u32::MAX);
+    let mut frame =
+        Frame::with_capacity(HEADER_BYTES + topic.len() + properties_bytes + correlation.len() + payload.len());
+    let out = frame.payload();
+    out.put_u64(position.0);
+    out.put_u64(received_us);
+    out.put_u8(flags);
+    for bytes in [topic.len(), properties_bytes, correlation.len()] {
+        // What is as long as that cannot come from a packet; the reader finds that it is malformed.
+        out.put_u32(length(bytes));
+    }
+    out.put_slice(topic.as_bytes());
+    put_properties(out);
+    out.put_slice(correlation);
+    out.put_slice(payload);
+    frame
 }
 
 struct PropertyIter<'a> {
@@ -217,6 +262,25 @@ impl<'a> Iterator for PropertyIter<'a> {
 mod tests {
     use super::*;
 
+    /// As the bus hands it over.
+    fn carried(frame: Frame) -> Bytes {
+        frame.into_payload()
+    }
+
+    #[test]
+    fn what_is_written_at_once_is_the_same_message() {
+        let long = "x".repeat(65_536);
+        let properties = [("seq", "1"), ("too long", &*long), ("from", "alice")];
+        for changes_earlier in [false, true] {
+            let payload = Bytes::from_static(b"{}");
+            let message = LiveMessage::new("chat/bob/inbox".into(), Position(7), 42, payload.clone(), &properties);
+            let message = if changes_earlier { message.changing_earlier() } else { message };
+            let encoded = carried(encode("chat/bob/inbox", Position(7), 42, &payload, &properties, changes_earlier));
+            assert_eq!(encoded, carried(message.encode()));
+            assert_eq!(LiveMessage::decode(&encoded), Some(message));
+        }
+    }
+
     #[test]
     fn a_message_survives_the_bus() {
         let message = LiveMessage::new(
@@ -228,7 +292,7 @@ mod tests {
         )
         .with_correlation(Bytes::from_static(&[0, 255]))
         .retained();
-        let decoded = LiveMessage::decode(&message.encode()).expect("own encoding");
+        let decoded = LiveMessage::decode(&carried(message.encode())).expect("own encoding");
         assert_eq!(decoded, message);
         assert_eq!(decoded.properties().collect::<Vec<_>>(), [("seq", "1"), ("from", "alice")]);
         assert!(decoded.is_retained() && !decoded.is_at_most_once());
@@ -236,7 +300,8 @@ mod tests {
 
     #[test]
     fn cut_bytes_are_no_message() {
-        let whole = LiveMessage::new("t".into(), Position(1), 0, Bytes::from_static(b"x"), &[("a", "b")]).encode();
+        let whole = LiveMessage::new("t".into(), Position(1), 0, Bytes::from_static(b"x"), &[("a", "b")]);
+        let whole = carried(whole.encode());
         for len in 0..HEADER_BYTES {
             assert!(LiveMessage::decode(&whole.slice(..len)).is_none());
         }

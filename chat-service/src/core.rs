@@ -3,6 +3,8 @@
 //! Pure: no clock, no log, no task. The sequencer loads what [`plan`] needs and carries out what it says. Invariants: seq counts 1, 2, 3, … in
 //! a conversation; `at` never runs backwards in it; a resend (same sender, conversation and id) is the same message.
 
+use std::sync::Arc;
+
 use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use rustc_hash::FxHashMap;
 
@@ -79,8 +81,8 @@ impl Quotas {
 /// A batch, decided.
 #[derive(Debug, Default)]
 pub struct Plan {
-    /// What to append, in order.
-    pub entries: Vec<NewEntry>,
+    /// What to append, in order. Shared with the log that writes it.
+    pub entries: Arc<Vec<NewEntry>>,
     /// One for every message, in order.
     pub decisions: Vec<Decision>,
     /// Who begins a conversation in it that counts, once for each.
@@ -99,11 +101,8 @@ pub fn plan(
     now: Timestamp,
 ) -> Plan {
     let mut used: FxHashMap<Account, u64> = FxHashMap::default();
-    let mut plan = Plan {
-        entries: Vec::with_capacity(batch.len()),
-        decisions: Vec::with_capacity(batch.len()),
-        begun: Vec::new(),
-    };
+    let mut plan = Plan { decisions: Vec::with_capacity(batch.len()), ..Plan::default() };
+    let mut entries: Vec<NewEntry> = Vec::with_capacity(batch.len());
     let mut begun: FxHashMap<&UserId, u32> = FxHashMap::default();
     let mut moved: FxHashMap<&ConversationId, ConversationHead> = FxHashMap::default();
     let mut new_ids: FxHashMap<IdKey, usize> = FxHashMap::default();
@@ -111,7 +110,7 @@ pub fn plan(
         let key = send.id_key();
         if let Some(key) = &key {
             if let Some(&index) = new_ids.get(key) {
-                let same = plan.entries[index].body == send.body;
+                let same = entries[index].body == send.body;
                 plan.decisions.push(if same { Decision::SameAsNew(index) } else { Decision::IdConflict });
                 continue;
             }
@@ -142,11 +141,11 @@ pub fn plan(
             None => ConversationHead { seq: Seq::FIRST, at: now },
         };
         moved.insert(&send.conversation, head);
-        let index = plan.entries.len();
+        let index = entries.len();
         if let Some(key) = key {
             new_ids.insert(key, index);
         }
-        plan.entries.push(NewEntry {
+        entries.push(NewEntry {
             conversation: send.conversation.clone(),
             seq: head.seq,
             from: send.from.clone(),
@@ -158,6 +157,7 @@ pub fn plan(
         });
         plan.decisions.push(Decision::Append(index));
     }
+    plan.entries = Arc::new(entries);
     plan
 }
 

@@ -9,6 +9,10 @@ use chat_service::server::Server;
 use chat_service::settings::Settings;
 use chat_service::{logging, server, tools};
 
+#[cfg(not(debug_assertions))]
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 fn main() -> ExitCode {
     let flags = match cli::parse() {
         Command::Run(flags) => flags,

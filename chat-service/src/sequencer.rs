@@ -4,13 +4,15 @@
 //! themselves. What is committed goes to the announcer, which answers the senders and puts the messages on the bus while the next batch is
 //! already on its way to the disk. Invariant: nothing is answered as stored, and nothing is announced, before the log has it on disk.
 
+use std::fmt::Write;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use broker::Announcer;
+use broker::bus::Frame;
 use broker::completion::{Reply, complete};
-use broker::live::LiveMessage;
+use broker::live;
 use broker::service::PublishOutcome;
 use chat_protocol::request::RequestError;
 use chat_protocol::topic::Down;
@@ -39,6 +41,8 @@ const COMMITTED_BATCHES_MAX: usize = 4;
 const HEADS_MAX: usize = 200_000;
 /// Accounts whose usage is kept in memory; when it is full all are forgotten and asked again.
 const ACCOUNTS_MAX: usize = 200_000;
+/// Of the buffer for envelopes.
+const ENVELOPE_KEPT_BYTES: usize = 64 * 1024;
 /// Attempts after another writer was first.
 const CONFLICT_RETRIES: usize = 16;
 
@@ -67,7 +71,8 @@ impl Answer {
 }
 
 struct Committed {
-    batch: Vec<Submission>,
+    sends: Vec<Send>,
+    answers: Vec<Answer>,
     plan: Plan,
     positions: Vec<Position>,
 }
@@ -157,14 +162,15 @@ async fn write<L: Log>(
     announcer: &Announcer,
     metrics: &Metrics,
 ) -> Option<Committed> {
-    let mut sends: Vec<Send> = batch.iter().map(|submission| submission.send.clone()).collect();
+    let (mut sends, answers): (Vec<Send>, Vec<Answer>) = batch.into_iter().map(|one| (one.send, one.answer)).unzip();
     for _ in 0..CONFLICT_RETRIES {
         let plan = match prepare(log, known, &mut sends).await {
             Ok(plan) => plan,
             Err(error) => {
                 tracing::error!(%error, "a batch could not be prepared");
                 refuse_all(
-                    batch,
+                    &sends,
+                    answers,
                     ErrorCode::Unavailable,
                     "the log cannot be read now: send it again",
                     announcer,
@@ -174,10 +180,10 @@ async fn write<L: Log>(
             }
         };
         if plan.entries.is_empty() {
-            return Some(Committed { batch, plan, positions: Vec::new() });
+            return Some(Committed { sends, answers, plan, positions: Vec::new() });
         }
         let began = Instant::now();
-        match log.append(plan.entries.clone()).await {
+        match log.append(Arc::clone(&plan.entries)).await {
             Ok(positions) => {
                 metrics.commit_seconds.observe(began.elapsed().as_secs_f64());
                 metrics.commit_messages.observe(f64::from(u32::try_from(positions.len()).unwrap_or(u32::MAX)));
@@ -185,7 +191,7 @@ async fn write<L: Log>(
                 known.remember(&plan.entries);
                 let began_at = now();
                 plan.begun.iter().for_each(|user| known.beginnings.note(user, began_at));
-                return Some(Committed { batch, plan, positions });
+                return Some(Committed { sends, answers, plan, positions });
             }
             Err(AppendError::Conflict { conversation, .. }) => {
                 tracing::debug!(%conversation, "another writer was first");
@@ -194,7 +200,8 @@ async fn write<L: Log>(
             }
             Err(AppendError::Full(reason)) => {
                 tracing::warn!(%reason, "the disk is full: senders are refused");
-                refuse_all(batch, ErrorCode::StorageFull, "the server has no space left", announcer, metrics);
+                let sentence = "the server has no space left";
+                refuse_all(&sends, answers, ErrorCode::StorageFull, sentence, announcer, metrics);
                 return None;
             }
             Err(error @ (AppendError::Unknown(_) | AppendError::Failed(_))) => {
@@ -324,11 +331,19 @@ impl Known {
 }
 
 /// Refuses what cannot be stored now.
-fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: &Announcer, metrics: &Metrics) {
-    let outcomes = batch
-        .into_iter()
-        .filter_map(|submission| {
-            let (reply, can_answer, topic) = match submission.answer {
+fn refuse_all(
+    sends: &[Send],
+    answers: Vec<Answer>,
+    code: ErrorCode,
+    reason: &str,
+    announcer: &Announcer,
+    metrics: &Metrics,
+) {
+    let outcomes = sends
+        .iter()
+        .zip(answers)
+        .filter_map(|(send, answer)| {
+            let (reply, can_answer, topic) = match answer {
                 Answer::Publish { reply, can_answer, topic, .. } => (reply, can_answer, topic),
                 Answer::Request(answer) => {
                     // Whoever does not wait any more needs no answer.
@@ -337,8 +352,8 @@ fn refuse_all(batch: Vec<Submission>, code: ErrorCode, reason: &str, announcer: 
                 }
             };
             let told = !can_answer;
-            let id = submission.send.id.as_ref().map(|id| id.as_str());
-            refusal::count_and_tell(announcer, metrics, submission.send.from.as_str(), told, code, reason, &topic, id);
+            let id = send.id.as_ref().map(|id| id.as_str());
+            refusal::count_and_tell(announcer, metrics, send.from.as_str(), told, code, reason, &topic, id);
             // It may succeed later, and a PUBACK that cannot say so would be taken for success: better none, and a resend.
             let outcome =
                 if told { PublishOutcome::Unknown } else { PublishOutcome::Refused(refusal::refusal(code, reason)) };
@@ -357,16 +372,16 @@ async fn announce<L: Log>(
     head: watch::Sender<Position>,
 ) {
     let (every_inbox, every_sent) = (Down::Inbox.filter(), Down::Sent.filter());
-    while let Some(Committed { batch, plan, positions }) = committed.recv().await {
+    let mut live = Live::default();
+    while let Some(Committed { sends, answers, plan, positions }) = committed.recv().await {
         let observed = [&every_inbox, &every_sent].map(|filter| announcer.has_subscribers(filter));
         let mut messages = Vec::with_capacity(positions.len());
-        let mut outcomes = Vec::with_capacity(batch.len());
-        for (submission, decision) in batch.into_iter().zip(&plan.decisions) {
+        let mut outcomes = Vec::with_capacity(answers.len());
+        for ((send, answer), decision) in sends.iter().zip(answers).zip(&plan.decisions) {
             let head = match decision {
                 Decision::Append(index) => {
                     let entry = &plan.entries[*index];
-                    let received_at = submission.answer.received_at();
-                    push_live(&mut messages, &announcer, &observed, entry, positions[*index], received_at);
+                    live.push(&mut messages, &announcer, &observed, entry, positions[*index], answer.received_at());
                     ConversationHead { seq: entry.seq, at: entry.at }
                 }
                 Decision::SameAsNew(index) => {
@@ -383,7 +398,7 @@ async fn announce<L: Log>(
                     if let Some(limit) = limit {
                         metrics.limited(limit);
                     }
-                    let (reply, can_answer, topic) = match submission.answer {
+                    let (reply, can_answer, topic) = match answer {
                         Answer::Publish { reply, can_answer, topic, .. } => (reply, can_answer, topic),
                         Answer::Request(answer) => {
                             // Whoever does not wait any more needs no answer.
@@ -391,11 +406,11 @@ async fn announce<L: Log>(
                             continue;
                         }
                     };
-                    let id = submission.send.id.as_ref().map(|id| id.as_str());
+                    let id = send.id.as_ref().map(|id| id.as_str());
                     refusal::count_and_tell(
                         &announcer,
                         &metrics,
-                        submission.send.from.as_str(),
+                        send.from.as_str(),
                         !can_answer,
                         code,
                         reason,
@@ -406,23 +421,28 @@ async fn announce<L: Log>(
                     continue;
                 }
             };
-            let (reply, can_answer) = match submission.answer {
+            let (reply, can_answer) = match answer {
                 Answer::Publish { reply, can_answer, .. } => (reply, can_answer),
                 Answer::Request(answer) => {
                     answer.send(Ok(head)).unwrap_or(());
                     continue;
                 }
             };
-            let properties = if can_answer {
-                vec![("seq", head.seq.to_string()), ("at", head.at.as_ms().to_string())]
-            } else {
-                Vec::new()
-            };
-            let subscribers = announcer.is_connected(submission.send.to.as_str());
-            outcomes.push((reply, PublishOutcome::Stored { subscribers, properties }));
+            outcomes.push((
+                reply,
+                if can_answer {
+                    PublishOutcome::Stored {
+                        subscribers: announcer.is_connected(send.to.as_str()),
+                        properties: vec![("seq", head.seq.to_string()), ("at", head.at.as_ms().to_string())],
+                    }
+                } else {
+                    // MQTT 3.1.1 can be told nothing of it.
+                    PublishOutcome::Stored { subscribers: true, properties: Vec::new() }
+                },
+            ));
         }
         if !messages.is_empty() {
-            announcer.announce(messages);
+            announcer.announce_encoded(messages);
         }
         complete(outcomes);
         for entry in plan.entries.iter().filter(|entry| entry.seq == Seq::FIRST) {
@@ -452,33 +472,49 @@ fn refused(decision: Decision) -> (ErrorCode, &'static str, Option<&'static str>
     }
 }
 
-/// `observed`: whether somebody reads every inbox, and what everybody sends.
-fn push_live(
-    messages: &mut Vec<LiveMessage>,
-    announcer: &Announcer,
-    observed: &[bool; 2],
-    entry: &NewEntry,
-    position: Position,
-    received_at: Option<Instant>,
-) {
-    let inbox = Down::Inbox.topic(&entry.to);
-    let sent = Down::Sent.topic(&entry.from);
-    let to_inbox = !entry.withheld && (observed[0] || announcer.has_subscribers(&inbox));
-    let to_sent = observed[1] || announcer.has_subscribers(&sent);
-    if !to_inbox && !to_sent {
-        return;
-    }
-    let payload = envelope::encode(entry);
-    let properties = envelope::properties(&entry.body, entry.seq, &entry.from, entry.id.as_ref());
-    let properties: Vec<(&str, &str)> = properties.iter().map(|(key, value)| (*key, value.as_str())).collect();
-    let position = broker::service::Position(position.0);
-    let received_us = received_at.map_or(0, |received_at| announcer.micros(received_at));
-    for (topic, wanted) in [(inbox, to_inbox), (sent, to_sent)] {
-        if wanted {
-            let message = LiveMessage::new(topic.into(), position, received_us, payload.clone(), &properties);
-            let erases = matches!(entry.body, Body::Unsend { .. });
-            messages.push(if erases { message.changing_earlier() } else { message });
+/// Writes messages for the bus. What it writes on the way is kept from one to the next.
+#[derive(Default)]
+struct Live {
+    inbox: String,
+    sent: String,
+    envelope: Vec<u8>,
+    seq: String,
+}
+
+impl Live {
+    /// `observed`: whether somebody reads every inbox, and what everybody sends.
+    fn push(
+        &mut self,
+        messages: &mut Vec<Frame>,
+        announcer: &Announcer,
+        observed: &[bool; 2],
+        entry: &NewEntry,
+        position: Position,
+        received_at: Option<Instant>,
+    ) {
+        Down::Inbox.write_topic(&entry.to, &mut self.inbox);
+        Down::Sent.write_topic(&entry.from, &mut self.sent);
+        let to_inbox = !entry.withheld && (observed[0] || announcer.has_subscribers(&self.inbox));
+        let to_sent = observed[1] || announcer.has_subscribers(&self.sent);
+        if !to_inbox && !to_sent {
+            return;
         }
+        envelope::encode_into(entry, &mut self.envelope);
+        self.seq.clear();
+        // A string takes whatever is written.
+        write!(self.seq, "{}", entry.seq).unwrap_or(());
+        let mut properties = [("", ""); 4];
+        let properties = envelope::properties_of(entry, &self.seq, &mut properties);
+        let position = broker::service::Position(position.0);
+        let received_us = received_at.map_or(0, |received_at| announcer.micros(received_at));
+        let erases = matches!(entry.body, Body::Unsend { .. });
+        for (topic, wanted) in [(&self.inbox, to_inbox), (&self.sent, to_sent)] {
+            if wanted {
+                messages.push(live::encode(topic, position, received_us, &self.envelope, properties, erases));
+            }
+        }
+        // One long text is no reason to keep so much for ever.
+        self.envelope.shrink_to(ENVELOPE_KEPT_BYTES);
     }
 }
 

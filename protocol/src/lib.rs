@@ -11,7 +11,7 @@ mod number;
 pub mod request;
 pub mod topic;
 
-pub use envelope::{EntryRef, Envelope, InvalidEnvelope, Kind, KindRef, encode};
+pub use envelope::{EntryRef, Envelope, InvalidEnvelope, Kind, KindRef, encode, encode_into};
 pub use error::{ErrorCode, ErrorEvent};
 pub use name::{ConversationId, InvalidName, MessageId, SameUser, UserId};
 pub use number::{Seq, Timestamp};

@@ -132,18 +132,29 @@ impl Down {
         self.below(user.as_str())
     }
 
+    /// The same in place of what was in `topic`.
+    pub fn write_topic(self, user: &UserId, topic: &mut String) {
+        topic.clear();
+        self.put_below(user.as_str(), topic);
+    }
+
     /// The filter for this topic of every user.
     pub fn filter(self) -> String {
         self.below("+")
     }
 
     fn below(self, user: &str) -> String {
+        let mut topic = String::new();
+        self.put_below(user, &mut topic);
+        topic
+    }
+
+    fn put_below(self, user: &str, topic: &mut String) {
         let suffix = self.suffix();
-        let mut topic = String::with_capacity(ROOT.len() + user.len() + suffix.len() + 2);
+        topic.reserve(ROOT.len() + user.len() + suffix.len() + 2);
         for part in [ROOT, "/", user, "/", suffix] {
             topic.push_str(part);
         }
-        topic
     }
 
     fn is_event(self) -> bool {

@@ -101,7 +101,7 @@ where
         self.shared.service.observe(Observation::MessageReceived);
         let (user, roles) = (Arc::clone(&session.key.user), session.identity.roles);
         let received_at = Instant::now();
-        let response_topic = publish.properties.response_topic.as_deref();
+        let response_topic = publish.properties.as_ref().and_then(|properties| properties.response_topic.as_deref());
         match self.shared.route(&session.identity, &publish.topic, response_topic) {
             Ok(PublishRoute::Bound) => {
                 let reply = match publish.packet_id {
@@ -111,15 +111,15 @@ where
                     }
                     None => Reply::nobody(),
                 };
+                let properties = publish.properties.map(|properties| *properties).unwrap_or_default();
                 self.unsent.push(BoundPublish {
                     user,
                     roles,
                     topic: publish.topic,
                     payload: publish.payload,
-                    response_topic: publish.properties.response_topic,
-                    correlation: publish.properties.correlation_data.unwrap_or_default(),
-                    id_property: publish
-                        .properties
+                    response_topic: properties.response_topic,
+                    correlation: properties.correlation_data.unwrap_or_default(),
+                    id_property: properties
                         .user_properties
                         .into_iter()
                         .find_map(|(key, value)| (key == "id").then_some(value)),
@@ -138,7 +138,7 @@ where
                     retain: publish.retain,
                     publisher: self.number.0,
                     number: 0,
-                    properties: publish.properties,
+                    properties: publish.properties.map(|properties| *properties).unwrap_or_default(),
                 };
                 let source = self.session.as_ref().map(|session| Arc::clone(&session.identity));
                 let outcome = match self.shared.publish_ordinary(message, source) {

@@ -147,10 +147,11 @@ impl State {
 }
 
 impl Log for MemoryLog {
-    async fn append(&self, batch: Vec<NewEntry>) -> Result<Vec<Position>, AppendError> {
+    async fn append(&self, batch: impl Into<Arc<Vec<NewEntry>>> + Send) -> Result<Vec<Position>, AppendError> {
+        let batch = batch.into();
         let mut state = self.state.lock();
         state.check(&batch)?;
-        Ok(batch.into_iter().map(|new| state.store(new)).collect())
+        Ok(batch.iter().map(|new| state.store(new.clone())).collect())
     }
 
     async fn heads(&self, conversations: Vec<ConversationId>) -> Result<Vec<Option<ConversationHead>>, LogError> {

@@ -203,8 +203,8 @@ impl Drop for RedbLog {
 }
 
 impl Log for RedbLog {
-    async fn append(&self, batch: Vec<NewEntry>) -> Result<Vec<Position>, AppendError> {
-        self.shared.append(batch).await
+    async fn append(&self, batch: impl Into<Arc<Vec<NewEntry>>> + Send) -> Result<Vec<Position>, AppendError> {
+        self.shared.append(batch.into()).await
     }
 
     async fn heads(&self, conversations: Vec<ConversationId>) -> Result<Vec<Option<ConversationHead>>, LogError> {

@@ -69,7 +69,7 @@ struct Waiting {
 #[derive(Debug)]
 enum Command {
     Append {
-        batch: Vec<NewEntry>,
+        batch: Arc<Vec<NewEntry>>,
         answer: oneshot::Sender<Result<Vec<Position>, AppendError>>,
         room: OwnedSemaphorePermit,
     },
@@ -217,7 +217,7 @@ impl Queue {
 
 impl Shared {
     /// A caller that no longer waits for the answer changes nothing: what is queued is written.
-    pub(super) async fn append(&self, batch: Vec<NewEntry>) -> Result<Vec<Position>, AppendError> {
+    pub(super) async fn append(&self, batch: Arc<Vec<NewEntry>>) -> Result<Vec<Position>, AppendError> {
         if let Some(reason) = self.failure() {
             return Err(AppendError::Failed(reason.to_owned()));
         }
