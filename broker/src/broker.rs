@@ -187,12 +187,22 @@ struct LiveSink<S> {
 
 impl<S: Service> BusSink for LiveSink<S> {
     fn messages(&mut self, batch: &mut Vec<BusMessage>) {
+        // A sender's messages to one receiver often come one behind the other: they are handed over together, under one topic.
+        let mut run: Vec<Arc<LiveMessage>> = Vec::new();
         for message in batch.drain(..) {
-            match LiveMessage::decode(&message.payload) {
-                Some(live) => self.shared.registry.deliver(&Arc::new(live)),
+            let before = run.last().map(|before| &before.topic);
+            match LiveMessage::decode(&message.payload, before) {
+                Some(live) => {
+                    if before.is_some_and(|before| !Arc::ptr_eq(before, &live.topic)) {
+                        self.shared.registry.deliver(&run);
+                        run.clear();
+                    }
+                    run.push(Arc::new(live));
+                }
                 None => tracing::error!("a message on the chat bus was not ours"),
             }
         }
+        self.shared.registry.deliver(&run);
     }
 
     fn gap(&mut self) {
@@ -452,11 +462,6 @@ impl<S: Service> Shared<S> {
     /// Microseconds since the process began, never 0.
     pub(crate) fn micros(&self, at: Instant) -> u64 {
         u64::try_from(at.saturating_duration_since(self.began).as_micros()).unwrap_or(u64::MAX).max(1)
-    }
-
-    /// How long ago that was.
-    pub(crate) fn since_micros(&self, received_us: u64) -> Duration {
-        Duration::from_micros(self.micros(Instant::now()).saturating_sub(received_us))
     }
 
     /// A client identifier for a client that brought none.

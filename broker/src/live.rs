@@ -151,7 +151,8 @@ impl LiveMessage {
         })
     }
 
-    pub(crate) fn decode(bytes: &Bytes) -> Option<Self> {
+    /// Its topic is the one of the message `before` itself, if it is the same.
+    pub(crate) fn decode(bytes: &Bytes, before: Option<&Arc<str>>) -> Option<Self> {
         let position = u64::from_be_bytes(bytes.get(0..8)?.try_into().ok()?);
         let received_us = u64::from_be_bytes(bytes.get(8..16)?.try_into().ok()?);
         let flags = *bytes.get(16)?;
@@ -163,8 +164,12 @@ impl LiveMessage {
         if payload_at > bytes.len() {
             return None;
         }
+        let topic = &bytes[HEADER_BYTES..properties_at];
         Some(Self {
-            topic: std::str::from_utf8(&bytes[HEADER_BYTES..properties_at]).ok()?.into(),
+            topic: match before {
+                Some(before) if before.as_bytes() == topic => Arc::clone(before),
+                _ => std::str::from_utf8(topic).ok()?.into(),
+            },
             gathered_by: None,
             position: Position(position),
             received_us,
@@ -277,7 +282,7 @@ mod tests {
             let message = if changes_earlier { message.changing_earlier() } else { message };
             let encoded = carried(encode("chat/bob/inbox", Position(7), 42, &payload, &properties, changes_earlier));
             assert_eq!(encoded, carried(message.encode()));
-            assert_eq!(LiveMessage::decode(&encoded), Some(message));
+            assert_eq!(LiveMessage::decode(&encoded, None), Some(message));
         }
     }
 
@@ -292,7 +297,7 @@ mod tests {
         )
         .with_correlation(Bytes::from_static(&[0, 255]))
         .retained();
-        let decoded = LiveMessage::decode(&carried(message.encode())).expect("own encoding");
+        let decoded = LiveMessage::decode(&carried(message.encode()), None).expect("own encoding");
         assert_eq!(decoded, message);
         assert_eq!(decoded.properties().collect::<Vec<_>>(), [("seq", "1"), ("from", "alice")]);
         assert!(decoded.is_retained() && !decoded.is_at_most_once());
@@ -303,15 +308,15 @@ mod tests {
         let whole = LiveMessage::new("t".into(), Position(1), 0, Bytes::from_static(b"x"), &[("a", "b")]);
         let whole = carried(whole.encode());
         for len in 0..HEADER_BYTES {
-            assert!(LiveMessage::decode(&whole.slice(..len)).is_none());
+            assert!(LiveMessage::decode(&whole.slice(..len), None).is_none());
         }
         for at in [17, 21, 25] {
             let mut lying = whole.to_vec();
             lying[at..at + 4].copy_from_slice(&u32::MAX.to_be_bytes());
-            assert!(LiveMessage::decode(&Bytes::from(lying)).is_none());
+            assert!(LiveMessage::decode(&Bytes::from(lying), None).is_none());
         }
         let mut not_text = whole.to_vec();
         not_text[HEADER_BYTES] = 0xff;
-        assert!(LiveMessage::decode(&Bytes::from(not_text)).is_none());
+        assert!(LiveMessage::decode(&Bytes::from(not_text), None).is_none());
     }
 }

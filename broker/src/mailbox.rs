@@ -119,6 +119,21 @@ impl Inner {
     }
 }
 
+impl Inner {
+    fn push_event(&mut self, message: &Arc<LiveMessage>, queues: &Arc<Queues>) {
+        let bytes = message.payload.len() + message.topic.len() + EVENT_BYTES;
+        match self.queue(queues).and_then(|queue| queue.admit_live(bytes, message.is_answer())) {
+            Some(charge) => self.mail.events.push(Event { message: Arc::clone(message), _charge: charge }),
+            None => {
+                self.mail.events_dropped += 1;
+                if message.is_answer() {
+                    tracing::warn!(topic = %Escaped(&message.topic), "an answer to a request found no room");
+                }
+            }
+        }
+    }
+}
+
 /// Who works on a session.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum Hold {
@@ -185,27 +200,14 @@ impl Mailbox {
         self.waker.wake();
     }
 
-    /// A message of a bound topic that this connection subscribes to.
-    pub(crate) fn push_live(&self, message: &Arc<LiveMessage>) {
+    /// Messages of a bound topic that this connection subscribes to.
+    pub(crate) fn push_live(&self, messages: &[Arc<LiveMessage>]) {
         {
             let mut inner = self.inner.lock();
-            match message.keeping() {
-                Keeping::Durable => inner.mail.push_durable(message),
-                Keeping::Live => {
-                    let bytes = message.payload.len() + message.topic.len() + EVENT_BYTES;
-                    let queue = inner.queue(&self.queues);
-                    match queue.and_then(|queue| queue.admit_live(bytes, message.is_answer())) {
-                        Some(charge) => {
-                            let message = Arc::clone(message);
-                            inner.mail.events.push(Event { message, _charge: charge });
-                        }
-                        None => {
-                            inner.mail.events_dropped += 1;
-                            if message.is_answer() {
-                                tracing::warn!(topic = %Escaped(&message.topic), "an answer to a request found no room");
-                            }
-                        }
-                    }
+            for message in messages {
+                match message.keeping() {
+                    Keeping::Durable => inner.mail.push_durable(message),
+                    Keeping::Live => inner.push_event(message, &self.queues),
                 }
             }
         }

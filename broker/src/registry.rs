@@ -208,20 +208,23 @@ impl Registry {
         self.shard(topic).read().contains_key(topic)
     }
 
-    pub(crate) fn deliver(&self, message: &Arc<LiveMessage>) {
-        self.deliver_to(&message.topic, message);
+    /// Delivers messages of one topic, in their order.
+    pub(crate) fn deliver(&self, messages: &[Arc<LiveMessage>]) {
+        let Some(first) = messages.first() else { return };
+        self.deliver_to(&first.topic, messages);
         if self.gathers.load(Ordering::Acquire) {
             let gathering = self.gathering.read().clone();
-            for bound in gathering.iter().filter(|bound| filter::matches(bound, &message.topic)) {
-                self.deliver_to(bound, &Arc::new(message.gathered(bound)));
+            for bound in gathering.iter().filter(|bound| filter::matches(bound, &first.topic)) {
+                let gathered: Vec<_> = messages.iter().map(|message| Arc::new(message.gathered(bound))).collect();
+                self.deliver_to(bound, &gathered);
             }
         }
     }
 
-    fn deliver_to(&self, bound: &str, message: &Arc<LiveMessage>) {
+    fn deliver_to(&self, bound: &str, messages: &[Arc<LiveMessage>]) {
         if let Some(subscribers) = self.shard(bound).read().get(bound) {
             for (_, mailbox) in subscribers {
-                mailbox.push_live(message);
+                mailbox.push_live(messages);
             }
         }
     }

@@ -379,7 +379,7 @@ pub struct Subscriber {
 impl Subscriber {
     /// Hands it a message of a live topic that it subscribes to. Dropped if too many wait there already.
     pub fn send(&self, message: LiveMessage) {
-        self.mailbox.push_live(&Arc::new(message));
+        self.mailbox.push_live(&[Arc::new(message)]);
     }
 
     /// Whether both are the way to one connection.

@@ -16,7 +16,7 @@ use broker::live;
 use broker::service::PublishOutcome;
 use chat_protocol::request::RequestError;
 use chat_protocol::topic::Down;
-use chat_protocol::{ConversationId, ErrorCode, Seq, Timestamp};
+use chat_protocol::{ConversationId, ErrorCode, Seq, Timestamp, UserId};
 use rustc_hash::{FxHashMap, FxHashSet};
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -50,6 +50,13 @@ const CONFLICT_RETRIES: usize = 16;
 pub struct Submission {
     pub send: Send,
     pub answer: Answer,
+}
+
+impl Submission {
+    /// Whether it was published to this topic, which then names no id.
+    pub fn has_topic(&self, published_to: &str) -> bool {
+        self.send.id.is_none() && matches!(&self.answer, Answer::Publish { topic, .. } if *topic == published_to)
+    }
 }
 
 /// Who is told what became of it.
@@ -223,11 +230,10 @@ async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &mut [Send]) -> Resu
     }
     known.load_usage(log, sends).await?;
     let heads = &known.heads;
-    let mut unknown: Vec<ConversationId> = sends
-        .iter()
-        .filter(|send| !heads.contains_key(&send.conversation))
-        .map(|send| send.conversation.clone())
-        .collect();
+    // Messages of one conversation often come one behind the other.
+    let conversations = sends.chunk_by(|one, next| one.conversation == next.conversation).map(|run| &run[0].conversation);
+    let mut unknown: Vec<ConversationId> =
+        conversations.filter(|conversation| !heads.contains_key(conversation)).cloned().collect();
     if !unknown.is_empty() {
         unknown.sort_unstable();
         unknown.dedup();
@@ -310,17 +316,20 @@ impl Known {
     }
 
     fn remember(&mut self, entries: &[NewEntry]) {
-        for entry in entries {
-            let head = ConversationHead { seq: entry.seq, at: entry.at };
-            match self.heads.get_mut(&entry.conversation) {
+        for run in entries.chunk_by(|one, next| one.conversation == next.conversation) {
+            let Some(last) = run.last() else { continue };
+            let head = ConversationHead { seq: last.seq, at: last.at };
+            match self.heads.get_mut(&last.conversation) {
                 Some(known) => *known = head,
                 None => {
-                    self.heads.insert(entry.conversation.clone(), head);
+                    self.heads.insert(last.conversation.clone(), head);
                 }
             }
-            if self.quotas == Quotas::NONE {
-                continue;
-            }
+        }
+        if self.quotas == Quotas::NONE {
+            return;
+        }
+        for entry in entries {
             for account in [Account::Conversation(entry.conversation.clone()), Account::Sender(entry.from.clone())] {
                 if let Some(usage) = self.usage.get_mut(&account) {
                     *usage += entry.body.counted_bytes();
@@ -377,6 +386,7 @@ async fn announce<L: Log>(
         let observed = [&every_inbox, &every_sent].map(|filter| announcer.has_subscribers(filter));
         let mut messages = Vec::with_capacity(positions.len());
         let mut outcomes = Vec::with_capacity(answers.len());
+        live.users = None;
         for ((send, answer), decision) in sends.iter().zip(answers).zip(&plan.decisions) {
             let head = match decision {
                 Decision::Append(index) => {
@@ -472,11 +482,14 @@ fn refused(decision: Decision) -> (ErrorCode, &'static str, Option<&'static str>
     }
 }
 
-/// Writes messages for the bus. What it writes on the way is kept from one to the next.
+/// Writes messages for the bus. What it finds and writes on the way is kept from one to the next: they often have the same two users.
 #[derive(Default)]
 struct Live {
+    users: Option<(UserId, UserId)>,
     inbox: String,
     sent: String,
+    /// Whether somebody listens there. Whoever begins to listen later reads from the log what is in this batch: it is written.
+    listened: [bool; 2],
     envelope: Vec<u8>,
     seq: String,
 }
@@ -492,10 +505,14 @@ impl Live {
         position: Position,
         received_at: Option<Instant>,
     ) {
-        Down::Inbox.write_topic(&entry.to, &mut self.inbox);
-        Down::Sent.write_topic(&entry.from, &mut self.sent);
-        let to_inbox = !entry.withheld && (observed[0] || announcer.has_subscribers(&self.inbox));
-        let to_sent = observed[1] || announcer.has_subscribers(&self.sent);
+        if self.users.as_ref().is_none_or(|(from, to)| *from != entry.from || *to != entry.to) {
+            self.users = Some((entry.from.clone(), entry.to.clone()));
+            Down::Inbox.write_topic(&entry.to, &mut self.inbox);
+            Down::Sent.write_topic(&entry.from, &mut self.sent);
+            self.listened = [&self.inbox, &self.sent].map(|topic| announcer.has_subscribers(topic));
+        }
+        let to_inbox = !entry.withheld && (observed[0] || self.listened[0]);
+        let to_sent = observed[1] || self.listened[1];
         if !to_inbox && !to_sent {
             return;
         }

@@ -23,7 +23,7 @@ use tokio::sync::mpsc;
 use crate::auth::{Auth, Role};
 use crate::core::Send as ChatSend;
 use crate::envelope;
-use crate::log::{self, Advance, Cursors, Device, Log, LogError, Side, Stream};
+use crate::log::{self, Advance, Body, Cursors, Device, Log, LogError, Side, Stream};
 use crate::metrics::Metrics;
 use crate::presence::Presence;
 use crate::receipts::Receipts;
@@ -108,22 +108,32 @@ impl<L: Log> ChatService<L> {
         to: UserId,
         id: Option<MessageId>,
     ) -> Result<ChatSend, Refused> {
-        let id = match (id, &publish.id_property) {
-            (Some(id), _) => Some(id),
-            (None, Some(property)) => Some(
-                MessageId::parse(property)
-                    .map_err(|error| (ErrorCode::InvalidId, error.to_string(), Some(property.clone())))?,
-            ),
-            (None, None) => None,
+        let id = match id {
+            Some(id) => Some(id),
+            None => id_property(publish)?,
         };
-        let told_id = id.as_ref().map(|id| id.as_str().to_owned());
+        let told_id = || id.as_ref().map(|id| id.as_str().to_owned());
         if !self.auth.may_exist(&to) {
-            return Err((ErrorCode::UnknownUser, no_such_user(&to), told_id));
+            return Err((ErrorCode::UnknownUser, no_such_user(&to), told_id()));
         }
         let conversation = ConversationId::between(&from, &to)
-            .map_err(|error| (ErrorCode::SelfMessage, error.to_string(), told_id.clone()))?;
+            .map_err(|error| (ErrorCode::SelfMessage, error.to_string(), told_id()))?;
+        let body = self.parse_text(publish, told_id)?;
+        let bridged = Role::Bridge.is_in(publish.roles);
+        Ok(ChatSend { conversation, from, to, id, body, withheld: false, bridged })
+    }
+
+    /// A message to the same topic as the one before, which names no id: who and to whom was checked a moment ago.
+    fn parse_again(&self, publish: &BoundPublish, before: &ChatSend) -> Result<ChatSend, Refused> {
+        let id = id_property(publish)?;
+        let body = self.parse_text(publish, || id.as_ref().map(|id| id.as_str().to_owned()))?;
+        let (conversation, from, to) = (before.conversation.clone(), before.from.clone(), before.to.clone());
+        Ok(ChatSend { conversation, from, to, id, body, withheld: false, bridged: before.bridged })
+    }
+
+    fn parse_text(&self, publish: &BoundPublish, told_id: impl Fn() -> Option<String>) -> Result<Body, Refused> {
         if publish.payload.is_empty() {
-            return Err((ErrorCode::EmptyText, "the payload is the text, and it is empty".to_owned(), told_id));
+            return Err((ErrorCode::EmptyText, "the payload is the text, and it is empty".to_owned(), told_id()));
         }
         if publish.payload.len() > self.message_bytes_max {
             self.metrics.limited("message_bytes");
@@ -132,12 +142,11 @@ impl<L: Log> ChatService<L> {
                 publish.payload.len(),
                 self.message_bytes_max
             );
-            return Err((ErrorCode::TextTooLong, sentence, told_id));
+            return Err((ErrorCode::TextTooLong, sentence, told_id()));
         }
         let text = std::str::from_utf8(&publish.payload)
-            .map_err(|error| (ErrorCode::NotUtf8, format!("the payload is not UTF-8 text: {error}"), told_id))?;
-        let bridged = Role::Bridge.is_in(publish.roles);
-        Ok(ChatSend { conversation, from, to, id, body: text.into(), withheld: false, bridged })
+            .map_err(|error| (ErrorCode::NotUtf8, format!("the payload is not UTF-8 text: {error}"), told_id()))?;
+        Ok(text.into())
     }
 
     fn refuse(&self, publish: BoundPublish, (code, sentence, id): Refused) -> (Reply, PublishOutcome) {
@@ -218,6 +227,13 @@ impl<L: Log> ChatService<L> {
         let user = UserId::parse(&session.user).map_err(|error| ServiceError(error.to_string()))?;
         Ok(Device { user, client_id: Arc::clone(&session.client_id) })
     }
+}
+
+/// The id that a user property names.
+fn id_property(publish: &BoundPublish) -> Result<Option<MessageId>, Refused> {
+    let Some(property) = &publish.id_property else { return Ok(None) };
+    let id = MessageId::parse(property);
+    id.map(Some).map_err(|error| (ErrorCode::InvalidId, error.to_string(), Some(property.clone())))
 }
 
 /// Why a topic outside `chat/` is refused.
@@ -349,10 +365,15 @@ impl<L: Log> Service for ChatService<L> {
             // The server stops: dropping the replies closes the connections without an acknowledgement.
             Err(mpsc::error::TrySendError::Closed(())) => return Ok(()),
         };
-        let mut submissions = Vec::with_capacity(publishes.len());
+        let mut submissions: Vec<Submission> = Vec::with_capacity(publishes.len());
         let mut done = Vec::new();
         for publish in publishes {
-            match self.parse(&publish) {
+            let parsed = match submissions.last().filter(|before| before.has_topic(&publish.topic)) {
+                // Where one message goes to, so does the next.
+                Some(Submission { send, .. }) => self.parse_again(&publish, send).map(Wanted::Send),
+                None => self.parse(&publish),
+            };
+            match parsed {
                 Ok(Wanted::Send(send)) => submissions.push(Submission {
                     send,
                     answer: Answer::Publish {

@@ -49,6 +49,7 @@ where
             return;
         }
         let mut has_room = true;
+        let mut sent_us = None;
         while let Some(index) = session.next_slot() {
             let slot_qos = session.slots[index].qos;
             has_room =
@@ -70,8 +71,9 @@ where
             if let Ready::Live(message) = &ready
                 && message.received_us != 0
             {
-                let age = self.shared.since_micros(message.received_us);
-                self.shared.service.observe(Observation::PublishToDelivery(age));
+                let sent_us = *sent_us.get_or_insert_with(|| self.shared.micros(Instant::now()));
+                let took = Duration::from_micros(sent_us.saturating_sub(message.received_us));
+                self.shared.service.observe(Observation::PublishToDelivery(took));
             }
             match sent {
                 Ok(Some(packet_id)) => {

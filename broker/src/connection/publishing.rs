@@ -100,7 +100,8 @@ where
         };
         self.shared.service.observe(Observation::MessageReceived);
         let (user, roles) = (Arc::clone(&session.key.user), session.identity.roles);
-        let received_at = Instant::now();
+        // When it was read, though it may have waited since.
+        let received_at = self.heard_at;
         let response_topic = publish.properties.as_ref().and_then(|properties| properties.response_topic.as_deref());
         match self.shared.route(&session.identity, &publish.topic, response_topic) {
             Ok(PublishRoute::Bound) => {
@@ -199,6 +200,7 @@ where
     }
 
     pub(super) fn answer_pending(&mut self) {
+        let mut answered_at = None;
         while let Some(pending) = self.pending.front_mut() {
             let Some(outcome) = pending.outcome.take() else { break };
             let (packet_id, qos, received_at) = (pending.packet_id, pending.qos, pending.received_at);
@@ -207,7 +209,9 @@ where
             match outcome {
                 PublishOutcome::Stored { subscribers, properties } => {
                     self.engine.acknowledge(packet_id, qos, &Ack::Stored { subscribers, properties: &properties });
-                    self.shared.service.observe(Observation::PublishToPuback(received_at.elapsed()));
+                    let answered_at = *answered_at.get_or_insert_with(Instant::now);
+                    let took = answered_at.saturating_duration_since(received_at);
+                    self.shared.service.observe(Observation::PublishToPuback(took));
                 }
                 PublishOutcome::Refused(refusal) => {
                     self.engine.acknowledge(

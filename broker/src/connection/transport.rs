@@ -1,5 +1,6 @@
 //! Waiting for anything that can happen, and the bytes in and out.
 
+use std::cell::Cell;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll, ready};
@@ -10,13 +11,29 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use super::{Connection, End, OUT_READING_MAX, PENDING_READING_MAX, READ_BUFFER};
 use crate::service::{Observation, Service};
 
-/// An empty output buffer larger than this is given back.
-const OUT_KEPT: usize = 1_024;
+/// A larger output buffer is not kept for the next connection.
+const OUT_KEPT: usize = 256 * 1024;
 /// How long a connection that ends may take to send its last bytes.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long, and how many bytes, a connection that was closed for a reason is still read from.
 const HEARD_OUT_TIMEOUT: Duration = Duration::from_millis(500);
 const HEARD_OUT_BYTES_MAX: usize = 1024 * 1024;
+
+thread_local! {
+    /// An output buffer that has grown: a connection has it as long as it has something to write, which is nearly always until its turn ends.
+    static OUT: Cell<Vec<u8>> = const { Cell::new(Vec::new()) };
+}
+
+/// A buffer to write to, perhaps one that others have written to before.
+fn lend() -> Vec<u8> {
+    OUT.take()
+}
+
+fn give_back(out: Vec<u8>) {
+    if out.capacity() <= OUT_KEPT {
+        OUT.set(out);
+    }
+}
 
 impl<S, T> Connection<S, T>
 where
@@ -78,7 +95,14 @@ where
         if self.timer.as_mut().poll(cx).is_ready() {
             progress = true;
         }
-        if progress { Poll::Ready(()) } else { Poll::Pending }
+        if progress {
+            if self.engine.out.capacity() == 0 {
+                self.engine.out = lend();
+            }
+            Poll::Ready(())
+        } else {
+            Poll::Pending
+        }
     }
 
     fn may_read(&self) -> bool {
@@ -150,8 +174,10 @@ where
         if self.out_at > 0 {
             self.out_at = 0;
             self.engine.out.clear();
-            self.engine.out.shrink_to(OUT_KEPT);
             self.on_all_written();
+        }
+        if self.engine.out.is_empty() && self.engine.out.capacity() > 0 {
+            give_back(std::mem::take(&mut self.engine.out));
         }
         if self.needs_flush {
             match Pin::new(&mut self.io).poll_flush(cx) {
