@@ -296,10 +296,10 @@ pub(crate) struct Engine {
     unanswered_of_inner: VecDeque<u16>,
     /// Of messages sent at QoS 1, in their order.
     awaiting_puback: VecDeque<u16>,
-    /// Kept for messages that the session's last connection sent.
-    reserved: HashSet<u16>,
-    /// Those that the protocol engine knows: of messages at QoS 2.
-    of_inner: HashSet<u16>,
+    /// Kept for messages that the session's last connection sent. At most the window of it.
+    reserved: Vec<u16>,
+    /// Those that the protocol engine knows: of messages at QoS 2. At most the window.
+    of_inner: Vec<u16>,
     /// The packet identifier that was given away last.
     last_packet_id: u16,
     /// A PUBACK that is not whole yet.
@@ -357,8 +357,8 @@ impl Engine {
             unanswered_plain: 0,
             unanswered_of_inner: VecDeque::new(),
             awaiting_puback: VecDeque::new(),
-            reserved: HashSet::new(),
-            of_inner: HashSet::new(),
+            reserved: Vec::new(),
+            of_inner: Vec::new(),
             last_packet_id: 0,
             puback: Vec::new(),
             sent_bytes_max: usize::MAX,
@@ -590,7 +590,7 @@ impl Engine {
                 self.fault.get_or_insert(error);
             }
             Event::RequestClose => self.closing = true,
-            Event::NotifyPacketIdReleased(packet_id) => drop(self.of_inner.remove(&packet_id)),
+            Event::NotifyPacketIdReleased(packet_id) => drop(take(&mut self.of_inner, packet_id)),
             Event::NotifyPacketReceived(_)
             | Event::RequestTimerReset { .. }
             | Event::RequestTimerCancel(_) => {}
@@ -941,12 +941,16 @@ impl Engine {
 
     /// Keeps a packet identifier for a message that the session's last connection sent.
     pub(crate) fn reserve(&mut self, packet_id: u16) -> bool {
-        packet_id != 0 && !self.is_used(packet_id) && self.reserved.insert(packet_id)
+        let is_free = packet_id != 0 && !self.is_used(packet_id);
+        if is_free {
+            self.reserved.push(packet_id);
+        }
+        is_free
     }
 
     /// Lets a reserved packet identifier go.
     pub(crate) fn release(&mut self, packet_id: u16) {
-        self.reserved.remove(&packet_id);
+        take(&mut self.reserved, packet_id);
     }
 
     fn is_used(&self, packet_id: u16) -> bool {
@@ -1018,7 +1022,7 @@ impl Engine {
             plain::put_publish(&mut self.out, message.topic, message, packet_id, None, bytes_max).map_err(too_long)?;
         }
         if let Some(packet_id) = packet_id {
-            self.reserved.remove(&packet_id);
+            take(&mut self.reserved, packet_id);
             self.awaiting_puback.push_back(packet_id);
         }
         Ok(())
@@ -1026,11 +1030,11 @@ impl Engine {
 
     /// Without a topic alias: the protocol engine does not know those that are in use.
     fn publish_qos2(&mut self, message: &Outgoing<'_>, packet_id: u16) -> Result<(), NotSent> {
-        self.reserved.remove(&packet_id);
+        take(&mut self.reserved, packet_id);
         if self.inner.register_packet_id(packet_id).is_err() {
             return Err(NotSent::Closed);
         }
-        self.of_inner.insert(packet_id);
+        self.of_inner.push(packet_id);
         let dup = message.again.is_some();
         let built: Result<Packet, MqttError> = if self.is_v5() {
             let mut properties: Vec<Property> = Vec::with_capacity(4);
@@ -1077,7 +1081,7 @@ impl Engine {
             for event in self.inner.release_packet_id(packet_id) {
                 self.on_event(event);
             }
-            self.of_inner.remove(&packet_id);
+            take(&mut self.of_inner, packet_id);
             if error == MqttError::PacketTooLarge { NotSent::TooLarge } else { NotSent::Closed }
         })
     }
@@ -1103,13 +1107,13 @@ impl Engine {
     /// The engine knows of no such beginning, so it is led there by a message and a PUBREC that cross no socket. `false` if the client's
     /// receive maximum leaves no room now, or a packet of its own is under way. The packet identifier has to be reserved.
     pub(crate) fn release_again(&mut self, packet_id: u16) -> bool {
-        if !self.framing.is_between_packets() || !self.reserved.remove(&packet_id) {
+        if !self.framing.is_between_packets() || !take(&mut self.reserved, packet_id) {
             return false;
         }
         if self.inner.register_packet_id(packet_id).is_err() {
             return false;
         }
-        self.of_inner.insert(packet_id);
+        self.of_inner.push(packet_id);
         let sent: Result<Packet, MqttError> = if self.is_v5() {
             let builder =
                 v5_0::Publish::builder().topic_name("-").map(|b| b.qos(Qos::ExactlyOnce).packet_id(packet_id));
@@ -1123,8 +1127,8 @@ impl Engine {
         let events = self.inner.send(packet);
         if events.iter().any(|event| matches!(event, Event::NotifyError(_))) {
             // It has let go of the packet identifier: keep it for the next try.
-            self.of_inner.remove(&packet_id);
-            self.reserved.insert(packet_id);
+            take(&mut self.of_inner, packet_id);
+            self.reserved.push(packet_id);
             return false;
         }
         let [high, low] = packet_id.to_be_bytes();
@@ -1385,6 +1389,15 @@ impl Engine {
             self.closing = true;
         }
     }
+}
+
+/// `true` if it was there.
+fn take(packet_ids: &mut Vec<u16>, packet_id: u16) -> bool {
+    let found = packet_ids.iter().position(|one| *one == packet_id);
+    if let Some(at) = found {
+        packet_ids.swap_remove(at);
+    }
+    found.is_some()
 }
 
 /// Topic names and filters that are none in any version. One that is only not taken here is refused, and the connection stays.

@@ -13,6 +13,7 @@ use rustc_hash::{FxBuildHasher, FxHashMap};
 use crate::live::LiveMessage;
 use crate::mailbox::{Ending, Mailbox};
 use crate::service::SessionKey;
+use crate::session::push_few;
 use crate::topics::filter;
 
 const SHARDS: usize = 64;
@@ -161,7 +162,7 @@ impl Registry {
         let mut shard = self.shard(topic).write();
         let subscribers = shard.entry(Arc::clone(topic)).or_default();
         if !subscribers.iter().any(|(other, _)| *other == number) {
-            subscribers.push((number, Arc::clone(mailbox)));
+            push_few(subscribers, (number, Arc::clone(mailbox)));
         }
         if filter::has_wildcard(topic) {
             let mut gathering = self.gathering.write();

@@ -302,6 +302,14 @@ impl Session {
     }
 }
 
+/// Most sessions have one of each: the first gets no room for others.
+pub(crate) fn push_few<T>(few: &mut Vec<T>, one: T) {
+    if few.is_empty() {
+        few.reserve_exact(1);
+    }
+    few.push(one);
+}
+
 /// The slot with the smallest position, once no other can still have a smaller one.
 fn next_slot(slots: &mut [Slot], bus_seen: Position) -> Option<usize> {
     let fronts = slots.iter().enumerate().filter_map(|(index, slot)| Some((slot.stream.front()?, index)));

@@ -139,7 +139,7 @@ where
         self.mailbox.settle();
     }
 
-    pub(super) async fn depart(mut self, end: End, departure: &mut Departure<S>) {
+    pub(super) async fn depart(mut self: Box<Self>, end: End, departure: &mut Departure<S>) {
         tracing::debug!(peer = %self.peer, ?end, "connection ended");
         // Before its messages go to others: it is none of them.
         departure.forget_ordinary();
@@ -152,7 +152,7 @@ where
         if let Some(will) = session.will.take()
             && end.publishes_will()
         {
-            self.shared.publish_will(&session.identity, will).await;
+            Box::pin(self.shared.publish_will(&session.identity, will)).await;
         }
     }
 }

@@ -148,7 +148,8 @@ where
 {
     let now = Instant::now();
     let deadline = now + shared.limits.connect_timeout;
-    let mut connection = Connection {
+    // On the heap: the task's future would have it twice, once for `depart`.
+    let mut connection = Box::new(Connection {
         engine: Engine::new(&shared.limits),
         mailbox: Arc::new(shared.mailbox()),
         rights_seen: shared.rights(),
@@ -189,7 +190,7 @@ where
         told_at: None,
         stopping: false,
         end: None,
-    };
+    });
     // The guard leaves no trace of the connection behind, even if a bug makes the task panic.
     let mut departure = Departure {
         shared: Arc::clone(&connection.shared),
@@ -222,7 +223,7 @@ where
             }
             self.take_page();
             if std::mem::take(&mut self.recheck) {
-                self.look_at_rights(departure).await;
+                Box::pin(self.look_at_rights(departure)).await;
             }
             self.publish_held();
             self.handle_packets(departure).await;
@@ -394,12 +395,13 @@ where
 
     // ---- packets -------------------------------------------------------------------------------------------------------
 
+    /// What takes time is rare, and has its state on the heap: here every connection would have room for it all along.
     async fn handle_packets(&mut self, departure: &mut Departure<S>) {
         let mut advanced = false;
         let mut delivered = 0;
         while let Some(packet) = self.take_packet() {
             match packet {
-                Incoming::Connect(connect) => self.connect(*connect, departure).await,
+                Incoming::Connect(connect) => Box::pin(self.connect(*connect, departure)).await,
                 Incoming::Publish(publish) => self.publish(publish),
                 Incoming::Puback(packet_id) | Incoming::Pubcomp(packet_id) => {
                     advanced |= self.acknowledged(packet_id, &mut delivered);
@@ -426,16 +428,18 @@ where
                         let sentence = "a shared subscription cannot be no-local";
                         self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
                     } else {
-                        self.subscribe(packet_id, filters, identifier, departure).await;
+                        Box::pin(self.subscribe(packet_id, filters, identifier, departure)).await;
                     }
                 }
-                Incoming::Unsubscribe { packet_id, filters } => self.unsubscribe(packet_id, &filters, departure).await,
+                Incoming::Unsubscribe { packet_id, filters } => {
+                    Box::pin(self.unsubscribe(packet_id, &filters, departure)).await;
+                }
                 Incoming::Pingreq => self.engine.pingresp(),
                 Incoming::Disconnect { with_will, session_expiry_s } => {
-                    self.disconnect(session_expiry_s).await;
+                    Box::pin(self.disconnect(session_expiry_s)).await;
                     self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
                 }
-                Incoming::Auth(authentication) => self.authenticate_again(&authentication, departure).await,
+                Incoming::Auth(authentication) => Box::pin(self.authenticate_again(&authentication, departure)).await,
                 Incoming::Overfull(overfull) => self.refuse_overfull(overfull),
             }
         }

@@ -19,7 +19,7 @@ use crate::service::{
     Authentication, ConnectRefusal, ConnectRefusalCode, ConnectRequest, Identity, NotCreated, Observation, Position,
     Refusal, Service, ServiceError, SessionKey, SubscriptionRecord,
 };
-use crate::session::{Queued, Session, Subscription, UnderWay};
+use crate::session::{Queued, Session, Subscription, UnderWay, push_few};
 use crate::sparing::REFUSALS;
 
 /// The most messages in flight to a client that names a larger receive maximum.
@@ -202,7 +202,7 @@ where
                 for subscription in record.subscriptions {
                     // What was allowed once may not be any more.
                     let Ok(to) = self.route_filter(&session.identity, &subscription.filter) else { continue };
-                    session.subscriptions.push(Subscription { record: subscription, to });
+                    push_few(&mut session.subscriptions, Subscription { record: subscription, to });
                 }
                 record.cursors
             }

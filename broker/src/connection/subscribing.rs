@@ -15,7 +15,7 @@ use crate::service::{
     Identity, Keeping, Observation, Position, Refusal, RefusalCode, Service, ServiceError, SubscribeRoute, Subscriber,
     SubscriptionRecord,
 };
-use crate::session::{LiveTopic, Queued, RetainedWanted, Slot, Subscribed, Subscription, Wanted};
+use crate::session::{LiveTopic, Queued, RetainedWanted, Slot, Subscribed, Subscription, Wanted, push_few};
 use crate::stream::DurableStream;
 use crate::topics::filter;
 
@@ -124,7 +124,7 @@ where
             }
             None => {
                 *changed = true;
-                session.subscriptions.push(subscription);
+                push_few(&mut session.subscriptions, subscription);
             }
         }
         if ordinary {
@@ -256,7 +256,7 @@ where
                 }
             }
             if topic.keeping == Keeping::Live {
-                session.live_topics.push(LiveTopic { name: topic.name, qos, identifiers });
+                push_few(&mut session.live_topics, LiveTopic { name: topic.name, qos, identifiers });
             } else if session.is_new_stream(&topic) {
                 let stored = cursors.iter().find(|(name, _)| *name == topic.name).map(|(_, position)| *position);
                 let after = match stored {
@@ -264,7 +264,7 @@ where
                     None => self.shared.service.start(&session.key.user, &topic.name).await?,
                 };
                 let stream = DurableStream::new(after, self.shared.service.head());
-                session.slots.push(Slot { topic: topic.name, qos, identifiers, stream });
+                push_few(&mut session.slots, Slot { topic: topic.name, qos, identifiers, stream });
             } else if let Some(slot) = session.slot(&topic.name) {
                 slot.qos = qos;
                 slot.identifiers = identifiers;
