@@ -125,7 +125,8 @@ pub(crate) struct Session {
     pub(crate) authentication_method: Option<String>,
     pub(crate) expiry_s: u32,
     pub(crate) silence_max: Option<Duration>,
-    pub(crate) will: Option<Will>,
+    /// Few have one.
+    pub(crate) will: Option<Box<Will>>,
     pub(crate) subscriptions: Vec<Subscription>,
     pub(crate) slots: Vec<Slot>,
     pub(crate) live_topics: Vec<LiveTopic>,

@@ -9,6 +9,8 @@ use chat_service::server::Server;
 use chat_service::settings::Settings;
 use chat_service::{logging, server, tools};
 
+/// A message is a dozen small pieces of memory, given back by other threads than took them. Debug builds keep the system's allocator: the
+/// tests count what that gives.
 #[cfg(not(debug_assertions))]
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;

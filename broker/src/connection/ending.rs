@@ -76,8 +76,21 @@ where
         }
     }
 
+    /// All that is still to be done with the client itself.
+    pub(super) async fn finish(&mut self, end: End, departure: &mut Departure<S>) {
+        self.await_outcomes().await;
+        self.settle(end, departure);
+        if end == End::Socket {
+            return;
+        }
+        self.write_last_bytes().await;
+        if end == End::Closed {
+            self.hear_out().await;
+        }
+    }
+
     /// What a persistent session was sent with QoS 2 is known as received to its next connection, or a resend would be stored again.
-    pub(super) async fn await_outcomes(&mut self) {
+    async fn await_outcomes(&mut self) {
         let persistent = self.session.as_ref().is_some_and(Session::is_persistent);
         let until = tokio::time::Instant::now() + OUTCOME_TIMEOUT;
         loop {
@@ -101,7 +114,7 @@ where
     }
 
     /// Gives back what the session's next connection has to know. Nothing that takes time comes before it.
-    pub(super) fn settle(&mut self, end: End, departure: &mut Departure<S>) {
+    fn settle(&mut self, end: End, departure: &mut Departure<S>) {
         self.reading = None;
         let holds = self.mailbox.begin_to_settle();
         // Its answer may have to wait for others in front of it; that it was taken is certain.
@@ -120,7 +133,7 @@ where
             let delayed = session.will.take_if(|will| end.publishes_will() && will.delay_s > 0);
             let will = delayed.map(|will| {
                 let due = now.checked_add(Duration::from_secs(u64::from(will.delay_s)));
-                DelayedWill { will, due: due.unwrap_or(now) }
+                DelayedWill { will: *will, due: due.unwrap_or(now) }
             });
             let absent = AbsentSession {
                 number: self.number.0,
@@ -152,7 +165,7 @@ where
         if let Some(will) = session.will.take()
             && end.publishes_will()
         {
-            Box::pin(self.shared.publish_will(&session.identity, will)).await;
+            Box::pin(self.shared.publish_will(&session.identity, *will)).await;
         }
     }
 }

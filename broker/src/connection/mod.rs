@@ -12,7 +12,7 @@ mod publishing;
 mod subscribing;
 mod transport;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::Future;
 use std::pin::Pin;
@@ -45,6 +45,8 @@ const PENDING_READING_MAX: usize = 1_024;
 const TAKEOVER_READ_TIMEOUT: Duration = Duration::from_millis(500);
 
 thread_local! {
+    /// For the packets of a turn: nearly always they are worked off when it ends.
+    static PACKETS: Cell<VecDeque<Incoming>> = const { Cell::new(VecDeque::new()) };
     static READ_BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
 }
 
@@ -140,16 +142,21 @@ struct Connection<S: Service, T> {
     end: Option<End>,
 }
 
-/// Serves one connection until it ends.
-pub(crate) async fn run<S, T>(shared: Arc<Shared<S>>, number: ConnectionNumber, io: T, peer: Peer)
+/// A future that serves one connection until it ends.
+pub(crate) fn run<S, T>(
+    shared: Arc<Shared<S>>,
+    number: ConnectionNumber,
+    io: T,
+    peer: Peer,
+) -> impl Future<Output = ()> + Send
 where
     S: Service,
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let now = Instant::now();
     let deadline = now + shared.limits.connect_timeout;
-    // On the heap: the task's future would have it twice, once for `depart`.
-    let mut connection = Box::new(Connection {
+    // On the heap: the task's future would have it, and what it is made of, several times over.
+    let connection = Box::new(Connection {
         engine: Engine::new(&shared.limits),
         mailbox: Arc::new(shared.mailbox()),
         rights_seen: shared.rights(),
@@ -191,17 +198,7 @@ where
         stopping: false,
         end: None,
     });
-    // The guard leaves no trace of the connection behind, even if a bug makes the task panic.
-    let mut departure = Departure {
-        shared: Arc::clone(&connection.shared),
-        number,
-        mailbox: Arc::clone(&connection.mailbox),
-        key: None,
-        ordinary: Vec::new(),
-        bound: Vec::new(),
-    };
-    let end = connection.serve(&mut departure).await;
-    connection.depart(end, &mut departure).await;
+    connection.live()
 }
 
 impl<S, T> Connection<S, T>
@@ -209,6 +206,20 @@ where
     S: Service,
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
+    async fn live(mut self: Box<Self>) {
+        // The guard leaves no trace of the connection behind, even if a bug makes the task panic.
+        let mut departure = Departure {
+            shared: Arc::clone(&self.shared),
+            number: self.number,
+            mailbox: Arc::clone(&self.mailbox),
+            key: None,
+            ordinary: Vec::new(),
+            bound: Vec::new(),
+        };
+        let end = self.serve(&mut departure).await;
+        self.depart(end, &mut departure).await;
+    }
+
     async fn serve(&mut self, departure: &mut Departure<S>) -> End {
         loop {
             if self.busy {
@@ -217,8 +228,7 @@ where
             }
             std::future::poll_fn(|cx| self.poll_step(cx)).await;
             if self.end == Some(End::Socket) {
-                self.await_outcomes().await;
-                self.settle(End::Socket, departure);
+                Box::pin(self.finish(End::Socket, departure)).await;
                 return End::Socket;
             }
             self.take_page();
@@ -227,6 +237,9 @@ where
             }
             self.publish_held();
             self.handle_packets(departure).await;
+            if self.packets.is_empty() && self.packets.capacity() > 0 {
+                PACKETS.set(std::mem::take(&mut self.packets));
+            }
             self.submit();
             self.answer_pending();
             self.deliver();
@@ -250,12 +263,7 @@ where
                 self.end = Some(End::Closed);
             }
             if let Some(end) = self.end {
-                self.await_outcomes().await;
-                self.settle(end, departure);
-                self.write_last_bytes().await;
-                if end == End::Closed {
-                    self.hear_out().await;
-                }
+                Box::pin(self.finish(end, departure)).await;
                 return end;
             }
             if self.read_in_turn >= READ_BYTES {

@@ -215,7 +215,7 @@ where
             return Err(refusal);
         }
         if let Some(session) = &mut self.session {
-            session.will = connect.will;
+            session.will = connect.will.map(Box::new);
         }
         if session_present {
             let absent = self.shared.absent.take(&key);

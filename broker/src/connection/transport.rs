@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
-use super::{Connection, End, OUT_READING_MAX, PENDING_READING_MAX, READ_BUFFER};
+use super::{Connection, End, OUT_READING_MAX, PACKETS, PENDING_READING_MAX, READ_BUFFER};
 use crate::service::{Observation, Service};
 
 /// A larger output buffer is not kept for the next connection.
@@ -143,6 +143,9 @@ where
     }
 
     fn feed(&mut self, bytes: &[u8]) {
+        if self.packets.capacity() == 0 {
+            self.packets = PACKETS.take();
+        }
         let taken = self.engine.feed(bytes, &mut self.packets);
         if let Some(limit) = self.engine.overstepped.take() {
             self.limited(limit);
