@@ -286,9 +286,11 @@ pub(crate) struct Engine {
     packet_bytes_max: u32,
     problem_information: bool,
     connected: bool,
+    /// CONNECT is not there yet.
+    connecting: bool,
     /// What came of the CONNECT, until it is whole: the engine reserves memory by the announced length, and there is something that it cannot
-    /// take.
-    connecting: Option<Vec<u8>>,
+    /// take. Later, what came of a PUBACK.
+    gathered: Vec<u8>,
     takes_no_aliases: bool,
     /// QoS 1 publishes that `plain` read and that are not answered yet.
     unanswered_plain: usize,
@@ -302,8 +304,6 @@ pub(crate) struct Engine {
     of_inner: Vec<u16>,
     /// The packet identifier that was given away last.
     last_packet_id: u16,
-    /// A PUBACK that is not whole yet.
-    puback: Vec<u8>,
     /// The client's Maximum Packet Size.
     sent_bytes_max: usize,
     /// Topics that have an alias towards the client: 1, 2, 3, …
@@ -352,7 +352,8 @@ impl Engine {
             packet_bytes_max,
             problem_information: true,
             connected: false,
-            connecting: Some(Vec::new()),
+            connecting: true,
+            gathered: Vec::new(),
             takes_no_aliases: false,
             unanswered_plain: 0,
             unanswered_of_inner: VecDeque::new(),
@@ -360,7 +361,6 @@ impl Engine {
             reserved: Vec::new(),
             of_inner: Vec::new(),
             last_packet_id: 0,
-            puback: Vec::new(),
             sent_bytes_max: usize::MAX,
             aliases: Vec::new(),
             aliases_max: 0,
@@ -408,12 +408,12 @@ impl Engine {
             if self.connected && self.take_plain(received, begins, is_whole, packets) {
                 continue;
             }
-            let events = if let Some(connecting) = &mut self.connecting {
-                connecting.extend_from_slice(received);
+            let events = if self.connecting {
+                self.gathered.extend_from_slice(received);
                 if !self.framing.is_between_packets() {
                     break;
                 }
-                let mut whole = std::mem::take(connecting);
+                let mut whole = std::mem::take(&mut self.gathered);
                 self.takes_no_aliases |= connect_packet::raise_topic_alias_maximum(&mut whole);
                 self.inner.recv(&mut Cursor::new(&whole[..]))
             } else {
@@ -450,7 +450,7 @@ impl Engine {
                 }
             }
             if connect {
-                self.connecting = None;
+                self.connecting = false;
                 self.framing.bound(u32::MAX);
                 break;
             }
@@ -461,17 +461,17 @@ impl Engine {
     /// Takes an ordinary PUBLISH, and every PUBACK. `false`: the packet, or this part of one, is the protocol engine's.
     fn take_plain(&mut self, received: &[u8], begins: bool, is_whole: bool, packets: &mut VecDeque<Incoming>) -> bool {
         let is_puback = received.first().is_some_and(|first| first >> 4 == PUBACK);
-        if !self.puback.is_empty() || (begins && is_puback) {
-            if is_whole && self.puback.is_empty() {
+        if !self.gathered.is_empty() || (begins && is_puback) {
+            if is_whole && self.gathered.is_empty() {
                 self.take_puback(received, packets);
                 return true;
             }
-            self.puback.extend_from_slice(received);
-            if self.puback.len() > usize::try_from(self.packet_bytes_max).unwrap_or(usize::MAX) {
+            self.gathered.extend_from_slice(received);
+            if self.gathered.len() > usize::try_from(self.packet_bytes_max).unwrap_or(usize::MAX) {
                 self.overstepped = Some("packet_bytes");
                 self.fault = Some(MqttError::PacketTooLarge);
             } else if is_whole {
-                let puback = std::mem::take(&mut self.puback);
+                let puback = std::mem::take(&mut self.gathered);
                 self.take_puback(&puback, packets);
             }
             return true;

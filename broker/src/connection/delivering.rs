@@ -30,7 +30,7 @@ where
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     pub(super) fn take_page(&mut self) {
-        let Some((topic, page)) = self.page.take() else { return };
+        let Some((topic, page)) = self.page.take().map(|page| *page) else { return };
         let Some(slot) = self.session.as_mut().and_then(|session| session.slot(&topic)) else { return };
         match page {
             Ok(page) => slot.stream.on_page(page),

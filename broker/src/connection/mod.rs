@@ -105,7 +105,7 @@ struct Connection<S: Service, T> {
     held: VecDeque<Publish>,
     waiting: Option<Waiting>,
     reading: Option<(Arc<str>, Reading)>,
-    page: Option<(Arc<str>, Result<Page, ServiceError>)>,
+    page: Option<Box<(Arc<str>, Result<Page, ServiceError>)>>,
     /// QoS 0 deliveries that count as delivered once they are written.
     unwritten: Vec<(Arc<str>, Position)>,
     heard_at: Instant,

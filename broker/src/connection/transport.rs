@@ -51,7 +51,7 @@ where
         if let Some((topic, reading)) = &mut self.reading
             && let Poll::Ready(page) = reading.as_mut().poll(cx)
         {
-            self.page = Some((Arc::clone(topic), page));
+            self.page = Some(Box::new((Arc::clone(topic), page)));
             self.reading = None;
             progress = true;
         }
