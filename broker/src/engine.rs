@@ -591,9 +591,7 @@ impl Engine {
             }
             Event::RequestClose => self.closing = true,
             Event::NotifyPacketIdReleased(packet_id) => drop(take(&mut self.of_inner, packet_id)),
-            Event::NotifyPacketReceived(_)
-            | Event::RequestTimerReset { .. }
-            | Event::RequestTimerCancel(_) => {}
+            Event::NotifyPacketReceived(_) | Event::RequestTimerReset { .. } | Event::RequestTimerCancel(_) => {}
         }
     }
 
@@ -1547,5 +1545,247 @@ fn suback_code(code: RefusalCode) -> SubackReasonCode {
         RefusalCode::QuotaExceeded | RefusalCode::TooFast => SubackReasonCode::QuotaExceeded,
         RefusalCode::SharedSubscriptionsNotSupported => SubackReasonCode::SharedSubscriptionsNotSupported,
         RefusalCode::Unspecified | RefusalCode::PayloadFormatInvalid => SubackReasonCode::UnspecifiedError,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn accepted() -> Accepted<'static> {
+        Accepted {
+            session_present: false,
+            assigned_client_id: None,
+            session_expiry_s: None,
+            keep_alive_s: None,
+            authentication_method: None,
+            response_information: None,
+            publishes_per_s: None,
+        }
+    }
+
+    /// Properties of the CONNECT: `None` for MQTT 3.1.1.
+    fn connected(properties: Option<&[u8]>, receive_maximum: u16) -> Engine {
+        let limits = Limits { receive_maximum, ..Limits::default() };
+        let mut engine = Engine::new(&limits);
+        let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', if properties.is_some() { 5 } else { 4 }, 2, 0, 60];
+        if let Some(properties) = properties {
+            body.push(u8::try_from(properties.len()).expect("few"));
+            body.extend_from_slice(properties);
+        }
+        body.extend_from_slice(&[0, 1, b'c']);
+        let mut packet = vec![0x10, u8::try_from(body.len()).expect("short")];
+        packet.append(&mut body);
+        let packets = fed(&mut engine, &packet);
+        assert!(matches!(packets[..], [Incoming::Connect(_)]), "{packets:?}");
+        engine.accept(&accepted());
+        engine.out.clear();
+        engine
+    }
+
+    fn fed(engine: &mut Engine, bytes: &[u8]) -> Vec<Incoming> {
+        let mut packets = VecDeque::new();
+        let taken = engine.feed(bytes, &mut packets);
+        assert!(taken == bytes.len() || engine.fault.is_some());
+        packets.into()
+    }
+
+    fn message(qos: u8) -> Outgoing<'static> {
+        Outgoing {
+            topic: "chat/bob/inbox",
+            payload: b"hello",
+            qos,
+            retain: false,
+            user_properties: UserProperties::None,
+            properties: None,
+            expiry_s: None,
+            identifiers: &[],
+            again: None,
+        }
+    }
+
+    fn sent(engine: &mut Engine, qos: u8) -> u16 {
+        engine.publish(message(qos)).expect("it is sent").expect("it has a packet identifier")
+    }
+
+    /// PUBLISH, with the user property a=b or without.
+    fn publish(packet_id: u16, qos: u8, with_property: bool) -> Vec<u8> {
+        let [high, low] = packet_id.to_be_bytes();
+        let properties: &[u8] = if with_property { &[7, 0x26, 0, 1, b'a', 0, 1, b'b'] } else { &[0] };
+        let mut body = vec![0, 1, b't', high, low];
+        body.extend_from_slice(properties);
+        body.push(b'x');
+        let mut packet = vec![0x30 | qos << 1, u8::try_from(body.len()).expect("short")];
+        packet.append(&mut body);
+        packet
+    }
+
+    const STORED: Ack<'static> = Ack::Stored { subscribers: true, properties: &[] };
+
+    #[test]
+    fn a_puback_may_come_byte_by_byte() {
+        for properties in [None, Some(&[][..])] {
+            let mut engine = connected(properties, 10);
+            let (first, second) = (sent(&mut engine, 1), sent(&mut engine, 1));
+            for packet_id in [second, first] {
+                let [high, low] = packet_id.to_be_bytes();
+                for byte in [0x40, 2, high] {
+                    assert!(fed(&mut engine, &[byte]).is_empty());
+                }
+                // What follows it is another packet.
+                let packets = fed(&mut engine, &[low, 0xc0, 0]);
+                assert!(
+                    matches!(packets[..], [Incoming::Puback(id), Incoming::Pingreq] if id == packet_id),
+                    "{packets:?}"
+                );
+            }
+            assert!(engine.awaiting_puback.is_empty() && engine.gathered.is_empty() && engine.fault.is_none());
+        }
+    }
+
+    #[test]
+    fn a_puback_may_have_a_reason_and_properties() {
+        let mut engine = connected(Some(&[]), 10);
+        let property = [0x26, 0, 1, b'a', 0, 1, b'b'];
+        let bodies: [&[u8]; 3] = [&[0x10], &[0, 0], &[0, 7, 0x26, 0, 1, b'a', 0, 1, b'b']];
+        for body in bodies {
+            let [high, low] = sent(&mut engine, 1).to_be_bytes();
+            let mut packet = vec![0x40, u8::try_from(2 + body.len()).expect("short"), high, low];
+            packet.extend_from_slice(body);
+            let packets = fed(&mut engine, &packet);
+            assert!(matches!(packets[..], [Incoming::Puback(_)]), "{packets:?}");
+        }
+        let many = property.repeat(Limits::default().user_properties + 1);
+        let [high, low] = sent(&mut engine, 1).to_be_bytes();
+        let mut packet = vec![0x40];
+        let length = u16::try_from(many.len()).expect("short");
+        let number = |number: u16| [(number % 128 + 128).to_le_bytes()[0], (number / 128).to_le_bytes()[0]];
+        packet.extend_from_slice(&number(5 + length));
+        packet.extend_from_slice(&[high, low, 0]);
+        packet.extend_from_slice(&number(length));
+        packet.extend_from_slice(&many);
+        let packets = fed(&mut engine, &packet);
+        assert!(matches!(packets[..], [Incoming::Overfull(Overfull::Other)]), "{packets:?}");
+        for (body, fault) in [
+            (&[0, 99][..], MqttError::ProtocolError),
+            (&[0, 0], MqttError::MalformedPacket),
+            (&[0], MqttError::MalformedPacket),
+            (&[0, 1, 0x77], MqttError::MalformedPacket),
+            (&[0, 1, 0, 0, 9], MqttError::MalformedPacket),
+        ] {
+            let mut engine = connected(Some(&[]), 10);
+            sent(&mut engine, 1);
+            let mut packet = vec![0x40, u8::try_from(body.len()).expect("short")];
+            packet.extend_from_slice(body);
+            assert!(fed(&mut engine, &packet).is_empty());
+            assert_eq!(engine.fault, Some(fault), "{body:?}");
+        }
+    }
+
+    #[test]
+    fn a_long_puback_is_not_gathered_for_ever() {
+        let mut engine = connected(None, 10);
+        // 256 MiB are announced.
+        assert!(fed(&mut engine, &[0x40, 0xff, 0xff, 0xff, 0x7f]).is_empty());
+        let bytes = vec![0; 64 * 1024];
+        let most = usize::try_from(Limits::default().packet_bytes).expect("it fits");
+        while engine.fault.is_none() {
+            assert!(engine.gathered.len() <= most);
+            fed(&mut engine, &bytes);
+        }
+        assert_eq!((engine.fault, engine.overstepped), (Some(MqttError::PacketTooLarge), Some("packet_bytes")));
+    }
+
+    #[test]
+    fn the_receive_maximum_is_one_for_all_that_is_published() {
+        for (qos, with_property) in [(1, false), (1, true), (2, false)] {
+            let mut engine = connected(Some(&[]), 3);
+            for (packet_id, qos, with_property) in [(1, 1, false), (2, 1, true), (3, 2, false)] {
+                assert_eq!(fed(&mut engine, &publish(packet_id, qos, with_property)).len(), 1);
+            }
+            assert_eq!(engine.fault, None);
+            fed(&mut engine, &publish(4, qos, with_property));
+            assert_eq!(engine.fault, Some(MqttError::ReceiveMaximumExceeded));
+            assert_eq!(engine.overstepped, Some("receive_maximum"));
+        }
+        // What is answered makes room.
+        let mut engine = connected(Some(&[]), 2);
+        for packet_id in 1..100 {
+            let qos = if packet_id % 3 == 0 { 2 } else { 1 };
+            assert_eq!(fed(&mut engine, &publish(packet_id, qos, packet_id % 2 == 0)).len(), 1);
+            engine.acknowledge(packet_id, qos, &STORED);
+            if qos == 2 {
+                let [high, low] = packet_id.to_be_bytes();
+                assert!(matches!(fed(&mut engine, &[0x62, 2, high, low])[..], [Incoming::Pubrel(_, true)]));
+                engine.pubcomp(packet_id, true);
+            }
+            assert_eq!(engine.fault, None);
+        }
+        // MQTT 3.1.1 has none.
+        let mut engine = connected(None, 2);
+        for packet_id in 1..10 {
+            assert_eq!(fed(&mut engine, &publish(packet_id, 1, false)).len(), 1);
+        }
+        assert_eq!(engine.fault, None);
+    }
+
+    #[test]
+    fn an_answer_is_the_same_whoever_read_the_publish() {
+        for properties in [None, Some(&[][..])] {
+            let answer = |in_pieces: bool| {
+                let mut engine = connected(properties, 10);
+                let packet = publish(7, 1, false);
+                let (begin, end) = packet.split_at(if in_pieces { 4 } else { 0 });
+                assert!(fed(&mut engine, begin).is_empty());
+                let packets = fed(&mut engine, end);
+                assert!(matches!(&packets[..], [Incoming::Publish(publish)] if publish.packet_id == Some(7)));
+                engine.acknowledge(7, 1, &STORED);
+                engine.out
+            };
+            assert_eq!(answer(true), [0x40, 2, 0, 7]);
+            assert_eq!(answer(false), [0x40, 2, 0, 7]);
+        }
+    }
+
+    #[test]
+    fn no_packet_identifier_is_given_away_twice() {
+        let mut engine = connected(Some(&[]), 10);
+        assert!(!engine.reserve(0));
+        assert!(engine.reserve(1) && engine.reserve(3) && !engine.reserve(3));
+        assert_eq!((sent(&mut engine, 1), sent(&mut engine, 2), sent(&mut engine, 1)), (2, 4, 5));
+        assert!(!engine.reserve(2) && !engine.reserve(4));
+        // What was reserved goes out again under its own.
+        let again = |packet_id, qos| Outgoing { again: Some(packet_id), ..message(qos) };
+        assert_eq!(engine.publish(again(1, 1)), Ok(Some(1)));
+        assert_eq!(engine.publish(again(3, 2)), Ok(Some(3)));
+        assert!(!engine.reserve(1) && !engine.reserve(3));
+        engine.last_packet_id = u16::MAX;
+        assert_eq!(sent(&mut engine, 1), 6);
+        for packet_id in [1_u16, 2, 5, 6] {
+            let [high, low] = packet_id.to_be_bytes();
+            assert_eq!(fed(&mut engine, &[0x40, 2, high, low]).len(), 1);
+        }
+        for packet_id in [3_u16, 4] {
+            let [high, low] = packet_id.to_be_bytes();
+            fed(&mut engine, &[0x50, 2, high, low]);
+            engine.pubrel(packet_id);
+            fed(&mut engine, &[0x70, 2, high, low]);
+        }
+        assert_eq!(engine.fault, None);
+        assert!((1..=6).all(|packet_id| !engine.is_used(packet_id)));
+    }
+
+    #[test]
+    fn what_is_too_large_for_the_client_is_not_under_way() {
+        // Maximum Packet Size 30.
+        let mut engine = connected(Some(&[0x27, 0, 0, 0, 30]), 10);
+        let large = Outgoing { payload: &[b'x'; 100], ..message(1) };
+        assert_eq!(engine.publish(large), Err(NotSent::TooLarge));
+        let large = Outgoing { payload: &[b'x'; 100], ..message(2) };
+        assert_eq!(engine.publish(large), Err(NotSent::TooLarge));
+        assert!(engine.out.is_empty() && !engine.closing);
+        assert!((1..=2).all(|packet_id| !engine.is_used(packet_id)));
+        sent(&mut engine, 1);
+        assert_eq!(engine.out.len(), 26);
     }
 }

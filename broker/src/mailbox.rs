@@ -406,7 +406,7 @@ mod tests {
     #[test]
     fn events_that_find_no_room_are_counted_and_the_log_is_not_read_for_them() {
         let mailbox = mailbox(&queues::tests::queues());
-        let event = Arc::new(LiveMessage::event("presence".into(), Bytes::from_static(b"x")));
+        let event = [Arc::new(LiveMessage::event("presence".into(), Bytes::from_static(b"x")))];
         for _ in 0..queues::LIVE_MESSAGES_MAX + 3 {
             mailbox.push_live(&event);
         }

@@ -36,6 +36,7 @@ pub(crate) fn read(packet: &[u8], is_v5: bool) -> Option<Plain<'_>> {
     let body = &rest[length_bytes(rest)?..];
     match first {
         0x40 => match body {
+            [0, 0] => None,
             [high, low] => Some(Plain::Puback(u16::from_be_bytes([*high, *low]))),
             _ => None,
         },

@@ -320,7 +320,7 @@ mod tests {
         registry.subscribe(&exact, ConnectionNumber(2), &own);
         assert!(registry.has_subscribers("chat/+/inbox") && !registry.has_subscribers("chat/carol/inbox"));
         for topic in ["chat/bob/inbox", "chat/carol/inbox", "chat/bob/sent"] {
-            registry.deliver(&Arc::new(LiveMessage::event(topic.into(), "x")));
+            registry.deliver(&[Arc::new(LiveMessage::event(topic.into(), "x"))]);
         }
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
         let mut got = |mailbox: &Mailbox| match mailbox.poll(&mut cx, true) {
@@ -333,7 +333,7 @@ mod tests {
         assert_eq!(got(&box_), ["chat/bob/inbox for chat/+/inbox", "chat/carol/inbox for chat/+/inbox"]);
         assert_eq!(got(&own), ["chat/bob/inbox for chat/bob/inbox"]);
         registry.unsubscribe("chat/+/inbox", ConnectionNumber(1));
-        registry.deliver(&Arc::new(LiveMessage::event("chat/bob/inbox".into(), "x")));
+        registry.deliver(&[Arc::new(LiveMessage::event("chat/bob/inbox".into(), "x"))]);
         assert!(got(&box_).is_empty() && !registry.gathers.load(Ordering::Acquire));
     }
 

@@ -356,7 +356,7 @@ mod tests {
             for (chunk, clock) in batch.chunks(9).zip(clocks.iter().cycle()) {
                 let plan = plan_unlimited(chunk, &heads, &stored, at(*clock));
                 prop_assert_eq!(plan.decisions.len(), chunk.len());
-                for entry in plan.entries {
+                for entry in plan.entries.iter().cloned() {
                     seen.entry(entry.conversation.clone()).or_default().push((entry.seq.get(), entry.at));
                     heads.insert(entry.conversation.clone(), ConversationHead { seq: entry.seq, at: entry.at });
                     if let Some(id) = &entry.id {

@@ -231,7 +231,8 @@ async fn prepare<L: Log>(log: &L, known: &mut Known, sends: &mut [Send]) -> Resu
     known.load_usage(log, sends).await?;
     let heads = &known.heads;
     // Messages of one conversation often come one behind the other.
-    let conversations = sends.chunk_by(|one, next| one.conversation == next.conversation).map(|run| &run[0].conversation);
+    let conversations =
+        sends.chunk_by(|one, next| one.conversation == next.conversation).map(|run| &run[0].conversation);
     let mut unknown: Vec<ConversationId> =
         conversations.filter(|conversation| !heads.contains_key(conversation)).cloned().collect();
     if !unknown.is_empty() {

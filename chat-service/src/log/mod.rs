@@ -333,7 +333,10 @@ pub trait Log: Send + Sync + 'static {
     /// Stores a batch whole, durably, or not at all; positions in the batch's order. Returns only after the data is on disk. With a
     /// [`Body::Unsend`] the words of its target and of that one's edits, as far as they were stored before the batch, become
     /// [`Body::Erased`].
-    fn append(&self, batch: impl Into<Arc<Vec<NewEntry>>> + Send) -> impl Future<Output = Result<Vec<Position>, AppendError>> + Send;
+    fn append(
+        &self,
+        batch: impl Into<Arc<Vec<NewEntry>>> + Send,
+    ) -> impl Future<Output = Result<Vec<Position>, AppendError>> + Send;
 
     /// Heads of conversations, in the order asked; `None` for one without entries.
     fn heads(

@@ -80,7 +80,7 @@ async fn script(log: &RedbLog, journal: &Journal, removes: bool) -> Vec<Promise>
     while promise.acknowledged < MESSAGES {
         let from = promise.acknowledged + 1;
         let to = (from + promise.acknowledged % 3).min(MESSAGES);
-        let batch = (from..=to).map(|seq| message("alice", "bob", seq, &text(seq))).collect();
+        let batch: Vec<_> = (from..=to).map(|seq| message("alice", "bob", seq, &text(seq))).collect();
         log.append(batch).await.unwrap();
         promise = Promise { operations: journal.len(), acknowledged: to, ..promise };
         promises.push(promise);
@@ -297,7 +297,7 @@ async fn stalls_and_goes_on() -> bool {
     let folder = folder();
     let disk = Arc::new(FaultyDisk::default());
     let log = Arc::new(open_on(folder.path(), Some(disk.clone()), None).unwrap());
-    log.append((1..=50).map(|seq| message("alice", "bob", seq, &text(seq))).collect()).await.unwrap();
+    log.append((1..=50).map(|seq| message("alice", "bob", seq, &text(seq))).collect::<Vec<_>>()).await.unwrap();
     let length = || fs::metadata(folder.path().join("log.redb")).unwrap().len();
     let before = length();
     disk.stall(true);

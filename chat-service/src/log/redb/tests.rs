@@ -838,7 +838,7 @@ async fn an_index_that_says_something_else_is_noticed() {
     });
     fs::remove_file(index_of(other.path())).unwrap();
     let log = open(other.path());
-    log.append((1..=40).map(|seq| message("eve", "bob", seq, "x")).collect()).await.unwrap();
+    log.append((1..=40).map(|seq| message("eve", "bob", seq, "x")).collect::<Vec<_>>()).await.unwrap();
     drop(log);
     fs::copy(index_of(folder.path()), index_of(other.path())).unwrap();
     let said = verified(other.path()).problems.join("\n");
@@ -989,7 +989,9 @@ async fn room_of_removed_entries_is_used_again() {
     for round in 0..30 {
         for hundred in 0..20 {
             let first = round * 2_000 + hundred * 100 + 1;
-            log.append((first..first + 100).map(|seq| message("alice", "bob", seq, &text)).collect()).await.unwrap();
+            log.append((first..first + 100).map(|seq| message("alice", "bob", seq, &text)).collect::<Vec<_>>())
+                .await
+                .unwrap();
         }
         while log.remove_before(sent_at((round * 2_000).saturating_sub(1))).await.unwrap() > 0 {}
         sizes.push(size());
@@ -1009,7 +1011,9 @@ async fn what_was_counted_is_right_after_counting_was_off() {
         let log = log.unwrap();
         let head = log.heads(vec![ConversationId::parse("alice:bob").unwrap()]).await.unwrap()[0];
         let next = head.map_or(1, |head| head.seq.get() + 1);
-        log.append((next..next + 10).map(|seq| message("alice", "bob", seq, "text")).collect()).await.unwrap();
+        log.append((next..next + 10).map(|seq| message("alice", "bob", seq, "text")).collect::<Vec<_>>())
+            .await
+            .unwrap();
         log.remove_before(sent_at(next - next.min(3))).await.unwrap();
         log.usage(accounts()).await.map_err(|error| error.to_string())
     };
