@@ -258,6 +258,10 @@ impl<L: Log> Views<L> {
         limit: usize,
         before: Option<(Timestamp, UserId)>,
     ) -> Result<ConversationsOk, ViewError> {
+        // Before anything is read: what is stored meanwhile is in the list or behind the token, or both.
+        let head = self.log.head();
+        let begin_of_sync = Token::Entries { origin: head, after: head }.encode(self.log.identity());
+        let sync = before.is_none().then_some(begin_of_sync);
         let peers = self.log.peers(me).await?;
         let ids: Vec<Option<ConversationId>> =
             peers.iter().map(|(peer, _)| ConversationId::between(me, peer).ok()).collect();
@@ -275,7 +279,7 @@ impl<L: Log> Views<L> {
         all.sort_unstable_by(|(a, ..), (b, ..)| a.cmp(b));
         let before = before.map(|(at, peer)| (Reverse(at), peer));
         let begin = before.map_or(0, |before| all.partition_point(|(place, ..)| *place <= before));
-        let mut answer = ConversationsOk { conversations: Vec::new(), next: None };
+        let mut answer = ConversationsOk { conversations: Vec::new(), next: None, sync };
         let (mut place, mut bytes) = (None, 0);
         for ((at, with), record, head) in all.split_off(begin) {
             let Ok(id) = ConversationId::between(me, &with) else { continue };

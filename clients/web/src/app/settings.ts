@@ -35,6 +35,7 @@ export function applySettings(): void {
   effect(() => write('chat notify', notifying.value ? 'on' : 'off'));
   addEventListener('storage', ({ key, newValue }) => {
     if (key === 'chat theme' && isTheme(newValue)) theme.value = newValue;
+    if (key === 'chat notify') notifying.value = newValue === 'on' && 'Notification' in globalThis && Notification.permission === 'granted';
   });
 }
 

@@ -16,7 +16,7 @@ import { ConversationView } from './conversation';
 import { Dialog, Sure } from './dialog';
 import { Icon } from './icons';
 import { List } from './list';
-import { Login } from './login';
+import { Login, Refused } from './login';
 import { Menu } from './menu';
 
 interface Props {
@@ -32,9 +32,14 @@ export function App({ entrance, embedded }: Props): JSX.Element {
     // Whoever comes next does not begin where this one was.
     location.hash = '';
   };
+  const isLeft = phase.at === 'login' && phase.isLeft === true;
+  useEffect(() => {
+    if (isLeft) location.hash = '';
+  }, [isLeft]);
   if (phase.at === 'in') {
     return <Inside key={phase.session.user} session={phase.session} onLogOut={logOut} {...(embedded ? { embedded } : {})} />;
   }
+  if (phase.at === 'refused') return <Refused problem={phase.problem} />;
   return (
     <Login
       phase={phase}
@@ -157,7 +162,8 @@ function MainMenu({ session, onKeys, onLogOut }: { session: Chat; onKeys: () => 
         set('light'),
         set('dark'),
         'line',
-        { text: notifying.value ? texts.menu.silent : texts.menu.notify, onPick: () => void notify() },
+        // Browsers ask for it in pages of their own only.
+        ...(onLogOut ? [{ text: notifying.value ? texts.menu.silent : texts.menu.notify, onPick: () => void notify() }] : []),
         { text: texts.menu.keys, onPick: onKeys },
         ...(onLogOut ? (['line', { text: texts.menu.logOut, danger: true, onPick: onLogOut }] as const) : []),
       ]}
