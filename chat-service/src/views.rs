@@ -643,6 +643,46 @@ mod tests {
         assert_eq!(views.not_withheld(&id, &eve, 650).await.unwrap(), 3);
     }
 
+    /// Whoever has the list goes on from there, and gets nothing of what was before, and all that came since.
+    #[tokio::test]
+    async fn the_list_tells_where_sync_begins() {
+        let name = |name: &str| UserId::parse(name).unwrap();
+        let me = name("bob");
+        let log = Arc::new(MemoryLog::new());
+        let views = Views::new(Arc::clone(&log));
+        let append = async |peer: &str, seq: u64| {
+            let entry = NewEntry {
+                conversation: ConversationId::between(&name(peer), &me).unwrap(),
+                seq: Seq::new(seq).unwrap(),
+                from: name(peer),
+                to: me.clone(),
+                id: None,
+                at: Timestamp::from_ms(seq),
+                body: "x".to_owned().into(),
+                withheld: false,
+            };
+            log.append(vec![entry]).await.unwrap();
+        };
+        assert!(views.conversations(&me, 1, None).await.unwrap().sync.is_some(), "an empty list has a place, too");
+        for seq in 1..=300 {
+            append("alice", seq).await;
+        }
+        append("eve", 1).await;
+        let first = views.conversations(&me, 1, None).await.unwrap();
+        let second = views.conversations(&me, 1, Some((Timestamp::from_ms(300), name("alice")))).await.unwrap();
+        assert_eq!((first.conversations.len(), second.conversations.len()), (1, 1));
+        assert_eq!(second.sync, None, "what changed since the first page is not behind the second");
+
+        append("eve", 2).await;
+        append("alice", 301).await;
+        let synced = views.sync(&me, first.sync.as_deref(), 50).await.unwrap();
+        let came: Vec<(&str, u64)> =
+            synced.entries.iter().map(|entry| (entry.from.as_str(), entry.seq.get())).collect();
+        assert_eq!((came, synced.more), (vec![("eve", 2), ("alice", 301)], false));
+        let again = views.sync(&me, Some(&synced.next), 50).await.unwrap();
+        assert!(again.entries.is_empty(), "{again:?}");
+    }
+
     #[test]
     fn the_length_of_a_text_is_that_of_its_json() {
         let all: String = (0..0x300).filter_map(char::from_u32).collect();

@@ -43,7 +43,7 @@ export const texts = {
   begin: {
     title: 'New chat',
     label: 'Whom do you want to write to?',
-    hint: 'The name of the other user, for instance bob',
+    hint: 'Their name, for instance bob',
     start: 'Start',
     self: 'That is you. Nobody can write to themselves.',
     bad: 'That is no user name: small letters, digits, - and _.',
