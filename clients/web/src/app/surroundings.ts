@@ -2,9 +2,8 @@
 
 import type { Clock } from '../sdk/api';
 import { openCache } from './cache';
-import { isVisible, oneLine } from './model/words';
-import type { News, Sdk, Surroundings } from './session';
-import { notifying } from './settings';
+import type { Sdk, Surroundings } from './session';
+import { mayNotify } from './settings';
 import { UserTabs, type Tabs } from './tabs';
 
 export const clock: Clock = {
@@ -25,8 +24,9 @@ export function browser(loadSdk: () => Promise<Sdk>): Surroundings {
     storage: storageOr(() => localStorage),
     isLooking,
     tabs,
-    notify,
-    withdraw,
+    // Loaded when there is something to tell.
+    notify: (news) => mayNotify() && void import('./notify').then(({ notify }) => notify(news), () => {}),
+    withdraw: (user, peer) => mayNotify() && void import('./notify').then(({ withdraw }) => withdraw(user, peer), () => {}),
   };
 }
 
@@ -68,51 +68,4 @@ function tabs(user: string, onLogOut: () => void): Tabs {
       all.close();
     },
   };
-}
-
-const tagOf = (user: string, peer: string): string => `chat ${user} ${peer}`;
-
-/** Those that this page has shown itself. */
-const shown = new Map<string, Notification>();
-
-const mayNotify = (): boolean => notifying.peek() && 'Notification' in globalThis && Notification.permission === 'granted';
-
-/** One for each sender, the newest. */
-async function notify({ user, from, text, seq }: News): Promise<void> {
-  if (!mayNotify()) return;
-  const tag = tagOf(user, from);
-  const options = { body: isVisible(text) ? oneLine(text) : '…', tag, icon: '/icon.svg', data: { user, peer: from, seq }, renotify: true };
-  try {
-    // Phones have it only from the service worker.
-    const registration = await navigator.serviceWorker?.getRegistration();
-    if (registration?.active) {
-      const isOlder = (await registration.getNotifications({ tag })).some(({ data }) => (data as { seq: number }).seq > seq);
-      return isOlder ? undefined : await registration.showNotification(from, options);
-    }
-    const notification = new Notification(from, options);
-    shown.set(tag, notification);
-    notification.onclick = () => {
-      focus();
-      location.hash = from;
-      notification.close();
-    };
-  } catch {
-    // A browser that shows none has nothing to say.
-  }
-}
-
-async function withdraw(user: string, peer?: string): Promise<void> {
-  if (!mayNotify()) return;
-  const isMeant = (tag: string) => (peer === undefined ? tag.startsWith(tagOf(user, '')) : tag === tagOf(user, peer));
-  for (const [tag, notification] of shown) {
-    if (!isMeant(tag)) continue;
-    notification.close();
-    shown.delete(tag);
-  }
-  try {
-    const registration = await navigator.serviceWorker?.getRegistration();
-    for (const notification of (await registration?.getNotifications()) ?? []) if (isMeant(notification.tag)) notification.close();
-  } catch {
-    // As above.
-  }
 }
