@@ -9,12 +9,12 @@ const LONG_ENGLISH = "some longer words ".repeat(20).trim();
 const PHONE = { width: 360, height: 740 };
 
 await scenario(async (stage) => {
-  const [a, b] = [nameOf("alice"), nameOf("bob")];
   for (const [name, isTurned, viewport] of [
     ["wide, from right to left", true, { width: 1100, height: 760 }],
     ["a phone, from right to left", true, PHONE],
     ["a phone, from left to right", false, PHONE],
   ]) {
+    const [a, b] = [nameOf("alice"), nameOf("bob")];
     const context = await stage.context({ viewport, serviceWorkers: "block" });
     // What the texts say of their direction is all that a translation changes here.
     let turned = 0;
@@ -55,7 +55,9 @@ await scenario(async (stage) => {
         const words = message.querySelector(".words:last-of-type");
         const range = document.createRange();
         range.selectNodeContents(words);
-        const text = range.getClientRects()[0];
+        const rects = [...range.getClientRects()];
+        const line = rects.filter(({ top }) => Math.abs(top - rects.at(-1).top) < 4);
+        const text = { left: Math.min(...line.map(({ left }) => left)), right: Math.max(...line.map(({ right }) => right)) };
         const foot = message.querySelector(".message-foot").getBoundingClientRect();
         const block = message.querySelector("blockquote");
         return {
