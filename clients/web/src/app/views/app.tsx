@@ -1,7 +1,7 @@
 //! The page: log in, or the conversations and the open one.
 
 import type { JSX } from 'preact';
-import { useEffect, useLayoutEffect, useState } from 'preact/hooks';
+import { useEffect, useLayoutEffect, useRef, useState } from 'preact/hooks';
 
 import type { Entrance } from '../entrance';
 import { now } from '../format';
@@ -70,6 +70,15 @@ function Inside({ session, onLogOut, embedded }: { session: Session; onLogOut: (
     addEventListener('hashchange', go);
     return () => removeEventListener('hashchange', go);
   }, [session, onlyPeer]);
+
+  // Whoever goes back is at the conversation in the list, and not at the beginning of the page.
+  const wasOpen = useRef(state.open);
+  useEffect(() => {
+    const was = wasOpen.current;
+    wasOpen.current = state.open;
+    if (state.open !== undefined || was === undefined || (document.activeElement ?? document.body) !== document.body) return;
+    document.querySelector<HTMLElement>(`.list-row[href="#${was}"]`)?.focus({ preventScroll: true });
+  }, [state.open]);
 
   useEffect(() => {
     document.title = unread > 0 ? `(${unread}) ${texts.title}` : texts.title;
