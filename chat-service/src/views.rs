@@ -258,6 +258,10 @@ impl<L: Log> Views<L> {
         limit: usize,
         before: Option<(Timestamp, UserId)>,
     ) -> Result<ConversationsOk, ViewError> {
+        // Before anything is read: what is stored meanwhile is in the list or behind the token, or both.
+        let head = self.log.head();
+        let begin_of_sync = Token::Entries { origin: head, after: head }.encode(self.log.identity());
+        let sync = before.is_none().then_some(begin_of_sync);
         let peers = self.log.peers(me).await?;
         let ids: Vec<Option<ConversationId>> =
             peers.iter().map(|(peer, _)| ConversationId::between(me, peer).ok()).collect();
@@ -275,7 +279,7 @@ impl<L: Log> Views<L> {
         all.sort_unstable_by(|(a, ..), (b, ..)| a.cmp(b));
         let before = before.map(|(at, peer)| (Reverse(at), peer));
         let begin = before.map_or(0, |before| all.partition_point(|(place, ..)| *place <= before));
-        let mut answer = ConversationsOk { conversations: Vec::new(), next: None };
+        let mut answer = ConversationsOk { conversations: Vec::new(), next: None, sync };
         let (mut place, mut bytes) = (None, 0);
         for ((at, with), record, head) in all.split_off(begin) {
             let Ok(id) = ConversationId::between(me, &with) else { continue };
@@ -637,6 +641,46 @@ mod tests {
         );
         // What was before is still what it was.
         assert_eq!(views.not_withheld(&id, &eve, 650).await.unwrap(), 3);
+    }
+
+    /// Whoever has the list goes on from there, and gets nothing of what was before, and all that came since.
+    #[tokio::test]
+    async fn the_list_tells_where_sync_begins() {
+        let name = |name: &str| UserId::parse(name).unwrap();
+        let me = name("bob");
+        let log = Arc::new(MemoryLog::new());
+        let views = Views::new(Arc::clone(&log));
+        let append = async |peer: &str, seq: u64| {
+            let entry = NewEntry {
+                conversation: ConversationId::between(&name(peer), &me).unwrap(),
+                seq: Seq::new(seq).unwrap(),
+                from: name(peer),
+                to: me.clone(),
+                id: None,
+                at: Timestamp::from_ms(seq),
+                body: "x".to_owned().into(),
+                withheld: false,
+            };
+            log.append(vec![entry]).await.unwrap();
+        };
+        assert!(views.conversations(&me, 1, None).await.unwrap().sync.is_some(), "an empty list has a place, too");
+        for seq in 1..=300 {
+            append("alice", seq).await;
+        }
+        append("eve", 1).await;
+        let first = views.conversations(&me, 1, None).await.unwrap();
+        let second = views.conversations(&me, 1, Some((Timestamp::from_ms(300), name("alice")))).await.unwrap();
+        assert_eq!((first.conversations.len(), second.conversations.len()), (1, 1));
+        assert_eq!(second.sync, None, "what changed since the first page is not behind the second");
+
+        append("eve", 2).await;
+        append("alice", 301).await;
+        let synced = views.sync(&me, first.sync.as_deref(), 50).await.unwrap();
+        let came: Vec<(&str, u64)> =
+            synced.entries.iter().map(|entry| (entry.from.as_str(), entry.seq.get())).collect();
+        assert_eq!((came, synced.more), (vec![("eve", 2), ("alice", 301)], false));
+        let again = views.sync(&me, Some(&synced.next), 50).await.unwrap();
+        assert!(again.entries.is_empty(), "{again:?}");
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! Whoever builds chatd without it gets a page there that says how to begin and how to build it. Files below `assets/` have their content in
 //! their names and are kept by browsers for ever; the others are asked for again each time, and answered with 304 if they are the same. Every
-//! file has its compressed form beside it. Invariant: nothing that is served here may run what is not served here too.
+//! file has its compressed form beside it, under a tag of its own. Invariant: nothing that is served here may run what is not served here too.
 
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -31,10 +31,15 @@ const EMBEDDED: &str = "embed.html";
 
 /// One file, and how it is answered.
 struct File {
-    body: Bytes,
-    compressed: Option<Bytes>,
-    etag: HeaderValue,
+    plain: Form,
+    compressed: Option<Form>,
     headers: HeaderMap,
+}
+
+/// The bytes that are sent, and what these are called.
+struct Form {
+    body: Bytes,
+    etag: HeaderValue,
 }
 
 /// Whether it was built in.
@@ -60,7 +65,10 @@ pub fn router(origins: &[AllowedOrigin]) -> Router {
 fn read(name: &str, origins: &[AllowedOrigin]) -> Option<File> {
     let embedded = Files::get(name)?;
     let hash: String = embedded.metadata.sha256_hash()[..16].iter().map(|byte| format!("{byte:02x}")).collect();
-    let compressed = Files::get(&format!("{name}{COMPRESSED}")).map(|file| bytes(file.data));
+    let form = |data, suffix: &str| {
+        Some(Form { body: bytes(data), etag: HeaderValue::from_str(&format!("\"{hash}{suffix}\"")).ok()? })
+    };
+    let compressed = Files::get(&format!("{name}{COMPRESSED}")).and_then(|file| form(file.data, "-gzip"));
     let is_hashed = name.starts_with("assets/");
     let kept = if is_hashed { "public, max-age=31536000, immutable" } else { "no-cache" };
     let mut headers = HeaderMap::new();
@@ -77,8 +85,7 @@ fn read(name: &str, origins: &[AllowedOrigin]) -> Option<File> {
     put(header::CONTENT_SECURITY_POLICY, &format!("{POLICY}{}", ancestors(name, origins)));
     put(HeaderName::from_static("cross-origin-opener-policy"), "same-origin");
     put(HeaderName::from_static("permissions-policy"), "camera=(), geolocation=(), microphone=(), payment=(), usb=()");
-    let etag = HeaderValue::from_str(&format!("\"{hash}\"")).ok()?;
-    Some(File { body: bytes(embedded.data), compressed, etag, headers })
+    Some(File { plain: form(embedded.data, "")?, compressed, headers })
 }
 
 /// Of a program's own, nothing is copied.
@@ -115,21 +122,17 @@ fn content_type(name: &str) -> &'static str {
 impl File {
     fn answer(&self, asked: &HeaderMap) -> Response {
         let mut headers = self.headers.clone();
-        headers.insert(header::ETAG, self.etag.clone());
-        let is_known = |tags: &HeaderValue| {
-            let tags = tags.as_bytes();
-            tags.windows(self.etag.len()).any(|tag| tag == self.etag.as_bytes())
-        };
+        let compressed = self.compressed.as_ref().filter(|_| takes_gzip(asked));
+        let Form { body, etag } = compressed.unwrap_or(&self.plain);
+        headers.insert(header::ETAG, etag.clone());
+        let is_known = |tags: &HeaderValue| tags.as_bytes().windows(etag.len()).any(|tag| tag == etag.as_bytes());
         if asked.get(header::IF_NONE_MATCH).is_some_and(is_known) {
             return (StatusCode::NOT_MODIFIED, headers).into_response();
         }
-        match &self.compressed {
-            Some(compressed) if takes_gzip(asked) => {
-                headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
-                (headers, compressed.clone()).into_response()
-            }
-            _ => (headers, self.body.clone()).into_response(),
+        if compressed.is_some() {
+            headers.insert(header::CONTENT_ENCODING, HeaderValue::from_static("gzip"));
         }
+        (headers, body.clone()).into_response()
     }
 }
 
@@ -152,10 +155,10 @@ mod tests {
     }
 
     fn file() -> File {
+        let form = |body, etag| Form { body: Bytes::from_static(body), etag: HeaderValue::from_static(etag) };
         File {
-            body: Bytes::from_static(b"words"),
-            compressed: Some(Bytes::from_static(b"wds")),
-            etag: HeaderValue::from_static("\"1234\""),
+            plain: form(b"words", "\"1234\""),
+            compressed: Some(form(b"wds", "\"1234-gzip\"")),
             headers: HeaderMap::new(),
         }
     }
@@ -186,8 +189,27 @@ mod tests {
         for tags in ["\"1234\"", "W/\"1234\"", "\"1\", \"1234\""] {
             assert_eq!(status(tags), StatusCode::NOT_MODIFIED, "{tags}");
         }
-        for tags in ["\"123\"", "1234", ""] {
+        for tags in ["\"123\"", "1234", "", "\"1234-gzip\""] {
             assert_eq!(status(tags), StatusCode::OK, "{tags}");
+        }
+    }
+
+    #[test]
+    fn each_form_is_known_by_its_own_tag() {
+        let answer = |encoding: &'static str, tags: &'static str| {
+            let mut asked = asking(header::ACCEPT_ENCODING, encoding);
+            asked.insert(header::IF_NONE_MATCH, HeaderValue::from_static(tags));
+            let answer = file().answer(&asked);
+            (answer.status(), answer.headers()[header::ETAG].clone())
+        };
+        for (encoding, tags, status, etag) in [
+            ("gzip", "", StatusCode::OK, "\"1234-gzip\""),
+            ("gzip", "\"1234-gzip\"", StatusCode::NOT_MODIFIED, "\"1234-gzip\""),
+            ("gzip", "\"1234\"", StatusCode::OK, "\"1234-gzip\""),
+            ("identity", "\"1234-gzip\"", StatusCode::OK, "\"1234\""),
+            ("identity", "\"1234-gzip\", \"1234\"", StatusCode::NOT_MODIFIED, "\"1234\""),
+        ] {
+            assert_eq!(answer(encoding, tags), (status, HeaderValue::from_static(etag)), "{encoding}, {tags}");
         }
     }
 

@@ -368,6 +368,9 @@ pub struct ConversationsOk {
     /// `before` of the next page, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub next: Option<String>,
+    /// With the first page: `since` of a [`Call::Sync`] that gives what changes after this list.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sync: Option<String>,
 }
 
 /// Answer to [`Call::History`]. Entries in the order of seq.

@@ -114,6 +114,37 @@ async fn a_refused_message_is_shown() {
     plays(&chatd(options).await, "refused", &["alice", "alice-pw", "nobody"]).await;
 }
 
+/// A server that knows its users, alice and bob.
+async fn chatd_with_passwords(folder: &TempDir) -> Chatd {
+    let file = folder.path().join("passwords");
+    for user in ["alice", "bob"] {
+        assert_eq!(passwd(&["add", user], &file, &format!("{user}-pw\n")).await.0, Some(0));
+    }
+    chatd(Options::default().set("auth.mode", "required").set("auth.password_file", file.display())).await
+}
+
+#[tokio::test]
+async fn a_log_out_is_one_in_all_tabs() {
+    let folder = TempDir::new().unwrap();
+    plays(&chatd_with_passwords(&folder).await, "logout", &["alice", "alice-pw", "bob"]).await;
+}
+
+#[tokio::test]
+async fn a_page_is_told_that_its_user_is_not_let_in() {
+    let folder = TempDir::new().unwrap();
+    plays(&chatd_with_passwords(&folder).await, "unwelcome", &["alice", "alice-pw", "bob"]).await;
+}
+
+#[tokio::test]
+async fn whoever_is_not_there_is_told_once() {
+    plays(&chatd(Options::default()).await, "notify", &[]).await;
+}
+
+#[tokio::test]
+async fn from_right_to_left() {
+    plays(&chatd(Options::default()).await, "rtl", &[]).await;
+}
+
 #[tokio::test]
 async fn a_killed_server_loses_nothing() {
     let mut chatd = chatd(Options::default()).await;
@@ -237,6 +268,7 @@ async fn pages_come_with_their_rules() {
     let script = page.split("src=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap();
     let (plain, source) = answer(&chatd, script, "").await;
     let (packed, bytes) = answer(&chatd, script, "accept-encoding: gzip, br\r\n").await;
+    assert_ne!(header(&plain, "etag"), header(&packed, "etag"), "other bytes under one name");
     assert_eq!(header(&plain, "content-encoding"), None);
     assert_eq!(header(&packed, "content-encoding"), Some("gzip"));
     assert!(bytes.len() < source.len() && bytes.starts_with(&[0x1f, 0x8b]), "{} of {}", bytes.len(), source.len());

@@ -52,6 +52,18 @@ await scenario(async (stage) => {
   await first.until(() => document.querySelector(".compose textarea")?.value === "", "the draft is sent");
   step("drafts are shared by tabs");
 
+  await first.choose("from the first tab", "Edit");
+  await first.page.fill(".compose textarea", "from the first tab, but");
+  await second.until(() => document.querySelector(".compose-editing") !== null && document.querySelector(".compose textarea").value === "from the first tab, but", "the words of the edit");
+  await first.open(a.replace("alice", "zoe"));
+  await first.until(() => document.querySelector(".compose-editing") === null, "nothing is edited in another conversation");
+  await first.page.reload();
+  await first.open(b);
+  await first.until(() => document.querySelector(".compose-editing") !== null && document.querySelector(".compose textarea").value === "from the first tab, but", "the words of the edit after a reload");
+  await first.page.press(".compose textarea", "Escape");
+  for (const one of [first, second]) await one.until(() => document.querySelector(".compose-editing") === null && document.querySelector(".compose textarea").value === "", "it is edited no longer");
+  step("the words of an edit survive a reload and another conversation, and are shared by tabs");
+
   await device.choose("from the device", "Edit");
   await device.page.fill(".compose textarea", "from the device, edited");
   await device.page.press(".compose textarea", "Enter");

@@ -87,7 +87,10 @@ impl Chat {
             panic!("nobody asked: {:?}", self.effects)
         };
         let ticket = *ticket;
-        self.handle(Input::Conversations { ticket, outcome: Ok(ConversationsOk { conversations, next: None }) });
+        self.handle(Input::Conversations {
+            ticket,
+            outcome: Ok(ConversationsOk { conversations, next: None, sync: None }),
+        });
     }
 
     /// Answers what was asked of the history, from a conversation that has so many texts.

@@ -55,6 +55,26 @@ describe('the cache', () => {
     expect([seqs(page), page.more]).toEqual([[1, 3, 4, 5], false]);
   });
 
+  it('keeps everything from a token on', async () => {
+    expect(await cache.begin('t1')).toBe('t1');
+    // Another tab was first.
+    expect(await cache.begin('t2')).toBe('t1');
+    await cache.synced('alice', 't1', { entries: texts(301, 302) as Envelope[], conversations: [], next: 't3', more: false });
+    await cache.arrived('bob', text(303) as Envelope);
+    expect(await cache.page('bob', undefined, 10)).toEqual({ entries: texts(301, 303), more: true });
+    expect(await cache.page('bob', 301, 10)).toEqual({ entries: [], more: true });
+    await cache.put('bob', texts(203, 303), false, false);
+    await cache.arrived('bob', text(304) as Envelope);
+    const page = await cache.page('bob', undefined, 1_000);
+    expect([seqs(page)[0], page.entries.length, page.more]).toEqual([203, 102, true]);
+    // What comes of what is not here, is not the beginning of anything.
+    await cache.arrived('zoe', { ...text(7), from: 'zoe', conversation: 'alice:zoe', kind: 'unsend', target: 5 } as Envelope);
+    expect(await cache.page('zoe', undefined, 10)).toEqual({ entries: [], more: true });
+    await cache.clear();
+    await cache.arrived('bob', text(305) as Envelope);
+    expect(await cache.page('bob', undefined, 10)).toEqual({ entries: [], more: true });
+  });
+
   it('keeps no token for what it has not', async () => {
     const page = (from: number, to: number, next: string, more: boolean) => ({ entries: texts(from, to) as Envelope[], conversations: [], next, more });
     await cache.synced('alice', undefined, page(1, 2, 't1', true));

@@ -1,7 +1,7 @@
 //! What a user has seen of the conversations, kept in this browser: to be read offline, and to ask the server only for what is new. Shared by the user's tabs.
 //!
-//! Invariants: a sync token is kept in the same transaction as what came with it, and only if what came before it is here, too (it may have found no place, or another
-//! tab may have forgotten everything); until everything was synced once, a conversation is told only from where it
+//! Invariants: a sync token is kept in the same transaction as what came with it, and only if what came since the one before is here, too (it may have found no place, or
+//! another tab may have forgotten everything); unless everything was synced from the beginning, a conversation is told only from where it
 //! has no holes. Nothing here is the only copy of anything, but for messages that were not sent.
 
 import type { Envelope, Sync, Text, Unsent } from '../sdk/api';
@@ -25,6 +25,8 @@ export interface Cache {
   put(peer: string, entries: readonly Text[], whole: boolean, joins: boolean): Promise<void>;
   /** After everything was synced: before that it would leave holes. */
   arrived(peer: string, envelope: Envelope): Promise<void>;
+  /** From this token on everything is kept; the one that holds, if another tab has begun earlier. */
+  begin(token: string): Promise<string>;
   /** What came since a token. */
   synced(me: string, since: string | undefined, sync: Sync): Promise<void>;
   remove(peer: string, seqs: readonly number[]): Promise<void>;
@@ -42,6 +44,7 @@ export const noCache: Cache = {
   page: async () => ({ entries: [], more: true }),
   put: async () => {},
   arrived: async () => {},
+  begin: async (token) => token,
   synced: async () => {},
   remove: async () => {},
   keep: async () => {},
@@ -124,22 +127,44 @@ class IndexedCache implements Cache {
   }
 
   async arrived(peer: string, envelope: Envelope): Promise<void> {
-    const { entries, done } = this.#stores('readwrite');
+    const { entries, state, done } = this.#stores('readwrite');
     await apply(entries, peer, envelope);
+    if (envelope.kind === 'text') await this.#beginsWith(state, peer, envelope.seq);
     await done;
+  }
+
+  async begin(token: string): Promise<string> {
+    const { state, done } = this.#stores('readwrite');
+    const held = await answer<string | undefined>(state.get('token'));
+    if (held === undefined) {
+      state.put(token, 'token');
+      state.put(true, 'begun');
+    }
+    await done;
+    return held ?? token;
+  }
+
+  /** Of a conversation of which nothing is kept, everything is from now on: the token sees to it. */
+  async #beginsWith(state: IDBObjectStore, peer: string, seq: number): Promise<void> {
+    const [token, from] = await Promise.all([answer<string | undefined>(state.get('token')), answer<number | undefined>(state.get(`from ${peer}`))]);
+    if (token !== undefined && from === undefined) state.put(seq, `from ${peer}`);
   }
 
   async synced(me: string, since: string | undefined, sync: Sync): Promise<void> {
     const { entries, state, done } = this.#stores('readwrite');
-    const follows = (await answer<string | undefined>(state.get('token'))) === since;
+    const [held, hasBegun] = await Promise.all([answer<string | undefined>(state.get('token')), answer<boolean | undefined>(state.get('begun'))]);
+    const follows = held === since;
     for (const entry of sync.entries) {
       // Without what came before, a text would be beyond a hole; what is taken back is so in any case.
-      if (follows || entry.kind !== 'text') await apply(entries, entry.from === me ? entry.to : entry.from, entry);
+      const peer = entry.from === me ? entry.to : entry.from;
+      if (follows || entry.kind !== 'text') await apply(entries, peer, entry);
+      if (follows && since !== undefined && entry.kind === 'text') await this.#beginsWith(state, peer, entry.seq);
     }
     for (const { with: peer, deleted } of sync.conversations) for (const seq of deleted ?? []) entries.delete([peer, seq]);
     if (follows) {
       state.put(sync.next, 'token');
-      if (!sync.more) state.put(true, 'complete');
+      // Not if it began in the middle.
+      if (!sync.more && !hasBegun) state.put(true, 'complete');
     }
     await done;
   }

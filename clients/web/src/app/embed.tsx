@@ -2,11 +2,14 @@
 //!
 //!     frame.contentWindow.postMessage({ chat: 'login', user: 'alice', token: '…', with: 'bob' }, chatOrigin)
 //!
-//! after the frame has said `{ chat: 'ready' }`, and again whenever it says `{ chat: 'token' }`. Nothing is remembered. For a server in development mode
+//! after the frame has said `{ chat: 'ready' }`, and again whenever it says `{ chat: 'token' }`. `{ chat: 'closed', code, message }` says that the server has ended it: who
+//! is there then is up to the site. Nothing is remembered. For a server in development mode
 //! `embed.html#user=alice&with=bob` is enough. Who may frame the page is up to the server's `frame-ancestors`.
 
+import { effect } from '@preact/signals';
 import { render } from 'preact';
 
+import type { Closed } from '../sdk/api';
 import { Entrance } from './entrance';
 import { keepTime } from './format';
 import { isName } from './model/words';
@@ -41,6 +44,8 @@ const entrance = new Entrance(
   storageOr(() => sessionStorage),
 );
 let user: string | undefined;
+/** Of the site, once it has said something. */
+let origin = '*';
 let given: string | undefined;
 let waiting: ((token: string) => void) | undefined;
 
@@ -71,6 +76,7 @@ function token(): Promise<string> {
 addEventListener('message', (event: MessageEvent<unknown>) => {
   const told = event.data as Partial<Told> | null;
   if (event.source !== parent || told?.chat !== 'login') return;
+  origin = event.origin;
   // Another user's is none for this one's connection.
   if (typeof told.token === 'string' && waiting && (told.user === undefined || told.user === user)) {
     waiting(told.token);
@@ -80,6 +86,15 @@ addEventListener('message', (event: MessageEvent<unknown>) => {
   if (typeof told.user !== 'string' || !isName(told.user) || typeof told.token !== 'string') return;
   given = told.token;
   show(told.user, typeof told.with === 'string' && isName(told.with) ? told.with : undefined, token);
+});
+
+let told: Closed | undefined;
+effect(() => {
+  const phase = entrance.phase.value;
+  const connection = phase.at === 'in' ? phase.session.state.value.connection : undefined;
+  const why = connection?.state === 'closed' ? connection.why : phase.at === 'login' || phase.at === 'refused' ? phase.why : undefined;
+  if (why && why !== told && why.code !== 'by_us') parent.postMessage({ chat: 'closed', code: why.code, message: why.message }, origin);
+  told = why;
 });
 
 const address = new URLSearchParams(location.hash.slice(1));

@@ -5,13 +5,16 @@
 
 import { effect, signal, type ReadonlySignal } from '@preact/signals';
 
-import type { ConnectionState } from '../sdk/api';
+import type { Closed, ConnectionState } from '../sdk/api';
 import { Session, type Login, type Surroundings } from './session';
 import { texts } from './texts';
 
 export type Phase =
-  | { at: 'login'; user: string; withPassword: boolean; problem?: string }
+  /** `why`: the server has ended it. `isLeft`: in another tab. */
+  | { at: 'login'; user: string; withPassword: boolean; problem?: string; why?: Closed; isLeft?: true }
   | { at: 'entering'; user: string; problem?: string }
+  /** Who the user is says the page around this one, and the server does not believe it. */
+  | { at: 'refused'; user: string; problem: string; why: Closed }
   | { at: 'in'; session: Session };
 
 const USER = 'chat user';
@@ -53,6 +56,8 @@ export class Entrance {
     let wasConnected = false;
     this.#watching = effect(() => {
       const { connection } = session.state.value;
+      // What a page around this one has begun, it ends.
+      if (session.isLoggedOut.value && remember) return this.#leftElsewhere(session, password !== undefined);
       if (connection.state === 'connected') {
         if (!wasConnected && remember) this.#remember(login, stay);
         wasConnected = true;
@@ -65,10 +70,12 @@ export class Entrance {
   #step(session: Session, connection: ConnectionState, withPassword: boolean, isRemembered: boolean): void {
     const phase = this.#phase.peek();
     if (connection.state === 'closed' && connection.why.code === 'login_refused') {
+      const { why } = connection;
       if (isRemembered) this.#forget(session.user);
       this.#leave(false);
-      const problem = texts.login.refused(connection.why.message);
-      this.#phase.value = { at: 'login', user: session.user, withPassword: true, problem: withPassword || phase.at === 'entering' ? problem : texts.login.again };
+      const problem = texts.login.refused(why.message);
+      if (session.hasToken) this.#phase.value = { at: 'refused', user: session.user, problem, why };
+      else this.#phase.value = { at: 'login', user: session.user, withPassword: true, problem: withPassword || phase.at === 'entering' ? problem : texts.login.again, why };
       return;
     }
     if (phase.at !== 'entering') return;
@@ -76,8 +83,14 @@ export class Entrance {
     else if (connection.state === 'lost') this.#phase.value = { ...phase, problem: texts.login.noServer };
     else if (connection.state === 'closed') {
       this.#leave(false);
-      this.#phase.value = { at: 'login', user: session.user, withPassword, problem: connection.why.message };
+      this.#phase.value = { at: 'login', user: session.user, withPassword, problem: connection.why.message, why: connection.why };
     }
+  }
+
+  #leftElsewhere(session: Session, withPassword: boolean): void {
+    this.#forget(session.user);
+    this.#leave(true);
+    this.#phase.value = { at: 'login', user: '', withPassword, problem: texts.login.leftElsewhere, isLeft: true };
   }
 
   cancel(): void {
@@ -89,6 +102,7 @@ export class Entrance {
   /** With everything that this browser keeps of the user, but for what waits to be sent. */
   logOut(): void {
     this.#forget(this.#session?.user);
+    this.#session?.logOutElsewhere();
     this.#leave(true);
     this.#phase.value = { at: 'login', user: '', withPassword: false };
   }

@@ -31,9 +31,7 @@ entrance.begin();
 
 addEventListener('storage', ({ key, newValue }) => {
   const phase = entrance.phase.peek();
-  if (key !== null && phase.at === 'in') phase.session.draftElsewhere(key, newValue);
-  // Another tab has logged out.
-  if (key === 'chat user' && newValue === null) location.reload();
+  if (key !== null && phase.at === 'in') phase.session.writtenElsewhere(key, newValue);
 });
 
 for (const event of ['online', 'visibilitychange'] as const) {
@@ -45,7 +43,10 @@ for (const event of ['online', 'visibilitychange'] as const) {
 
 if ('serviceWorker' in navigator && import.meta.env.PROD) {
   void navigator.serviceWorker.register('/sw.js').then(watchForUpdates, () => {});
-  navigator.serviceWorker.addEventListener('message', ({ data }: MessageEvent<{ open?: string }>) => {
+  // A notification was clicked: whose page is this, and the conversation to open.
+  navigator.serviceWorker.addEventListener('message', ({ data, ports }: MessageEvent<{ whose?: string; open?: string }>) => {
+    const phase = entrance.phase.peek();
+    if (data.whose !== undefined) ports[0]?.postMessage(phase.at === 'in' && phase.session.user === data.whose);
     if (data.open !== undefined) location.hash = data.open;
   });
 }

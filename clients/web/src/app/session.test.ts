@@ -3,7 +3,7 @@ import 'fake-indexeddb/auto';
 import { beforeEach, describe, expect, it } from 'vitest';
 
 import { openCache } from './cache';
-import { TestClock, eventually } from './demo/clock';
+import { TestClock, eventually, settle } from './demo/clock';
 import { DemoServer } from './demo/server';
 import { listOf, unreadOf, type State } from './model/state';
 import { Session, type Surroundings } from './session';
@@ -20,6 +20,9 @@ class Browser {
   });
   isLooking = true;
   readonly notified: string[] = [];
+  readonly withdrawn: (string | undefined)[] = [];
+  /** What one of its pages has told of. */
+  readonly claimed = new Set<string>();
 
   async page(user: string, open?: string): Promise<Session> {
     const around: Surroundings = {
@@ -29,7 +32,13 @@ class Browser {
       openCache: (user) => openCache(user, this.databases),
       storage: this.storage,
       isLooking: () => this.isLooking,
-      notify: (from, text) => void this.notified.push(`${from}: ${text}`),
+      notify: ({ from, text }) => void this.notified.push(`${from}: ${text}`),
+      tabs: () => ({
+        claim: async (what) => this.claimed.size < this.claimed.add(what).size,
+        logOut: () => {},
+        close: () => {},
+      }),
+      withdraw: (_user, peer) => void this.withdrawn.push(peer),
     };
     const session = new Session({ user }, around);
     void session.begin();
@@ -129,7 +138,6 @@ describe('a session', () => {
     }
     expect(textsOf(alice, 'bob')).toEqual(Array.from({ length: 350 }, (_, at) => `text ${at + 1}`));
     expect(server.asked.filter((what) => what.startsWith('history'))).toHaveLength(4);
-    await eventually(() => server.asked.includes('sync 200'), 'everything is synced');
     await clock.pass(1_000);
     await alice.end(false);
 
@@ -144,12 +152,75 @@ describe('a session', () => {
     for (let at = 0; at < 500; at += 1) server.append('bob', 'alice', { kind: 'text', text: `text ${at}` });
     const browser = new Browser();
     const first = await browser.page('alice');
+    await clock.pass(1_000);
+    expect(server.asked).toEqual(['conversations', 'whoami', 'sync 500']);
+    await first.end(false);
+    server.asked.length = 0;
+    await browser.page('alice');
+    expect(server.asked).toEqual(['conversations', 'whoami', 'sync 500']);
+  });
+
+  it('asks a server that tells no token with its list for everything, once', async () => {
+    server.listsToken = false;
+    for (let at = 0; at < 500; at += 1) server.append('bob', 'alice', { kind: 'text', text: `text ${at}` });
+    const browser = new Browser();
+    const first = await browser.page('alice');
     await eventually(() => server.asked.includes('sync 400'), 'everything is synced');
     await clock.pass(1_000);
     await first.end(false);
     server.asked.length = 0;
     await browser.page('alice');
     expect(server.asked).toEqual(['conversations', 'whoami', 'sync 500']);
+  });
+
+  it('has after the first login what it has looked at and what has come since, without holes, and the rest when it is asked for', async () => {
+    for (const peer of ['bob', 'zoe', 'eve']) for (let at = 1; at <= 300; at += 1) server.append(peer, 'alice', { kind: 'text', text: `${peer} ${at}` });
+    const browser = new Browser();
+    const first = await browser.page('alice', 'bob');
+    server.append('zoe', 'alice', { kind: 'text', text: 'zoe 301' });
+    await clock.pass(1_000);
+    server.goDown();
+    for (const peer of ['bob', 'zoe']) server.append(peer, 'alice', { kind: 'text', text: `${peer} again` });
+    server.append('bob', 'alice', { kind: 'edit', target: 250, text: 'other words' });
+    server.append('bob', 'alice', { kind: 'edit', target: 3, text: 'of what is not here' });
+    server.comeBack();
+    await clock.pass(1_000);
+    await first.end(false);
+
+    server.isUp = false;
+    const offline = await browser.page('alice', 'bob');
+    await eventually(() => bobOf(offline).timeline !== undefined, 'the cache has told');
+    const had = Array.from({ length: 100 }, (_, at) => (at + 201 === 250 ? 'other words' : `bob ${at + 201}`));
+    expect(textsOf(offline, 'bob')).toEqual([...had, 'bob again'].slice(-100));
+    await offline.loadEarlier('bob');
+    expect(textsOf(offline, 'bob')).toEqual([...had, 'bob again']);
+    await expect(offline.loadEarlier('bob')).rejects.toThrow('when you are connected');
+    offline.open('zoe');
+    await eventually(() => stateOf(offline).conversations.get('zoe')?.timeline !== undefined, 'the cache has told');
+    expect(textsOf(offline, 'zoe')).toEqual(['zoe 301', 'zoe again']);
+    await expect(offline.loadEarlier('zoe')).rejects.toThrow('when you are connected');
+    offline.open('eve');
+    await settle();
+    expect(textsOf(offline, 'eve')).toBeUndefined();
+    expect(listOf(stateOf(offline)).map(({ peer, last }) => [peer, last?.text])).toEqual(expect.arrayContaining([['eve', 'eve 300'], ['zoe', 'zoe again'], ['bob', 'bob again']]));
+
+    server.comeBack();
+    await clock.pass(5_000);
+    const all = {
+      zoe: [...Array.from({ length: 301 }, (_, at) => `zoe ${at + 1}`), 'zoe again'],
+      bob: [...Array.from({ length: 300 }, (_, at) => (at === 2 ? 'of what is not here' : at === 249 ? 'other words' : `bob ${at + 1}`)), 'bob again'],
+    };
+    for (const peer of ['zoe', 'bob'] as const) {
+      offline.open(peer);
+      await eventually(() => textsOf(offline, peer)?.at(-1) === all[peer].at(-1), 'its newest messages are there');
+      await clock.pass(100);
+      while (stateOf(offline).conversations.get(peer)?.timeline?.earlier) {
+        const loaded = offline.loadEarlier(peer);
+        await clock.pass(10);
+        await loaded;
+      }
+      expect(textsOf(offline, peer)).toEqual(all[peer]);
+    }
   });
 
   it('shows a refusal, keeps it over a reload, and tries it under another id', async () => {
@@ -190,10 +261,65 @@ describe('a session', () => {
     await alice.end(false);
     const again = await browser.page('alice');
     expect(stateOf(again).drafts.get('bob')).toBe('a draft');
-    again.draftElsewhere('chat draft alice zoe', 'another');
-    again.draftElsewhere('chat draft eve zoe', 'not mine');
-    again.draftElsewhere('chat draft alice bob', null);
+    again.writtenElsewhere('chat draft alice zoe', 'another');
+    again.writtenElsewhere('chat draft eve zoe', 'not mine');
+    again.writtenElsewhere('chat draft alice bob', null);
     expect([...stateOf(again).drafts]).toEqual([['zoe', 'another']]);
+  });
+
+  it('keeps the words of an edit over a reload and in another conversation, and shares them with other tabs', async () => {
+    const browser = new Browser();
+    const alice = await browser.page('alice', 'bob');
+    for (const text of ['one', 'two']) alice.send('bob', text);
+    await clock.pass(10);
+    alice.startEditing('bob', 1);
+    alice.editDraft('bob', 'one, but');
+    alice.open('zoe');
+    alice.open('bob');
+    expect(bobOf(alice).editing).toEqual({ seq: 1, text: 'one, but' });
+    await alice.end(false);
+
+    const again = await browser.page('alice', 'bob');
+    expect(bobOf(again).editing).toEqual({ seq: 1, text: 'one, but' });
+    again.writtenElsewhere('chat edit alice bob', '{"seq":2,"text":"two, but"}');
+    expect(bobOf(again).editing).toEqual({ seq: 2, text: 'two, but' });
+    for (const nonsense of ['', '7', '{"seq":"2","text":1}', 'null', '{']) {
+      again.writtenElsewhere('chat edit alice bob', nonsense);
+      expect(bobOf(again).editing).toBeUndefined();
+    }
+    again.startEditing('bob', 2);
+    again.editDraft('bob', 'zwei');
+    const saved = again.saveEdit('bob');
+    await clock.pass(10);
+    await saved;
+    expect(textsOf(again, 'bob')).toEqual(['one', 'zwei']);
+    expect(browser.storage.length).toBe(0);
+    again.startEditing('bob', 1);
+    again.stopEditing('bob');
+    expect(browser.storage.length).toBe(0);
+    await again.end(false);
+    expect(bobOf(await browser.page('alice', 'bob')).editing).toBeUndefined();
+  });
+
+  it('keeps the words of an edit as a draft when the message is gone with the past', async () => {
+    const browser = new Browser();
+    const alice = await browser.page('alice', 'bob');
+    alice.send('bob', 'old');
+    await clock.pass(1_000);
+    alice.startEditing('bob', 1);
+    alice.editDraft('bob', 'old, but');
+    server.goDown();
+    const older = new DemoServer(clock);
+    older.append('bob', 'alice', { kind: 'text', text: 'another' });
+    server.becomes(older);
+    server.refusesToken = '0';
+    server.comeBack();
+    await clock.pass(1_000);
+    expect(bobOf(alice).editing).toBeUndefined();
+    await alice.end(false);
+    const again = await browser.page('alice', 'bob');
+    expect(bobOf(again).editing).toBeUndefined();
+    expect(stateOf(again).drafts.get('bob')).toBe('old, but');
   });
 
   it('reads only while somebody looks, and tells of what nobody saw', async () => {
@@ -212,6 +338,31 @@ describe('a session', () => {
     await clock.pass(500);
     expect(unreadOf(stateOf(alice))).toBe(0);
     expect(server.standing('alice', 'bob').my_read).toBe(1);
+  });
+
+  it('tells of a message once, in whichever of its tabs, and takes it back when it is read elsewhere', async () => {
+    const browser = new Browser();
+    browser.isLooking = false;
+    const [first, second] = [await browser.page('alice', 'bob'), await browser.page('alice')];
+    server.append('bob', 'alice', { kind: 'text', text: 'psst' });
+    server.append('alice', 'bob', { kind: 'text', text: 'from another device' });
+    await clock.pass(10);
+    server.append('bob', 'alice', { kind: 'text', text: 'and?' });
+    await clock.pass(10);
+    expect(browser.notified).toEqual(['bob: psst', 'bob: and?']);
+    browser.withdrawn.length = 0;
+    server.read('alice', 'bob', 3);
+    await clock.pass(10);
+    expect(browser.withdrawn).toEqual(['bob', 'bob']);
+
+    const late = new Promise<void>((resolve) => (browser.claimed.add = () => (resolve(), browser.claimed)));
+    server.append('bob', 'alice', { kind: 'text', text: 'late' });
+    await late;
+    // Somebody is back before anything is shown.
+    browser.isLooking = true;
+    await clock.pass(10);
+    expect(browser.notified).toHaveLength(2);
+    await Promise.all([first.end(false), second.end(false)]);
   });
 
   it('tells after a reconnect what was read without a connection', async () => {
@@ -263,7 +414,7 @@ describe('a session', () => {
     const second = await browser.page('alice', 'zoe');
     await clock.pass(1_000);
     expect(textsOf(second, 'zoe')).toEqual(['new']);
-    expect(server.asked.filter((what) => what.startsWith('sync'))).toEqual(['sync 1', 'sync 0']);
+    expect(server.asked.filter((what) => what.startsWith('sync'))).toEqual(['sync 1', 'sync 1']);
   });
 
   it('forgets how far it had come when the server was put back to an older day', async () => {
@@ -343,6 +494,9 @@ describe('a session', () => {
     const alice = await browser.page('alice', 'bob');
     await clock.pass(1_000);
     alice.draft('bob', 'a draft');
+    alice.send('bob', 'mine');
+    await clock.pass(10);
+    alice.startEditing('bob', 6);
     alice.seen('bob', 5);
     const ended = alice.end(true);
     server.append('bob', 'alice', { kind: 'text', text: 'late' });

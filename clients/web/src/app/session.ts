@@ -7,9 +7,10 @@ import { signal, type ReadonlySignal } from '@preact/signals';
 
 import type { ChatEvent, Client, Clock, Envelope, History, Options, Outbox, Start, Text, Unsent } from '../sdk/api';
 import { noCache, type Cache } from './cache';
-import { missingAfter, unreadCount, type Conversation } from './model/conversation';
+import { missingAfter, unreadCount, type Conversation, type Editing } from './model/conversation';
 import { initial, reduce, type Event, type Kept, type State } from './model/state';
 import { bytesOf, isVisible } from './model/words';
+import type { Tabs } from './tabs';
 import { texts } from './texts';
 
 /** Entries that are asked for at once. */
@@ -43,6 +44,14 @@ export interface Login {
   token?: () => string | Promise<string>;
 }
 
+/** A message that nobody saw come. */
+export interface News {
+  user: string;
+  from: string;
+  text: string;
+  seq: number;
+}
+
 /** What the session needs of the world. */
 export interface Surroundings {
   server: string;
@@ -53,9 +62,11 @@ export interface Surroundings {
   storage: Pick<Storage, 'getItem' | 'setItem' | 'removeItem' | 'key' | 'length'>;
   /** Somebody looks at the page. */
   isLooking(): boolean;
-  notify(from: string, text: string, seq: number): void;
-  /** Takes back what was notified and is still shown. */
-  withdraw?(): void;
+  /** The user's pages in this browser, with this one; it is called when the user has logged out in another. */
+  tabs?(user: string, onLogOut: () => void): Tabs;
+  notify(news: News): void;
+  /** Takes back what was notified and is still shown: of a peer, or all. */
+  withdraw?(user: string, peer?: string): void;
 }
 
 /** What the views can do. */
@@ -111,11 +122,24 @@ export class Session implements Chat {
   #noticeTimer: (() => void) | undefined;
   #noticeKey = 0;
   #isOver = false;
+  readonly #isLoggedOut = signal(false);
+  readonly #tabs: Tabs | undefined;
 
   constructor(login: Login, around: Surroundings) {
     this.#login = login;
     this.#around = around;
     this.#state = signal(initial(login.user));
+    this.#tabs = around.tabs?.(login.user, () => (this.#isLoggedOut.value = true));
+  }
+
+  /** The user has logged out in another page of this browser. */
+  get isLoggedOut(): ReadonlySignal<boolean> {
+    return this.#isLoggedOut;
+  }
+
+  /** To be said before the end. */
+  logOutElsewhere(): void {
+    this.#tabs?.logOut();
   }
 
   get state(): ReadonlySignal<State> {
@@ -124,6 +148,11 @@ export class Session implements Chat {
 
   get user(): string {
     return this.#login.user;
+  }
+
+  /** Somebody else says who the user is. */
+  get hasToken(): boolean {
+    return this.#login.token !== undefined;
   }
 
   /** Shows what is kept, and then connects. */
@@ -137,7 +166,12 @@ export class Session implements Chat {
     if (this.#isOver) return this.#cache.close();
     const kept = await this.#cache.load().catch(() => ({ conversations: [], failed: [], token: undefined }));
     this.#token = kept.token;
-    this.#dispatch({ type: 'restored', conversations: kept.conversations, drafts: this.#readDrafts() });
+    const edits = new Map<string, Editing>();
+    for (const [peer, held] of this.#readWritten(this.#editName(''))) {
+      const editing = readEditing(held);
+      if (editing) edits.set(peer, editing);
+    }
+    this.#dispatch({ type: 'restored', conversations: kept.conversations, drafts: this.#readWritten(this.#draftName('')), edits });
     for (const { unsent, failure } of kept.failed) {
       this.#dispatch({ type: 'not_sent', unsent, error: Object.assign(new Error(failure), { code: '' }) });
     }
@@ -175,6 +209,7 @@ export class Session implements Chat {
 
   async end(forget: boolean): Promise<void> {
     this.#isOver = true;
+    this.#tabs?.close();
     this.#keepTimer?.();
     const cache = this.#cache;
     // What still comes is not kept.
@@ -183,8 +218,10 @@ export class Session implements Chat {
     await this.#client?.close().catch(() => {});
     if (forget) {
       await cache.clear().catch(() => {});
-      for (const peer of this.#readDrafts().keys()) this.#around.storage.removeItem(this.#draftName(peer));
-      this.#around.withdraw?.();
+      for (const prefix of [this.#draftName(''), this.#editName('')]) {
+        for (const peer of this.#readWritten(prefix).keys()) this.#around.storage.removeItem(prefix + peer);
+      }
+      this.#around.withdraw?.(this.user);
     }
     cache.close();
     for (const cancel of this.#typingIn.values()) cancel();
@@ -237,7 +274,13 @@ export class Session implements Chat {
     const isOpen = this.#state.value.open === peer;
     if (isOpen && this.#around.isLooking() && !waited) return;
     if (isOpen) this.#dispatch({ type: 'unseen', peer, after: seq - 1 });
-    if (!this.#around.isLooking()) this.#around.notify(peer, text, seq);
+    if (!this.#around.isLooking()) void this.#notify({ user: this.user, from: peer, text, seq });
+  }
+
+  /** Of several pages that hear of it, one does, and none if somebody looks at one of them. */
+  async #notify(news: News): Promise<void> {
+    if (this.#tabs && !(await this.#tabs.claim(`${news.from} ${news.seq}`))) return;
+    if (!this.#isOver && !this.#around.isLooking()) this.#around.notify(news);
   }
 
   /** Everything that happened while there was no connection. */
@@ -255,6 +298,12 @@ export class Session implements Chat {
         const listed = await client.conversations(undefined, LIST_PAGE);
         if (!isOn()) return;
         this.#dispatch({ type: 'listed', page: listed });
+        // Whoever comes for the first time needs nothing of what was before the list but what is asked for.
+        if (this.#token === undefined && listed.sync !== undefined) {
+          const begin = listed.sync;
+          this.#token = await this.#cache.begin(begin).catch(() => begin);
+          if (!isOn()) return;
+        }
         const { message_bytes: messageBytes } = await client.whoami();
         this.#dispatch({ type: 'greeted', messageBytes });
         await this.#sync(client, isOn);
@@ -281,7 +330,13 @@ export class Session implements Chat {
     this.#token = undefined;
     this.#toRead.clear();
     this.#dispatch({ type: 'forgotten' });
-    await this.#cache.clear().catch(() => {});
+    // What was to be other words is a draft now.
+    for (const peer of this.#readWritten(this.#editName('')).keys()) this.#hold(this.#editName(peer), '');
+    for (const [peer, text] of this.#state.value.drafts) this.#hold(this.#draftName(peer), text);
+    await this.#cache.clear().catch(() => {
+      // What cannot be forgotten is not asked any more.
+      this.#cache = noCache;
+    });
     if (open !== undefined) void this.#loadNewest(open);
   }
 
@@ -388,20 +443,18 @@ export class Session implements Chat {
 
   draft(peer: string, text: string): void {
     this.#dispatch({ type: 'drafted', peer, text });
-    const name = this.#draftName(peer);
-    try {
-      if (text === '') this.#around.storage.removeItem(name);
-      else this.#around.storage.setItem(name, text);
-    } catch {
-      // It is there as long as the page is.
-    }
+    this.#hold(this.#draftName(peer), text);
     this.#typed(peer, text !== '');
   }
 
   /** Another tab has written. */
-  draftElsewhere(name: string, text: string | null): void {
-    const prefix = this.#draftName('');
-    if (name.startsWith(prefix)) this.#dispatch({ type: 'drafted', peer: name.slice(prefix.length), text: text ?? '' });
+  writtenElsewhere(name: string, held: string | null): void {
+    const [drafts, edits] = [this.#draftName(''), this.#editName('')];
+    if (name.startsWith(drafts)) this.#dispatch({ type: 'drafted', peer: name.slice(drafts.length), text: held ?? '' });
+    if (!name.startsWith(edits)) return;
+    const peer = name.slice(edits.length);
+    const editing = held === null ? undefined : readEditing(held);
+    this.#dispatch(editing ? { type: 'editing', peer, ...editing } : { type: 'edit_ended', peer });
   }
 
   send(peer: string, text: string): boolean {
@@ -450,16 +503,32 @@ export class Session implements Chat {
 
   startEditing(peer: string, seq: number): void {
     const entry = this.#conversation(peer)?.timeline?.entries.find((entry) => entry.seq === seq);
-    if (entry?.text !== undefined) this.#dispatch({ type: 'editing', peer, seq, text: entry.text });
+    if (entry?.text !== undefined) this.#edit(peer, { seq, text: entry.text });
   }
 
   editDraft(peer: string, text: string): void {
     const editing = this.#conversation(peer)?.editing;
-    if (editing) this.#dispatch({ type: 'editing', peer, seq: editing.seq, text });
+    if (editing) this.#edit(peer, { seq: editing.seq, text });
   }
 
   stopEditing(peer: string): void {
     this.#dispatch({ type: 'edit_ended', peer });
+    this.#hold(this.#editName(peer), '');
+  }
+
+  #edit(peer: string, editing: Editing): void {
+    this.#dispatch({ type: 'editing', peer, ...editing });
+    this.#hold(this.#editName(peer), JSON.stringify(editing));
+  }
+
+  /** In this browser, for its other tabs and for later. */
+  #hold(name: string, written: string): void {
+    try {
+      if (written === '') this.#around.storage.removeItem(name);
+      else this.#around.storage.setItem(name, written);
+    } catch {
+      // It is there as long as the page is.
+    }
   }
 
   async saveEdit(peer: string): Promise<void> {
@@ -471,7 +540,7 @@ export class Session implements Chat {
       this.#dispatch({ type: 'edited', peer, seq, text });
       // Who has written on meanwhile, or edits another message, is not done.
       const now = this.#conversation(peer)?.editing;
-      if (now?.seq === seq && now.text === text) this.#dispatch({ type: 'edit_ended', peer });
+      if (now?.seq === seq && now.text === text) this.stopEditing(peer);
     };
     await this.#once(`edit ${peer} ${seq} ${text}`, () => this.#do(save));
   }
@@ -573,7 +642,13 @@ export class Session implements Chat {
     if (after === before) return;
     this.#state.value = after;
     if (after.conversations === before.conversations || event.type === 'restored') return;
-    for (const [peer, of] of after.conversations) if (before.conversations.get(peer) !== of) this.#toKeep.add(peer);
+    for (const [peer, of] of after.conversations) {
+      const old = before.conversations.get(peer);
+      if (old === of) continue;
+      this.#toKeep.add(peer);
+      // What was read, on whichever device, is no news any more.
+      if (old && unreadCount(old) > 0 && unreadCount(of) === 0) this.#around.withdraw?.(this.user, peer);
+    }
     this.#keepTimer ??= this.#around.clock.after(KEPT_MS, () => void this.#keep());
   }
 
@@ -630,19 +705,23 @@ export class Session implements Chat {
     };
   }
 
-  #readDrafts(): Map<string, string> {
+  /** What is kept under names that begin so, by how they end. */
+  #readWritten(prefix: string): Map<string, string> {
     const { storage } = this.#around;
-    const prefix = this.#draftName('');
-    const drafts = new Map<string, string>();
+    const written = new Map<string, string>();
     for (let at = 0; at < storage.length; at += 1) {
       const name = storage.key(at);
-      if (name?.startsWith(prefix)) drafts.set(name.slice(prefix.length), storage.getItem(name) ?? '');
+      if (name?.startsWith(prefix)) written.set(name.slice(prefix.length), storage.getItem(name) ?? '');
     }
-    return drafts;
+    return written;
   }
 
   #draftName(peer: string): string {
     return `chat draft ${this.user} ${peer}`;
+  }
+
+  #editName(peer: string): string {
+    return `chat edit ${this.user} ${peer}`;
   }
 
   #conversation(peer: string): Conversation | undefined {
@@ -656,6 +735,16 @@ export class Session implements Chat {
   #whyClosed(): string {
     const { connection } = this.#state.value;
     return connection.state === 'closed' ? connection.why.message : texts.connection.connecting;
+  }
+}
+
+/** An edit that was begun, as it was kept. */
+function readEditing(held: string): Editing | undefined {
+  try {
+    const { seq, text } = JSON.parse(held) as Partial<Editing>;
+    return typeof seq === 'number' && typeof text === 'string' ? { seq, text } : undefined;
+  } catch {
+    return undefined;
   }
 }
 

@@ -24,7 +24,11 @@ const isTheme = (name: string | null): name is Theme => name === 'light' || name
 
 const told = read('chat theme');
 export const theme = signal<Theme>(isTheme(told) ? told : 'auto');
-export const notifying = signal(read('chat notify') === 'on' && 'Notification' in globalThis && Notification.permission === 'granted');
+const isAllowed = (): boolean => 'Notification' in globalThis && Notification.permission === 'granted';
+export const notifying = signal(read('chat notify') === 'on' && isAllowed());
+
+/** The user wants it, and the browser lets it be. */
+export const mayNotify = (): boolean => notifying.peek() && isAllowed();
 
 /** Keeps the page and the storage as it is set. */
 export function applySettings(): void {
@@ -35,6 +39,7 @@ export function applySettings(): void {
   effect(() => write('chat notify', notifying.value ? 'on' : 'off'));
   addEventListener('storage', ({ key, newValue }) => {
     if (key === 'chat theme' && isTheme(newValue)) theme.value = newValue;
+    if (key === 'chat notify') notifying.value = newValue === 'on' && isAllowed();
   });
 }
 

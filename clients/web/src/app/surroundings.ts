@@ -2,9 +2,9 @@
 
 import type { Clock } from '../sdk/api';
 import { openCache } from './cache';
-import { isVisible, oneLine } from './model/words';
 import type { Sdk, Surroundings } from './session';
-import { notifying } from './settings';
+import { mayNotify } from './settings';
+import { UserTabs, type Tabs } from './tabs';
 
 export const clock: Clock = {
   now: () => Date.now(),
@@ -22,9 +22,11 @@ export function browser(loadSdk: () => Promise<Sdk>): Surroundings {
     loadSdk,
     openCache: (user) => openCache(user),
     storage: storageOr(() => localStorage),
-    isLooking: () => document.visibilityState === 'visible' && document.hasFocus(),
-    notify,
-    withdraw,
+    isLooking,
+    tabs,
+    // Loaded when there is something to tell.
+    notify: (news) => mayNotify() && void import('./notify').then(({ notify }) => notify(news), () => {}),
+    withdraw: (user, peer) => mayNotify() && void import('./notify').then(({ withdraw }) => withdraw(user, peer), () => {}),
   };
 }
 
@@ -47,31 +49,23 @@ export function storageOr(get: () => Storage): Storage {
   }
 }
 
-/** One for each sender; of several tabs that tell of the same, the last is shown. */
-function notify(from: string, text: string): void {
-  if (!notifying.peek() || Notification.permission !== 'granted') return;
-  const options = { body: isVisible(text) ? oneLine(text) : '…', tag: `chat-${from}`, icon: '/icon.svg', data: from };
-  // Phones have it only from the service worker.
-  navigator.serviceWorker?.getRegistration().then(
-    (registration) => {
-      if (registration?.active) return registration.showNotification(from, options);
-      const notification = new Notification(from, options);
-      notification.onclick = () => {
-        focus();
-        location.hash = from;
-        notification.close();
-      };
-      return undefined;
-    },
-    () => {},
-  );
+function isLooking(): boolean {
+  return document.visibilityState === 'visible' && document.hasFocus();
 }
 
-function withdraw(): void {
-  navigator.serviceWorker?.getRegistration().then(
-    async (registration) => {
-      for (const notification of (await registration?.getNotifications()) ?? []) notification.close();
+/** That somebody looks at this page is told to the others as it changes. */
+function tabs(user: string, onLogOut: () => void): Tabs {
+  const channel = 'BroadcastChannel' in globalThis ? new BroadcastChannel(`chat ${user}`) : undefined;
+  const all = new UserTabs(user, clock, navigator.locks, channel, onLogOut);
+  const look = () => all.look(isLooking());
+  look();
+  for (const name of ['focus', 'blur', 'pageshow', 'visibilitychange']) addEventListener(name, look, true);
+  return {
+    claim: (what) => all.claim(what),
+    logOut: () => all.logOut(),
+    close: () => {
+      for (const name of ['focus', 'blur', 'pageshow', 'visibilitychange']) removeEventListener(name, look, true);
+      all.close();
     },
-    () => {},
-  );
+  };
 }

@@ -31,13 +31,30 @@ self.addEventListener('fetch', (event) => {
 });
 
 self.addEventListener('notificationclick', (event) => {
+  const { user, peer } = event.notification.data;
   event.notification.close();
-  const show = async () => {
-    const pages = await self.clients.matchAll({ type: 'window' });
-    const page = pages.find((page) => new URL(page.url).pathname === '/');
-    if (!page) return self.clients.openWindow(`/#${event.notification.data}`);
-    await page.focus();
-    page.postMessage({ open: event.notification.data });
-  };
-  event.waitUntil(show());
+  event.waitUntil(show(user, peer));
 });
+
+/** Opens the conversation in a page of that user, or in a new one. */
+async function show(user, peer) {
+  const pages = (await self.clients.matchAll({ type: 'window' })).filter(({ url }) => new URL(url).pathname === '/');
+  const are = await Promise.all(pages.map((page) => isOf(page, user)));
+  const page = pages.find((_, at) => are[at]);
+  if (!page) return self.clients.openWindow(`/#${peer}`);
+  page.postMessage({ open: peer });
+  // Browsers bring a page to the front only just after the click.
+  return page.focus().catch(() => {});
+}
+
+/** A page that does not answer is nobody's. */
+const ANSWER_MS = 500;
+
+function isOf(page, user) {
+  return new Promise((resolve) => {
+    const { port1, port2 } = new MessageChannel();
+    port1.onmessage = ({ data }) => resolve(data === true);
+    setTimeout(() => resolve(false), ANSWER_MS);
+    page.postMessage({ whose: user }, [port2]);
+  });
+}

@@ -18,6 +18,8 @@ export const texts = {
     badName: 'A name has small letters, digits, - and _, begins with a letter or digit, and is at most 64 long.',
     noServer: 'The server cannot be reached. It is tried again.',
     again: 'Please log in again.',
+    leftElsewhere: 'You have logged out in another tab.',
+    closed: 'The chat is not open',
     refused: (message: string) => `The server did not let you in: ${message}`,
   },
 
@@ -41,7 +43,7 @@ export const texts = {
   begin: {
     title: 'New chat',
     label: 'Whom do you want to write to?',
-    hint: 'The name of the other user, for instance bob',
+    hint: 'Their name, for instance bob',
     start: 'Start',
     self: 'That is you. Nobody can write to themselves.',
     bad: 'That is no user name: small letters, digits, - and _.',

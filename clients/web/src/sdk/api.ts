@@ -115,6 +115,8 @@ export interface Standing {
 export interface Conversations {
   conversations: (Standing & { last?: Text; unread: number })[];
   next?: string;
+  /** With the first page: {@link Client.sync} since this token gives what changes after the list, for those who need nothing of what was before. */
+  sync?: string;
 }
 export interface History {
   with: string;

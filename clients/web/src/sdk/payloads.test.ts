@@ -60,9 +60,9 @@ test('answers', () => {
   expect(readAnswerTo('{"ref":"a","error":{"code":"c","message":"m"}}')).toEqual({ ref: 'a', error: { code: 'c', message: 'm' } });
   expect(readAnswerTo('{"ref":"a","error":{"code":7}}')).toEqual({ ref: 'a' });
 
-  const conversations = { conversations: [{ ...standing, last: text, unread: 1 }, { ...standing, unread: 0 }], next: '17.bob' };
+  const conversations = { conversations: [{ ...standing, last: text, unread: 1 }, { ...standing, unread: 0 }], next: '17.bob', sync: '1.2.3.4' };
   expect(readConversations(conversations)).toEqual(conversations);
-  expect(readConversations({ conversations: [{ with: 'bob' }, 7, { ...standing, unread: 1, last: 7 }] })).toEqual({ conversations: [{ ...standing, unread: 1 }] });
+  expect(readConversations({ conversations: [{ with: 'bob' }, 7, { ...standing, unread: 1, last: 7 }], next: 7, sync: {} })).toEqual({ conversations: [{ ...standing, unread: 1 }] });
   const history = { with: 'bob', entries: [{ ...text, edited_at: 5 }, { ...wordless, unsent: true }], more: true };
   expect(readHistory(history)).toEqual(history);
   expect(readHistory({ ...history, entries: [{ ...wordless, kind: 'erased' }, wordless] })).toEqual({ ...history, entries: [] });

@@ -145,7 +145,8 @@ export function readConversations(ok: unknown): Conversations | undefined {
     return last ? { ...standing, last, unread } : { ...standing, unread };
   });
   if (!conversations) return undefined;
-  return typeof read?.next === 'string' ? { conversations, next: read.next } : { conversations };
+  const { next, sync } = read ?? {};
+  return { conversations, ...(typeof next === 'string' ? { next } : {}), ...(typeof sync === 'string' ? { sync } : {}) };
 }
 
 export function readHistory(ok: unknown): History | undefined {

@@ -34,6 +34,8 @@ export class DemoServer {
   users?: Set<string>;
   passwords?: Map<string, string>;
   messageBytes = 16_384;
+  /** The list comes with a token; servers before that did not tell one. */
+  listsToken = true;
   /** A sync token that is not of this server. */
   refusesToken?: string;
 
@@ -332,6 +334,7 @@ class DemoClient implements Client {
 
   conversations(before?: string, limit = 50) {
     return this.#ask('conversations', () => {
+      const sync = before === undefined && this.server.listsToken ? { sync: String(this.server.log().length) } : {};
       const all = this.server.peers(this.user).map((peer) => {
         const texts = this.server.texts(this.user, peer);
         const standing = this.server.standing(this.user, peer);
@@ -343,7 +346,7 @@ class DemoClient implements Client {
       all.sort((a, b) => (b.last?.at ?? 0) - (a.last?.at ?? 0));
       const first = before === undefined ? 0 : Number(before);
       const next = first + limit < all.length ? { next: String(first + limit) } : {};
-      return { conversations: all.slice(first, first + limit), ...next };
+      return { conversations: all.slice(first, first + limit), ...next, ...sync };
     });
   }
 

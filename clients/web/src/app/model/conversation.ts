@@ -38,6 +38,12 @@ interface Unread {
   readonly since: readonly number[];
 }
 
+/** The message that is given other words, and those. */
+export interface Editing {
+  readonly seq: number;
+  readonly text: string;
+}
+
 export interface Conversation {
   readonly peer: string;
   readonly delivered: number;
@@ -56,8 +62,7 @@ export interface Conversation {
   readonly typing: boolean;
   /** The line that says what is new is above the first of the peer's after this seq. */
   readonly unreadAfter?: number;
-  /** The message that is given other words, and those. */
-  readonly editing?: { readonly seq: number; readonly text: string };
+  readonly editing?: Editing;
 }
 
 export function conversation(peer: string): Conversation {

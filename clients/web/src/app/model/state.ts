@@ -54,7 +54,7 @@ export interface Kept {
 
 export type Event =
   | ChatEvent
-  | { type: 'restored'; conversations: readonly Kept[]; drafts: ReadonlyMap<string, string> }
+  | { type: 'restored'; conversations: readonly Kept[]; drafts: ReadonlyMap<string, string>; edits: ReadonlyMap<string, conversations.Editing> }
   | { type: 'listed'; page: Conversations }
   | { type: 'greeted'; messageBytes: number }
   | { type: 'opened'; peer: string }
@@ -142,6 +142,7 @@ export function reduce(state: State, event: Event): State {
           return { ...old, ...standing, top: Math.max(old.top, countedTo), unread: { counted: unread, countedTo, since: [] } };
         });
       }
+      for (const [peer, editing] of event.edits) next = change(next, peer, (old) => ({ ...old, editing }));
       return { ...next, listed: state.listed || event.conversations.length > 0 };
     }
     case 'listed': {

@@ -216,6 +216,17 @@ describe('the chat', () => {
     expect(server.standing('alice', 'bob').my_read).toBe(2);
   });
 
+  it('leaves whoever goes back at the conversation in the list', async () => {
+    server.append('bob', 'alice', { kind: 'text', text: 'hello' });
+    await enter('alice');
+    await open('bob');
+    one('.compose textarea').focus();
+    location.hash = '';
+    dispatchEvent(new Event('hashchange'));
+    await eventually(() => root.querySelector('.conversation') === null, 'the conversation is left');
+    await eventually(() => document.activeElement?.getAttribute('href') === '#bob', 'the focus is on bob');
+  });
+
   it('goes where the address says, after one that makes no sense, too', async () => {
     location.hash = '%';
     await enter('alice');

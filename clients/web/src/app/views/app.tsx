@@ -1,7 +1,7 @@
 //! The page: log in, or the conversations and the open one.
 
 import type { JSX } from 'preact';
-import { useEffect, useLayoutEffect, useState } from 'preact/hooks';
+import { useEffect, useLayoutEffect, useRef, useState } from 'preact/hooks';
 
 import type { Entrance } from '../entrance';
 import { now } from '../format';
@@ -16,7 +16,7 @@ import { ConversationView } from './conversation';
 import { Dialog, Sure } from './dialog';
 import { Icon } from './icons';
 import { List } from './list';
-import { Login } from './login';
+import { Login, Refused } from './login';
 import { Menu } from './menu';
 
 interface Props {
@@ -32,9 +32,14 @@ export function App({ entrance, embedded }: Props): JSX.Element {
     // Whoever comes next does not begin where this one was.
     location.hash = '';
   };
+  const isLeft = phase.at === 'login' && phase.isLeft === true;
+  useEffect(() => {
+    if (isLeft) location.hash = '';
+  }, [isLeft]);
   if (phase.at === 'in') {
     return <Inside key={phase.session.user} session={phase.session} onLogOut={logOut} {...(embedded ? { embedded } : {})} />;
   }
+  if (phase.at === 'refused') return <Refused problem={phase.problem} />;
   return (
     <Login
       phase={phase}
@@ -65,6 +70,15 @@ function Inside({ session, onLogOut, embedded }: { session: Session; onLogOut: (
     addEventListener('hashchange', go);
     return () => removeEventListener('hashchange', go);
   }, [session, onlyPeer]);
+
+  // Whoever goes back is at the conversation in the list, and not at the beginning of the page.
+  const wasOpen = useRef(state.open);
+  useEffect(() => {
+    const was = wasOpen.current;
+    wasOpen.current = state.open;
+    if (state.open !== undefined || was === undefined || (document.activeElement ?? document.body) !== document.body) return;
+    document.querySelector<HTMLElement>(`.list-row[href="#${was}"]`)?.focus({ preventScroll: true });
+  }, [state.open]);
 
   useEffect(() => {
     document.title = unread > 0 ? `(${unread}) ${texts.title}` : texts.title;
@@ -157,7 +171,8 @@ function MainMenu({ session, onKeys, onLogOut }: { session: Chat; onKeys: () => 
         set('light'),
         set('dark'),
         'line',
-        { text: notifying.value ? texts.menu.silent : texts.menu.notify, onPick: () => void notify() },
+        // Browsers ask for it in pages of their own only.
+        ...(onLogOut ? [{ text: notifying.value ? texts.menu.silent : texts.menu.notify, onPick: () => void notify() }] : []),
         { text: texts.menu.keys, onPick: onKeys },
         ...(onLogOut ? (['line', { text: texts.menu.logOut, danger: true, onPick: onLogOut }] as const) : []),
       ]}

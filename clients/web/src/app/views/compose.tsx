@@ -12,6 +12,9 @@ import type { Picker } from './emoji';
 
 const HEIGHT_MAX_PX = 220;
 
+/** A keyboard on the screen comes and goes with the focus, and its Enter is a new line. Who has no pointer at all has a real one. */
+const isTouched = (): boolean => matchMedia('(pointer: coarse)').matches;
+
 interface Props {
   chat: Chat;
   of: Conversation;
@@ -38,7 +41,7 @@ export function Compose({ chat, of, me, draft, messageBytes }: Props): JSX.Eleme
 
   useLayoutEffect(() => {
     const element = field.current;
-    if (!element || (editing === undefined && !matchMedia('(hover: hover)').matches)) return;
+    if (!element || (editing === undefined && isTouched())) return;
     element.focus({ preventScroll: true });
     element.setSelectionRange(element.value.length, element.value.length);
   }, [peer, editing?.seq]);
@@ -68,7 +71,7 @@ export function Compose({ chat, of, me, draft, messageBytes }: Props): JSX.Eleme
 
   const onKeyDown = (event: KeyboardEvent) => {
     if (event.isComposing) return;
-    if (event.key === 'Enter' && !event.shiftKey && !event.altKey && matchMedia('(hover: hover)').matches) {
+    if (event.key === 'Enter' && !event.shiftKey && !event.altKey && !isTouched()) {
       event.preventDefault();
       submit();
     } else if (event.key === 'Escape') {

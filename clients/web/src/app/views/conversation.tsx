@@ -44,7 +44,8 @@ export function ConversationView({ chat, state, peer, searchAsked, canLeave }: P
   const matches = useMemo(() => matchesOf(of?.timeline?.entries ?? [], isSearching ? needle : ''), [of?.timeline, needle, isSearching]);
   if (!of) return null;
 
-  const presence = state.presence.get(peer);
+  // Of who is blocked nothing is told any more.
+  const presence = of.blocked ? undefined : state.presence.get(peer);
   const isConnected = state.connection.state === 'connected';
   const stopSearching = () => {
     setSearching(false);

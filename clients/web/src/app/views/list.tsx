@@ -37,7 +37,7 @@ export function List({ chat, state }: { chat: Chat; state: State }): JSX.Element
           me={state.me}
           draft={of.peer === state.open ? '' : (state.drafts.get(of.peer) ?? '')}
           isOpen={of.peer === state.open}
-          isOnline={state.presence.get(of.peer)?.status === 'online'}
+          isOnline={!of.blocked && state.presence.get(of.peer)?.status === 'online'}
           minute={now.value}
         />
       ))}

@@ -10,7 +10,7 @@ import { texts } from '../texts';
 import { Icon } from './icons';
 
 interface Props {
-  phase: Exclude<Phase, { at: 'in' }>;
+  phase: Extract<Phase, { at: 'login' | 'entering' }>;
   onEnter: (who: Who, stay: boolean) => void;
   onCancel: () => void;
 }
@@ -107,6 +107,23 @@ export function Login({ phase, onEnter, onCancel }: Props): JSX.Element {
           )}
         </div>
       </form>
+    </main>
+  );
+}
+
+/** Where nobody can log in by hand. */
+export function Refused({ problem }: { problem: string }): JSX.Element {
+  return (
+    <main class="login">
+      <div class="login-card">
+        <span class="login-mark">
+          <Icon name="bubble" />
+        </span>
+        <h1>{texts.login.closed}</h1>
+        <p class="login-told" role="alert">
+          {problem}
+        </p>
+      </div>
     </main>
   );
 }
