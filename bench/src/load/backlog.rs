@@ -171,7 +171,7 @@ async fn send(
                 mqtt::publish(&mut client.out, target.version, topic, packet_id, &text)?;
             }
             client.poll_flush(cx)?;
-            let polled = client.poll_receive(cx, |packet, _| {
+            client.poll_receive(cx, |packet, _| {
                 if let Packet::Puback { packet_id } = packet {
                     match outgoing.acknowledged(packet_id) {
                         Some(_) => acknowledged(),
@@ -179,8 +179,7 @@ async fn send(
                     }
                 }
                 Ok(())
-            });
-            polled
+            })
         });
         match tokio::time::timeout(PATIENCE, turn).await {
             Ok(received) => received?,

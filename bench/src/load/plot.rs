@@ -7,10 +7,10 @@ use std::fmt::Write;
 use crate::measure::{Distribution, Series};
 
 const WIDTH: f64 = 720.0;
-const HEIGHT: f64 = 320.0;
+const HEIGHT: f64 = 340.0;
 const LEFT: f64 = 76.0;
 const RIGHT: f64 = 16.0;
-const TOP: f64 = 34.0;
+const TOP: f64 = 52.0;
 const BOTTOM: f64 = 44.0;
 /// Lines are told apart on light and on dark, and by those who see few colours (Okabe and Ito's, the readable ones).
 const COLOURS: [&str; 8] = ["#0072b2", "#d55e00", "#009e73", "#cc79a7", "#b8860b", "#56b4e9", "#7f7f7f", "#8c564b"];
@@ -152,9 +152,8 @@ fn plot(title: &str, across: &Axis<'_>, up: &Axis<'_>, lines: &[Line]) -> String
         "<text x=\"{title_x}\" y=\"{title_y:.1}\" text-anchor=\"middle\" transform=\"rotate(-90 {title_x} {title_y:.1})\">{}</text>",
         up.title
     ));
-    // Beside the title, from right to left.
-    let mut legend_x = right;
-    for (nth, line) in lines.iter().enumerate().rev() {
+    let mut legend_x = LEFT;
+    for (nth, line) in lines.iter().enumerate() {
         let colour = COLOURS[nth % COLOURS.len()];
         let path: Vec<String> = line.points.iter().map(|(px, py)| format!("{:.1} {:.1}", x(*px), y(*py))).collect();
         if !path.is_empty() {
@@ -163,11 +162,8 @@ fn plot(title: &str, across: &Axis<'_>, up: &Axis<'_>, lines: &[Line]) -> String
                 "<path d=\"M{path}\" fill=\"none\" stroke=\"{colour}\" stroke-width=\"1.8\" stroke-linejoin=\"round\"/>"
             ));
         }
-        add(format_args!(
-            "<text x=\"{legend_x:.1}\" y=\"16\" text-anchor=\"end\" fill=\"{colour}\">{}</text>",
-            escaped(&line.name)
-        ));
-        legend_x -= 7.2 * line.name.chars().count() as f64 + 14.0;
+        add(format_args!("<text x=\"{legend_x:.1}\" y=\"36\" fill=\"{colour}\">{}</text>", escaped(&line.name)));
+        legend_x += 7.2 * line.name.chars().count() as f64 + 14.0;
     }
     svg + "</svg>\n"
 }

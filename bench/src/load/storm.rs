@@ -313,7 +313,7 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         running.spawn_local(listen(Rc::clone(listener), Rc::clone(&shared)));
     }
     let everybody: Vec<_> = listeners.iter().chain([&innocent]).cloned().collect();
-    let storm = storm(&options, &shared, &listeners, &everybody, &mut outcome);
+    let storm = storm(&options, &shared, &listeners, &everybody, &senders, &mut outcome);
     tokio::select! {
         ended = storm => ended?,
         // None ends by itself: one has failed.
@@ -375,6 +375,7 @@ async fn storm(
     shared: &Shared,
     listeners: &[Rc<RefCell<Listener>>],
     everybody: &[Rc<RefCell<Listener>>],
+    senders: &[Rc<RefCell<Sender>>],
     outcome: &mut Outcome,
 ) -> Result<()> {
     let seconds = Duration::from_secs(options.seconds);
@@ -404,7 +405,8 @@ async fn storm(
         let listener = listener.borrow();
         listener.received.last() == listener.sent
     };
-    while Instant::now() < by && !everybody.iter().all(is_drained) {
+    let is_acknowledged = |sender: &Rc<RefCell<Sender>>| sender.borrow().outgoing.under_way() == 0;
+    while Instant::now() < by && !(everybody.iter().all(is_drained) && senders.iter().all(is_acknowledged)) {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     Ok(())

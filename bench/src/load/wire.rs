@@ -219,7 +219,9 @@ impl Wire {
                 }
                 match tls.read_tls(&mut Polled(&mut self.stream, cx)) {
                     Ok(0) => break 0,
-                    Ok(_) => drop(tls.process_new_packets().map_err(io::Error::other)?),
+                    Ok(_) => {
+                        tls.process_new_packets().map_err(io::Error::other)?;
+                    }
                     Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Poll::Pending,
                     Err(error) => return Poll::Ready(Err(error)),
                 }
@@ -277,7 +279,9 @@ impl Wire {
             }
             match tls.read_tls(&mut Polled(&mut self.stream, cx)) {
                 Ok(0) => return Poll::Ready(Err(io::ErrorKind::UnexpectedEof.into())),
-                Ok(_) => drop(tls.process_new_packets().map_err(io::Error::other)?),
+                Ok(_) => {
+                    tls.process_new_packets().map_err(io::Error::other)?;
+                }
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Poll::Pending,
                 Err(error) => return Poll::Ready(Err(error)),
             }
