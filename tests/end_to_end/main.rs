@@ -11,6 +11,8 @@ mod auth;
 #[cfg(test)]
 mod bad_network;
 #[cfg(test)]
+mod bench;
+#[cfg(test)]
 mod chat;
 #[cfg(test)]
 mod chat_command;

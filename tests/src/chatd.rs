@@ -113,9 +113,13 @@ impl Chatd {
         self.folder.as_ref().expect("only a dropped chatd has no folder").path()
     }
 
+    /// Its number, for who looks at it from outside.
+    pub fn process_id(&self) -> Result<u32> {
+        self.child.id().context("chatd has ended")
+    }
+
     fn pid(&self) -> Result<Pid> {
-        let number = self.child.id().context("chatd has ended")?;
-        Pid::from_raw(number.try_into()?).context("its process id is 0")
+        Pid::from_raw(self.process_id()?.try_into()?).context("its process id is 0")
     }
 
     /// Lets no file of its grow beyond so many bytes, as a full disk does; `None`: as far as the system lets it.
@@ -390,6 +394,16 @@ pub(crate) async fn chat_binary() -> Result<PathBuf> {
     static BINARY: OnceCell<PathBuf> = OnceCell::const_new();
     let sources = ["protocol/src", "clients/rust/src", "clients/cli/src"];
     BINARY.get_or_try_init(|| find("chat", "CHAT_BIN", &sources)).await.cloned()
+}
+
+/// `chat-bench`, from `CHAT_BENCH_BIN` or built like chatd, with no arguments yet; killed when dropped.
+pub async fn bench_command() -> Result<Command> {
+    static BINARY: OnceCell<PathBuf> = OnceCell::const_new();
+    let sources = ["protocol/src", "chat-service/src", "bench/src"];
+    let path = BINARY.get_or_try_init(|| find("chat-bench", "CHAT_BENCH_BIN", &sources)).await?;
+    let mut command = Command::new(path);
+    command.kill_on_drop(true);
+    Ok(command)
 }
 
 async fn find(name: &str, variable: &str, sources: &[&str]) -> Result<PathBuf> {

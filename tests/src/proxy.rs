@@ -2,6 +2,8 @@
 //!
 //! It forwards whole MQTT packets, so that a duplicate is a packet sent twice and not a broken stream. Each connection gets its own dice,
 //! thrown from the seed and the connection's number: what happens to it does not depend on others.
+//!
+//! Or a lie: it leaves everything as it is, but for one message on its way to a client.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -34,11 +36,21 @@ pub struct Deeds {
     pub late: AtomicUsize,
 }
 
+/// What happens to one message on its way to a client, and nobody is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Lie {
+    Lost,
+    Twice,
+}
+
 struct Shared {
     target: Mutex<SocketAddr>,
     calm: AtomicBool,
     seed: u64,
     deeds: Deeds,
+    lie: Option<Lie>,
+    /// Messages until then.
+    lie_in: AtomicUsize,
 }
 
 /// A running proxy. Ends when it is dropped.
@@ -57,6 +69,17 @@ impl Drop for Proxy {
 impl Proxy {
     /// In front of this address.
     pub async fn start(target: SocketAddr, seed: u64) -> Result<Self> {
+        Self::start_as(target, seed, None).await
+    }
+
+    /// It only forwards, but for the tenth message to clients.
+    pub async fn start_lying(target: SocketAddr, lie: Lie) -> Result<Self> {
+        let proxy = Self::start_as(target, 0, Some(lie)).await?;
+        proxy.calm_down();
+        Ok(proxy)
+    }
+
+    async fn start_as(target: SocketAddr, seed: u64, lie: Option<Lie>) -> Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0)).await.context("a port for the proxy")?;
         let address = listener.local_addr()?;
         let shared = Arc::new(Shared {
@@ -64,6 +87,8 @@ impl Proxy {
             calm: AtomicBool::new(false),
             seed,
             deeds: Deeds::default(),
+            lie,
+            lie_in: AtomicUsize::new(10),
         });
         let accepting = tokio::spawn({
             let shared = Arc::clone(&shared);
@@ -110,8 +135,8 @@ async fn connection(client: TcpStream, shared: Arc<Shared>) {
     let (client_in, client_out) = client.into_split();
     let (server_in, server_out) = server.into_split();
     let dice = |direction: u64| Dice::new(shared.seed ^ (number * 2 + direction).wrapping_mul(0x9e37_79b9_7f4a_7c15));
-    let up = forward(client_in, server_out, dice(0), &shared);
-    let down = forward(server_in, client_out, dice(1), &shared);
+    let up = forward(client_in, server_out, dice(0), &shared, None);
+    let down = forward(server_in, client_out, dice(1), &shared, shared.lie);
     let (mut up, mut down) = (std::pin::pin!(up), std::pin::pin!(down));
     // A cut drops both directions; after a half-close the other one goes on until its sender has enough.
     tokio::select! {
@@ -131,6 +156,7 @@ async fn forward(
     mut to: impl AsyncWrite + Unpin,
     mut dice: Dice,
     shared: &Shared,
+    lie: Option<Lie>,
 ) -> End {
     let deeds = &shared.deeds;
     let one_in = |dice: &mut Dice, many: usize, deed: &AtomicUsize| {
@@ -156,10 +182,18 @@ async fn forward(
         if one_in(&mut dice, 2 * PACKETS_UNTIL_CUT, &deeds.half_closes) {
             return if to.shutdown().await.is_ok() { End::HalfClosed } else { End::Cut };
         }
-        if to.write_all(&packet).await.is_err() {
-            return End::Cut;
-        }
         let is_publish = packet[0] >> 4 == 3;
+        let lie = lie.filter(|_| is_publish && shared.lie_in.fetch_sub(1, Ordering::Relaxed) == 1);
+        let times = match lie {
+            None => 1,
+            Some(Lie::Lost) => 0,
+            Some(Lie::Twice) => 2,
+        };
+        for _ in 0..times {
+            if to.write_all(&packet).await.is_err() {
+                return End::Cut;
+            }
+        }
         if is_publish && one_in(&mut dice, PACKETS_UNTIL_TWICE, &deeds.twice) && to.write_all(&packet).await.is_err() {
             return End::Cut;
         }

@@ -1,106 +1,202 @@
-//! One MQTT client: a socket with a buffer either way.
+//! One MQTT client: a connection with a buffer either way.
+//!
+//! Its buffers are as large as what is under way, so that a generator of 20,000 clients stays small.
 
-use std::io;
-use std::net::SocketAddr;
+use std::cell::RefCell;
+use std::task::{Context as TaskContext, Poll, ready};
 
-use anyhow::{Context, Result, ensure};
-use tokio::net::TcpStream;
+use anyhow::{Result, bail};
 
-use crate::mqtt::{self, Packet, Version};
+use crate::mqtt::{self, Login, Packet, Session, Version};
+use crate::wire::{Dialer, Wire};
 
 /// Bytes read at once.
-const READ_BYTES: usize = 16 * 1024;
+const READ_BYTES: usize = 64 * 1024;
+
+thread_local! {
+    /// All clients read into one buffer: only what is no whole packet yet is kept for each.
+    static READ: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
+}
 
 pub(crate) struct Client {
-    stream: TcpStream,
-    pub(crate) version: Version,
+    wire: Wire,
+    version: Version,
+    /// What is still to be written.
     pub(crate) out: Vec<u8>,
-    read: Vec<u8>,
+    /// What was read and not taken yet; whole packets are in it only after [`Client::wait_for`].
+    kept: Vec<u8>,
+    has_kept_packets: bool,
 }
 
 impl Client {
-    /// Connects, and subscribes if there is a filter; returns when the broker has agreed.
-    pub(crate) async fn open(addr: SocketAddr, version: Version, user: &str, filter: Option<&str>) -> Result<Self> {
-        let stream = TcpStream::connect(addr).await.with_context(|| format!("connecting to {addr}"))?;
-        stream.set_nodelay(true)?;
-        let mut client = Self { stream, version, out: Vec::new(), read: Vec::new() };
-        mqtt::connect(&mut client.out, version, &format!("{user}-device"), user)?;
-        client.expect(&Packet::Connack).await?;
-        if let Some(filter) = filter {
-            mqtt::subscribe(&mut client.out, version, filter)?;
-            client.expect(&Packet::Suback).await?;
-        }
-        Ok(client)
+    /// Connects; returns when the broker has agreed, and whether it remembers the client. `nth` tells connections of a run apart.
+    pub(crate) async fn connect(
+        dialer: &Dialer,
+        nth: u32,
+        version: Version,
+        login: &Login,
+        session: Session,
+    ) -> Result<(Self, bool)> {
+        let wire = dialer.dial(nth).await?;
+        let mut client = Self { wire, version, out: Vec::new(), kept: Vec::new(), has_kept_packets: false };
+        mqtt::connect(&mut client.out, version, login, session)?;
+        let mut remembered = false;
+        client
+            .wait_for(|packet| match packet {
+                Packet::Connack { session_present } => {
+                    remembered = *session_present;
+                    true
+                }
+                _ => false,
+            })
+            .await?;
+        Ok((client, remembered))
     }
 
-    async fn expect(&mut self, expected: &Packet<'_>) -> Result<()> {
-        let mut found = false;
+    /// Returns when the broker has agreed.
+    pub(crate) async fn subscribe(&mut self, filters: &[&str]) -> Result<()> {
+        mqtt::subscribe(&mut self.out, self.version, filters)?;
+        self.wait_for(|packet| matches!(packet, Packet::Suback)).await
+    }
+
+    /// Until this packet comes; what comes before and behind it is kept for [`Client::poll_receive`].
+    async fn wait_for(&mut self, mut is_it: impl FnMut(&Packet<'_>) -> bool) -> Result<()> {
+        std::future::poll_fn(|cx| self.poll_wait_for(cx, &mut is_it)).await
+    }
+
+    fn poll_wait_for(
+        &mut self,
+        cx: &mut TaskContext<'_>,
+        is_it: &mut impl FnMut(&Packet<'_>) -> bool,
+    ) -> Poll<Result<()>> {
         loop {
-            self.flush()?;
-            self.ready().await?;
-            self.receive(|packet, _| {
-                found |= packet == *expected;
-                Ok(())
+            let mut at = 0;
+            while let Some((packet, bytes)) = mqtt::read(&self.kept[at..], self.version)? {
+                if is_it(&packet) {
+                    self.kept.drain(at..at + bytes);
+                    self.has_kept_packets = !self.kept.is_empty();
+                    return Poll::Ready(Ok(()));
+                }
+                at += bytes;
+            }
+            self.poll_flush(cx)?;
+            let kept = &mut self.kept;
+            ready!(READ.with_borrow_mut(|buffer| match self.wire.poll_read(cx, buffer) {
+                Poll::Ready(Ok(bytes)) => {
+                    kept.extend_from_slice(&buffer[..bytes]);
+                    Poll::Ready(anyhow::Ok(()))
+                }
+                Poll::Ready(Err(error)) => Poll::Ready(Err(error.into())),
+                Poll::Pending => Poll::Pending,
+            }))?;
+        }
+    }
+
+    /// Hands over every packet that is there, with the buffer for answers; ready if there was any. The answers are not written yet.
+    pub(crate) fn poll_receive(
+        &mut self,
+        cx: &mut TaskContext<'_>,
+        mut take: impl FnMut(Packet<'_>, &mut Vec<u8>) -> Result<()>,
+    ) -> Poll<Result<()>> {
+        let mut some = false;
+        if self.has_kept_packets {
+            self.has_kept_packets = false;
+            let taken = take_packets(&self.kept, self.version, &mut self.out, &mut take)?;
+            self.kept.drain(..taken);
+            some = taken > 0;
+        }
+        loop {
+            let bytes = READ.with_borrow_mut(|buffer| match self.wire.poll_read(cx, buffer) {
+                Poll::Ready(Ok(bytes)) => {
+                    let read = &buffer[..bytes];
+                    if self.kept.is_empty() {
+                        let taken = take_packets(read, self.version, &mut self.out, &mut take)?;
+                        self.kept.extend_from_slice(&read[taken..]);
+                        some |= taken > 0;
+                    } else {
+                        self.kept.extend_from_slice(read);
+                        let taken = take_packets(&self.kept, self.version, &mut self.out, &mut take)?;
+                        self.kept.drain(..taken);
+                        some |= taken > 0;
+                    }
+                    anyhow::Ok(Some(bytes))
+                }
+                Poll::Ready(Err(error)) => Err(error.into()),
+                Poll::Pending => Ok(None),
             })?;
-            if found {
-                return Ok(());
+            if bytes.is_none() {
+                return if some { Poll::Ready(Ok(())) } else { Poll::Pending };
             }
         }
-    }
-
-    /// Waits until there is something to read, or room for what is still to be written.
-    pub(crate) async fn ready(&self) -> Result<()> {
-        let interest = if self.out.is_empty() {
-            tokio::io::Interest::READABLE
-        } else {
-            tokio::io::Interest::READABLE | tokio::io::Interest::WRITABLE
-        };
-        self.stream.ready(interest).await?;
-        Ok(())
     }
 
     /// Writes as much as the socket takes.
     pub(crate) fn flush(&mut self) -> Result<()> {
-        let mut written = 0;
-        while written < self.out.len() {
-            match self.stream.try_write(&self.out[written..]) {
-                Ok(bytes) => written += bytes,
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => break,
-                Err(error) => return Err(error.into()),
+        Ok(self.wire.write(&mut self.out)?)
+    }
+
+    /// The same, and has the task woken when it takes more.
+    pub(crate) fn poll_flush(&mut self, cx: &mut TaskContext<'_>) -> Result<()> {
+        self.flush()?;
+        while !self.is_flushed() {
+            match self.wire.poll_write_ready(cx) {
+                Poll::Ready(ready) => ready?,
+                Poll::Pending => break,
             }
+            self.flush()?;
         }
-        self.out.drain(..written);
         Ok(())
     }
 
-    /// Hands over every packet that is there, with the buffer for answers.
-    pub(crate) fn receive(&mut self, mut take: impl FnMut(Packet<'_>, &mut Vec<u8>) -> Result<()>) -> Result<()> {
-        loop {
-            let before = self.read.len();
-            self.read.resize(before + READ_BYTES, 0);
-            let read = self.stream.try_read(&mut self.read[before..]);
-            self.read.truncate(before + *read.as_ref().unwrap_or(&0));
-            match read {
-                Ok(bytes) => ensure!(bytes > 0, "the broker closed a connection"),
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => return Ok(()),
-                Err(error) => return Err(error.into()),
-            }
-            let full = self.read.len() == before + READ_BYTES;
-            let mut at = 0;
-            while let Some((packet, bytes)) = mqtt::read(&self.read[at..], self.version)? {
-                take(packet, &mut self.out)?;
-                at += bytes;
-            }
-            self.read.drain(..at);
-            // Less than there was room for: there is no more for now.
-            if !full {
-                return Ok(());
-            }
-        }
+    pub(crate) fn is_flushed(&self) -> bool {
+        self.out.is_empty() && self.wire.is_flushed()
     }
 
-    pub(crate) fn close(mut self) -> Result<()> {
+    /// Says goodbye, as far as the socket takes it.
+    pub(crate) fn leave(mut self) -> Result<()> {
         mqtt::disconnect(&mut self.out);
         self.flush()
     }
+
+    /// Says goodbye and waits until the broker has closed.
+    pub(crate) async fn leave_and_wait(mut self) -> Result<()> {
+        mqtt::disconnect(&mut self.out);
+        let closed = std::future::poll_fn(|cx| {
+            if let Err(error) = self.poll_flush(cx) {
+                return Poll::Ready(error);
+            }
+            loop {
+                match self.poll_receive(cx, |_, _| Ok(())) {
+                    Poll::Ready(Err(error)) => return Poll::Ready(error),
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Pending => return Poll::Pending,
+                }
+            }
+        })
+        .await;
+        if closed.downcast_ref::<std::io::Error>().is_none() {
+            bail!(closed);
+        }
+        Ok(())
+    }
+
+    /// Ends as with a broken network.
+    pub(crate) fn cut(self) -> Result<()> {
+        Ok(self.wire.cut()?)
+    }
+}
+
+/// How many bytes of a buffer were whole packets; each was taken.
+fn take_packets(
+    buffer: &[u8],
+    version: Version,
+    out: &mut Vec<u8>,
+    take: &mut impl FnMut(Packet<'_>, &mut Vec<u8>) -> Result<()>,
+) -> Result<usize> {
+    let mut at = 0;
+    while let Some((packet, bytes)) = mqtt::read(&buffer[at..], version)? {
+        take(packet, out)?;
+        at += bytes;
+    }
+    Ok(at)
 }

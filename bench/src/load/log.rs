@@ -1,8 +1,6 @@
 //! The log alone, without MQTT: what an append, a page and an opening cost, beside what the disk costs.
 
-use std::fs::OpenOptions;
-use std::io::{Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -12,9 +10,10 @@ use chat_protocol::{ConversationId, MessageId, Seq, Timestamp, UserId};
 use chat_service::log::{IdKey, Log, NewEntry, Position, ReadLimit, RedbLog, RedbOptions, Side, Stream};
 use serde::Serialize;
 
-use crate::process;
+use crate::measure::median;
+use crate::{disk, process};
 
-/// Measures the log in a folder of its own.
+/// The log alone, without MQTT.
 #[derive(clap::Args, Debug)]
 pub(crate) struct Options {
     /// Messages to store.
@@ -76,7 +75,8 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     let temporary = tempfile::tempdir()?;
     let folder = options.folder.clone().unwrap_or_else(|| temporary.path().to_owned());
     std::fs::create_dir_all(&folder)?;
-    let mut report = Report { fdatasync_us: fdatasync(&folder)?, message_bytes: options.bytes, ..Report::default() };
+    let fdatasync_us = disk::fdatasync(&folder, 200)?.distribution().p50_us as f64;
+    let mut report = Report { fdatasync_us, message_bytes: options.bytes, ..Report::default() };
     let redb = RedbOptions { counts_usage: options.counts_usage, ..RedbOptions::default() };
     let log = Arc::new(RedbLog::open(&folder, redb)?);
     ensure!(log.head() == Position(0), "the folder has a log already");
@@ -104,24 +104,6 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     report.open_ms = millis(began.elapsed());
     ensure!(log.head() == Position(report.messages + LONE_APPENDS), "the log has another end than it had");
     print(&report, options.json)
-}
-
-/// Median of writing and syncing 4 KiB.
-fn fdatasync(folder: &Path) -> Result<f64> {
-    let path = folder.join("fdatasync");
-    let mut file = OpenOptions::new().create(true).truncate(true).write(true).open(&path)?;
-    file.write_all(&[0; 4096])?;
-    file.sync_all()?;
-    let mut times = Vec::new();
-    for _ in 0..200 {
-        let began = Instant::now();
-        file.seek(SeekFrom::Start(0))?;
-        file.write_all(&[1; 4096])?;
-        file.sync_data()?;
-        times.push(micros(began.elapsed()));
-    }
-    std::fs::remove_file(path)?;
-    Ok(median(times))
 }
 
 /// Messages are a millisecond apart.
@@ -231,7 +213,7 @@ async fn append(log: &Arc<RedbLog>, options: &Options, report: &mut Report) -> R
     report.slowest_batch_ms = millis(slowest);
     let cpu = process::cpu_seconds(std::process::id())? - cpu_before - making.as_secs_f64();
     report.cpu_us_per_message = cpu * 1e6 / report.messages as f64;
-    report.rss_mb = process::rss_bytes(std::process::id())? as f64 / 1e6;
+    report.rss_mb = process::memory(std::process::id())?.anonymous_bytes as f64 / 1e6;
 
     let mut lone = Vec::new();
     for _ in 0..LONE_APPENDS {
@@ -240,7 +222,7 @@ async fn append(log: &Arc<RedbLog>, options: &Options, report: &mut Report) -> R
         log.append(vec![new]).await?;
         lone.push(micros(began.elapsed()));
     }
-    report.lone_append_us = median(lone);
+    report.lone_append_us = median(lone).unwrap_or_default();
     Ok(())
 }
 
@@ -260,8 +242,8 @@ async fn read(log: &Arc<RedbLog>, options: &Options, report: &mut Report) -> Res
         log.read_conversation(&conversation, None, ReadLimit { entries: 50, bytes: usize::MAX }).await?;
         history.push(micros(began.elapsed()));
     }
-    report.page_of_25_us = median(pages);
-    report.history_page_of_50_us = median(history);
+    report.page_of_25_us = median(pages).unwrap_or_default();
+    report.history_page_of_50_us = median(history).unwrap_or_default();
 
     // A backlog: everything of the users who have most, page by page.
     let began = Instant::now();
@@ -319,11 +301,6 @@ fn print(report: &Report, json: bool) -> Result<()> {
         report.index_bytes_per_message
     );
     Ok(())
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
 }
 
 fn micros(time: Duration) -> f64 {

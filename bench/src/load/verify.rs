@@ -1,30 +1,47 @@
-//! What a receiver has to get: every message of its pair, once, in order. And how a message says which it is.
+//! What a receiver has to get: every message of its streams, once, in order. And how a message says which it is. Pure.
+//!
+//! A stream is what one sender says to one receiver. What comes again after a reconnect and says so (DUP) is the price of at least once,
+//! and counted apart; anything else that is not as it was sent is a fault.
 
 use anyhow::{Context, Result};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
-/// Bytes of a text's counter and time, in hexadecimal digits.
+/// Bytes of a text's stream, counter and time, in hexadecimal digits.
 pub(crate) const STAMP_BYTES: usize = 32;
 
-/// Which message of a pair this is, counted from 1, and when it was due, in microseconds since the run began.
+/// Which message this is: of which stream, which in it, counted from 1, and when it was due, in microseconds since the run began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Stamp {
+    pub(crate) stream: u32,
     pub(crate) counter: u64,
     pub(crate) due_us: u64,
 }
 
+const DIGITS: &[u8; 16] = b"0123456789abcdef";
+
 impl Stamp {
-    /// Writes a text of so many bytes, at least [`STAMP_BYTES`].
+    /// Writes a text of so many bytes, at least [`STAMP_BYTES`]. Counters and times have 48 bits.
     pub(crate) fn write(self, text: &mut Vec<u8>, bytes: usize) {
         text.clear();
-        text.extend_from_slice(format!("{:016x}{:016x}", self.counter, self.due_us).as_bytes());
         text.resize(bytes.max(STAMP_BYTES), b'x');
+        let number = u128::from(self.stream) << 96 | u128::from(self.counter) << 48 | u128::from(self.due_us);
+        for (digit, nth) in text[..STAMP_BYTES].iter_mut().zip((0..32_u32).rev()) {
+            *digit = DIGITS[((number >> (4 * nth)) & 0xf) as usize];
+        }
     }
 
     fn read(text: &[u8]) -> Result<Self> {
-        let digits = std::str::from_utf8(text.get(..STAMP_BYTES).context("a text is cut short")?)?;
-        let (counter, due_us) = digits.split_at(STAMP_BYTES / 2);
-        Ok(Self { counter: u64::from_str_radix(counter, 16)?, due_us: u64::from_str_radix(due_us, 16)? })
+        let mut number: u128 = 0;
+        for digit in text.get(..STAMP_BYTES).context("a text is cut short")? {
+            let value = match digit {
+                b'0'..=b'9' => digit - b'0',
+                b'a'..=b'f' => digit - b'a' + 10,
+                _ => anyhow::bail!("a text is none of ours"),
+            };
+            number = number << 4 | u128::from(value);
+        }
+        let low = |bits: u128| u64::try_from(bits & 0xffff_ffff_ffff);
+        Ok(Self { stream: u32::try_from(number >> 96)?, counter: low(number >> 48)?, due_us: low(number)? })
     }
 }
 
@@ -37,74 +54,156 @@ pub(crate) enum Payload {
     Envelope,
 }
 
-/// What went wrong in all pairs together; all zero if nothing did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+/// What went wrong in all streams together; all zero if nothing did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Faults {
     /// Messages that were skipped when a later one came.
     pub(crate) gaps: u64,
-    /// Messages that came again, or after a later one.
+    /// Messages that came again, or after a later one, and not as what comes again after a reconnect.
     pub(crate) repeats: u64,
     /// Envelopes whose seq does not follow the one before.
     pub(crate) seq_gaps: u64,
     /// Payloads that are none of ours.
     pub(crate) unreadable: u64,
+    /// Messages that are somebody else's.
+    pub(crate) strays: u64,
+    /// Acknowledgements of what was not under way.
+    pub(crate) stray_acknowledgements: u64,
     /// Sent and never delivered.
     pub(crate) lost: u64,
     /// Sent and never acknowledged.
     pub(crate) unacknowledged: u64,
+    /// Sessions that a broker should have remembered and did not.
+    pub(crate) sessions_lost: u64,
+    /// Connections that the broker ended, or could not be had.
+    pub(crate) connections_lost: u64,
+    /// Receipts that went back, or never came.
+    pub(crate) receipts: u64,
 }
 
 impl Faults {
     pub(crate) fn is_none(&self) -> bool {
         *self == Self::default()
     }
+
+    /// A sentence, of what is not zero.
+    pub(crate) fn sentence(&self) -> String {
+        let Ok(serde_json::Value::Object(all)) = serde_json::to_value(self) else { return format!("{self:?}") };
+        let some: Vec<String> = all
+            .iter()
+            .filter(|(_, count)| **count != 0)
+            .map(|(name, count)| format!("{count} {}", name.replace('_', " ")))
+            .collect();
+        if some.is_empty() { "nothing lost, repeated or out of order".to_owned() } else { some.join(", ") }
+    }
 }
 
-/// What one receiver has had.
-#[derive(Debug, Default)]
+/// What a message turned out to be.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Judged {
+    New(Stamp),
+    /// It came again, as it may after a reconnect.
+    Redelivered,
+    Fault,
+}
+
+/// What may be expected of the seqs in a stream's envelopes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Seqs {
+    /// One after the other: nobody else writes in the conversation.
+    Consecutive,
+    /// They grow: there is another direction.
+    Growing,
+}
+
+/// What one receiver has had of one stream.
+#[derive(Debug)]
 pub(crate) struct Received {
+    seqs: Seqs,
     last: u64,
-    last_seq: Option<u64>,
+    last_seq: u64,
+    /// Whether its connection is not its first: what was under way may come again.
+    reconnected: bool,
 }
 
 impl Received {
-    /// Judges a message; its stamp if it is a new one.
-    pub(crate) fn take(&mut self, payload: &[u8], kind: Payload, faults: &mut Faults) -> Option<Stamp> {
-        let Ok((stamp, seq)) = read(payload, kind) else {
-            faults.unreadable += 1;
-            return None;
-        };
-        if let Some(seq) = seq {
-            faults.seq_gaps += u64::from(self.last_seq.is_some_and(|last| seq != last + 1));
-            self.last_seq = Some(seq);
-        }
+    pub(crate) fn new(seqs: Seqs) -> Self {
+        Self { seqs, last: 0, last_seq: 0, reconnected: false }
+    }
+
+    /// From now on messages may come that have come before.
+    pub(crate) fn reconnected(&mut self) {
+        self.reconnected = true;
+    }
+
+    /// The last message that came.
+    pub(crate) fn last(&self) -> u64 {
+        self.last
+    }
+
+    /// The seq of the last message that came; 0 where there are none.
+    pub(crate) fn last_seq(&self) -> u64 {
+        self.last_seq
+    }
+
+    /// Judges a message of this stream.
+    pub(crate) fn take(&mut self, message: &Message, again: bool, faults: &mut Faults) -> Judged {
+        let Message { stamp, seq } = message;
         if stamp.counter <= self.last {
+            if again && self.reconnected {
+                return Judged::Redelivered;
+            }
             faults.repeats += 1;
-            return None;
+            return Judged::Fault;
+        }
+        if let Some(seq) = seq {
+            let follows = match self.seqs {
+                Seqs::Consecutive => self.last_seq == 0 || *seq == self.last_seq + 1,
+                Seqs::Growing => *seq > self.last_seq,
+            };
+            faults.seq_gaps += u64::from(!follows);
+            self.last_seq = *seq;
         }
         faults.gaps += stamp.counter - self.last - 1;
         self.last = stamp.counter;
-        Some(stamp)
+        Judged::New(*stamp)
     }
 }
 
-fn read(payload: &[u8], kind: Payload) -> Result<(Stamp, Option<u64>)> {
-    match kind {
-        Payload::Raw => Ok((Stamp::read(payload)?, None)),
-        // Looked for, not parsed: the generator shares the machine with what it measures. Names contain no quotes.
-        Payload::Envelope => {
-            let seq = behind(payload, b"\"seq\":")?;
-            let digits = seq.iter().take_while(|byte| byte.is_ascii_digit()).count();
-            let seq = std::str::from_utf8(&seq[..digits])?.parse()?;
-            Ok((Stamp::read(behind(payload, b"\"text\":\"")?)?, Some(seq)))
+/// A message as it came.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Message {
+    pub(crate) stamp: Stamp,
+    pub(crate) seq: Option<u64>,
+}
+
+impl Message {
+    pub(crate) fn read(payload: &[u8], kind: Payload) -> Result<Self> {
+        match kind {
+            Payload::Raw => Ok(Self { stamp: Stamp::read(payload)?, seq: None }),
+            // Looked for, not parsed: the generator shares the machine with what it measures. Names contain no quotes.
+            Payload::Envelope => {
+                let seq = behind(payload, b"\"seq\":")?;
+                let digits = seq.iter().take_while(|byte| byte.is_ascii_digit()).count();
+                let seq_number = std::str::from_utf8(&seq[..digits])?.parse()?;
+                Ok(Self { stamp: Stamp::read(behind(seq, b"\"text\":\"")?)?, seq: Some(seq_number) })
+            }
         }
     }
 }
 
-fn behind<'a>(payload: &'a [u8], begin: &[u8]) -> Result<&'a [u8]> {
-    let at = payload.windows(begin.len()).position(|window| window == begin);
-    let at = at.with_context(|| format!("no {}", begin.escape_ascii()))?;
-    Ok(&payload[at + begin.len()..])
+/// What stands behind the first of these.
+pub(crate) fn behind<'a>(payload: &'a [u8], begin: &[u8]) -> Result<&'a [u8]> {
+    let first = begin[0];
+    let mut at = 0;
+    while let Some(found) = payload.get(at..).and_then(|rest| rest.iter().position(|byte| *byte == first)) {
+        at += found;
+        if payload[at..].starts_with(begin) {
+            return Ok(&payload[at + begin.len()..]);
+        }
+        at += 1;
+    }
+    anyhow::bail!("no {}", begin.escape_ascii())
 }
 
 #[cfg(test)]
@@ -113,15 +212,20 @@ mod tests {
 
     fn text(counter: u64) -> Vec<u8> {
         let mut text = Vec::new();
-        Stamp { counter, due_us: 9 }.write(&mut text, 128);
+        Stamp { stream: 3, counter, due_us: 9 }.write(&mut text, 128);
         assert_eq!(text.len(), 128);
         text
     }
 
+    fn take(received: &mut Received, counter: u64, again: bool, faults: &mut Faults) -> Judged {
+        let message = Message::read(&text(counter), Payload::Raw).unwrap();
+        received.take(&message, again, faults)
+    }
+
     fn faults(counters: &[u64]) -> Faults {
-        let (mut received, mut faults) = (Received::default(), Faults::default());
+        let (mut received, mut faults) = (Received::new(Seqs::Consecutive), Faults::default());
         for counter in counters {
-            received.take(&text(*counter), Payload::Raw, &mut faults);
+            take(&mut received, *counter, false, &mut faults);
         }
         faults
     }
@@ -136,16 +240,53 @@ mod tests {
     }
 
     #[test]
+    fn what_comes_again_after_a_reconnect_is_no_fault_if_it_says_so() {
+        let (mut received, mut faults) = (Received::new(Seqs::Consecutive), Faults::default());
+        let mut take = |received: &mut Received, counter, again| take(received, counter, again, &mut faults);
+        assert!(matches!(take(&mut received, 1, false), Judged::New(_)));
+        assert!(matches!(take(&mut received, 2, false), Judged::New(_)));
+        assert_eq!(take(&mut received, 2, true), Judged::Fault, "there was no reconnect");
+        received.reconnected();
+        assert_eq!(take(&mut received, 1, true), Judged::Redelivered);
+        assert_eq!(take(&mut received, 2, true), Judged::Redelivered);
+        // Sent before, and not received: new, whatever it says.
+        assert!(matches!(take(&mut received, 3, true), Judged::New(_)));
+        assert_eq!(take(&mut received, 3, false), Judged::Fault);
+        assert_eq!(faults, Faults { repeats: 2, ..Faults::default() });
+        assert_eq!(faults.sentence(), "2 repeats");
+    }
+
+    #[test]
     fn envelopes_are_read_and_their_seqs_judged() {
-        let (mut received, mut faults) = (Received::default(), Faults::default());
-        for (counter, seq) in [(1, 7), (2, 8), (3, 10)] {
+        let envelope = |counter, seq: u64| {
             let text = String::from_utf8(text(counter)).unwrap();
-            let envelope = format!(r#"{{"v":1,"kind":"text","seq":{seq},"from":"a","text":"{text}"}}"#);
-            let stamp = received.take(envelope.as_bytes(), Payload::Envelope, &mut faults);
-            assert_eq!(stamp, Some(Stamp { counter, due_us: 9 }));
+            format!(r#"{{"v":1,"kind":"text","seq":{seq},"from":"a","text":"{text}"}}"#)
+        };
+        for (seqs, expected) in [(Seqs::Consecutive, 2), (Seqs::Growing, 1)] {
+            let (mut received, mut faults) = (Received::new(seqs), Faults::default());
+            for (counter, seq) in [(1, 7), (2, 8), (3, 10), (4, 10)] {
+                let message = Message::read(envelope(counter, seq).as_bytes(), Payload::Envelope).unwrap();
+                let stamp = Stamp { stream: 3, counter, due_us: 9 };
+                assert_eq!(received.take(&message, false, &mut faults), Judged::New(stamp));
+            }
+            assert_eq!(faults, Faults { seq_gaps: expected, ..Faults::default() }, "{seqs:?}");
+            assert_eq!((received.last(), received.last_seq()), (4, 10));
         }
-        assert_eq!(faults, Faults { seq_gaps: 1, ..Faults::default() });
-        received.take(b"{}", Payload::Envelope, &mut faults);
-        assert_eq!(faults.unreadable, 1);
+        assert!(Message::read(b"{}", Payload::Envelope).is_err());
+        assert!(Message::read(b"hello", Payload::Raw).is_err());
+    }
+
+    #[test]
+    fn stamps_come_back() {
+        for stamp in [
+            Stamp { stream: 0, counter: 1, due_us: 0 },
+            Stamp { stream: u32::MAX, counter: (1 << 48) - 1, due_us: (1 << 48) - 1 },
+            Stamp { stream: 19_999, counter: 1_234_567, due_us: 300_000_000 },
+        ] {
+            let mut text = Vec::new();
+            stamp.write(&mut text, 0);
+            assert_eq!(text.len(), STAMP_BYTES);
+            assert_eq!(Stamp::read(&text).unwrap(), stamp);
+        }
     }
 }
