@@ -138,7 +138,7 @@ pub(crate) async fn put_messages(folder: &Path, messages: impl IntoIterator<Item
             withheld: false,
         }
     };
-    log.append(messages.into_iter().map(entry).collect()).await.unwrap();
+    log.append(messages.into_iter().map(entry).collect::<Vec<_>>()).await.unwrap();
 }
 
 /// Healthy, no task panicked, and neither bus had to be replaced.
