@@ -1,7 +1,7 @@
 //! `chat-bench`: load for MQTT brokers, verified while it is measured, and a measure of the log alone.
 //!
 //! The reading order: what is measured and how its clients come (`target`, `wire`, `websocket`, `mqtt`, `client`, `crowd`), what they do
-//! (`pairs` and `fan_in` by `flow`, `idle`, `backlog`, `storm`, `mixed`; `log` and `disk` without a broker), what is kept of it (`outgoing`,
+//! (`pairs` and `fan_in` by `flow`, `idle`, `backlog`, `storm` with `innocent`, `mixed`; `log` and `disk` without a broker), what is kept of it (`outgoing`,
 //! `verify`, `measure`, `process`), and how it is told (`outcome`, `html`, `plot`, and `report` of many runs).
 
 mod backlog;
@@ -12,6 +12,7 @@ mod fan_in;
 mod flow;
 mod html;
 mod idle;
+mod innocent;
 mod log;
 mod measure;
 mod mixed;

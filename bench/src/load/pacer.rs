@@ -66,15 +66,15 @@ impl Pacer {
         Ok(Self { alarm: Alarm::new(began)?, interval_us, next })
     }
 
-    /// Waits until a message is due; when it was, in microseconds.
+    /// Waits until a message is due; when it was, in microseconds. Whoever no longer waits for it misses none.
     pub(crate) async fn due_us(&mut self) -> Result<u64> {
-        let due_us = whole(self.next as f64 * self.interval_us);
-        self.alarm.at_us(due_us).await?;
-        self.next += 1;
         // Whoever is behind lets others read what has come meanwhile.
         if self.next.is_multiple_of(MESSAGES_AT_ONCE) {
             tokio::task::yield_now().await;
         }
+        let due_us = whole(self.next as f64 * self.interval_us);
+        self.alarm.at_us(due_us).await?;
+        self.next += 1;
         Ok(due_us)
     }
 }

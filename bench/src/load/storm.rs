@@ -13,6 +13,7 @@ use tokio::task::JoinSet;
 
 use crate::client::Client;
 use crate::crowd;
+use crate::innocent::Innocent;
 use crate::measure::{Latencies, Series};
 use crate::mqtt::{self, Packet, Session};
 use crate::outcome::{Outcome, Output};
@@ -77,9 +78,6 @@ struct Shared {
     redelivered: Cell<u64>,
     delivered: RefCell<Series>,
     faults: RefCell<Faults>,
-    /// Latencies of the two, before and since.
-    calm: RefCell<Latencies>,
-    stormy: RefCell<Latencies>,
 }
 
 impl Shared {
@@ -88,7 +86,7 @@ impl Shared {
     }
 }
 
-/// One who may be thrown out. Streams of the storm are numbered as its clients; the next is the innocent one's.
+/// One who is thrown out. Streams are numbered as the clients.
 struct Listener {
     nth: u32,
     /// Only ever away between a cut and the return.
@@ -107,7 +105,7 @@ impl Listener {
     }
 
     /// Takes what comes; ready when the connection is gone.
-    fn poll(&mut self, cx: &mut TaskContext<'_>, shared: &Shared, on_new: impl Fn(&Shared, Stamp)) -> Poll<()> {
+    fn poll(&mut self, cx: &mut TaskContext<'_>, shared: &Shared) -> Poll<()> {
         self.waker = Some(cx.waker().clone());
         let Some(client) = &mut self.client else { return Poll::Ready(()) };
         let (nth, received) = (self.nth, &mut self.received);
@@ -122,7 +120,7 @@ impl Listener {
                     Err(_) => faults.unreadable += 1,
                     Ok(message) if message.stamp.stream != nth => faults.strays += 1,
                     Ok(message) => match received.take(&message, again, faults) {
-                        Judged::New(stamp) => on_new(shared, stamp),
+                        Judged::New(_) => shared.delivered.borrow_mut().add(shared.now_us()),
                         Judged::Redelivered => shared.redelivered.set(shared.redelivered.get() + 1),
                         Judged::Fault => {}
                     },
@@ -157,13 +155,7 @@ async fn listen(listener: Rc<RefCell<Listener>>, shared: Rc<Shared>) -> Result<(
     let nth = listener.borrow().nth;
     let me = shared.run.name("n", nth);
     loop {
-        std::future::poll_fn(|cx| {
-            listener.borrow_mut().poll(cx, &shared, |shared, _| {
-                let at_us = shared.now_us();
-                shared.delivered.borrow_mut().add(at_us);
-            })
-        })
-        .await;
+        std::future::poll_fn(|cx| listener.borrow_mut().poll(cx, &shared)).await;
         let (client, remembered) = come_back(&shared, nth, &me).await;
         shared.faults.borrow_mut().sessions_lost += u64::from(!remembered);
         let mut listener = listener.borrow_mut();
@@ -203,16 +195,10 @@ struct Sender {
 }
 
 impl Sender {
-    async fn new(
-        shared: &Shared,
-        nth: u32,
-        me: String,
-        role: &str,
-        to: Vec<Rc<RefCell<Listener>>>,
-    ) -> Result<Rc<RefCell<Self>>> {
+    async fn new(shared: &Shared, nth: u32, me: String, to: Vec<Rc<RefCell<Listener>>>) -> Result<Rc<RefCell<Self>>> {
         let client = shared.target.sender(&shared.dialer, nth, &me).await?;
         let with_name = |listener: Rc<RefCell<Listener>>| {
-            let name = shared.run.name(role, listener.borrow().nth);
+            let name = shared.run.name("n", listener.borrow().nth);
             (shared.target.topic(&me, &name), listener)
         };
         let to = to.into_iter().map(with_name).collect();
@@ -291,8 +277,6 @@ pub(crate) async fn run(options: Options) -> Result<()> {
         redelivered: Cell::new(0),
         delivered: RefCell::new(Series::new()),
         faults: RefCell::default(),
-        calm: RefCell::new(Latencies::new()?),
-        stormy: RefCell::new(Latencies::new()?),
     });
     let connecting = Instant::now();
     let listeners = crowd::open("connecting", options.clients, options.at_once, |nth| {
@@ -307,21 +291,34 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     outcome.set("connected_per_s", f64::from(options.clients) / connecting.elapsed().as_secs_f64());
 
     let mut running: JoinSet<Result<()>> = JoinSet::new();
-    let (senders, innocent) = people(&options, &shared, &listeners, &mut running).await?;
+    let mut senders = Vec::new();
+    for nth in 0..options.senders {
+        let mine = |listener: &&Rc<RefCell<Listener>>| listener.borrow().nth % options.senders == nth;
+        let to = listeners.iter().filter(mine).cloned().collect();
+        senders.push(Sender::new(&shared, options.clients + nth, shared.run.name("s", nth), to).await?);
+    }
+    for sender in &senders {
+        let (sender, shared) = (Rc::clone(sender), Rc::clone(&shared));
+        running.spawn_local(async move { std::future::poll_fn(|cx| sender.borrow_mut().poll(cx, &shared)).await });
+    }
     running.spawn_local(send_when_due(senders.clone(), Rc::clone(&shared), options.rate));
     for listener in &listeners {
         running.spawn_local(listen(Rc::clone(listener), Rc::clone(&shared)));
     }
-    let everybody: Vec<_> = listeners.iter().chain([&innocent]).cloned().collect();
-    let storm = storm(&options, &shared, &listeners, &everybody, &senders, &mut outcome);
+    let nth = options.clients + options.senders;
+    let innocent = Innocent::start(&options.target, &shared.run, nth, shared.began, options.innocent_rate)?;
     tokio::select! {
-        ended = storm => ended?,
+        ended = storm(&options, &shared, &listeners, &senders, &innocent, &mut outcome) => ended?,
         // None ends by itself: one has failed.
         Some(ended) = running.join_next() => ended??,
     }
     running.abort_all();
+    let seen = innocent.end().await?;
+    outcome.set_latencies("innocent_calm", seen.calm.distribution());
+    outcome.set_latencies("innocent_storm", seen.stormy.distribution());
     let mut faults = shared.faults.borrow_mut();
-    for listener in &everybody {
+    faults.add(&seen.faults);
+    for listener in &listeners {
         let listener = listener.borrow();
         faults.lost += listener.sent - listener.received.last();
     }
@@ -331,51 +328,12 @@ pub(crate) async fn run(options: Options) -> Result<()> {
     report(&options, &shared, outcome)
 }
 
-/// Those who send to the crowd, and the two: their tasks run, and the second of the two is returned.
-async fn people(
-    options: &Options,
-    shared: &Rc<Shared>,
-    listeners: &[Rc<RefCell<Listener>>],
-    running: &mut JoinSet<Result<()>>,
-) -> Result<(Vec<Rc<RefCell<Sender>>>, Rc<RefCell<Listener>>)> {
-    let mut senders = Vec::new();
-    for nth in 0..options.senders {
-        let mine = |listener: &&Rc<RefCell<Listener>>| listener.borrow().nth % options.senders == nth;
-        let to = listeners.iter().filter(mine).cloned().collect();
-        senders.push(Sender::new(shared, options.clients + nth, shared.run.name("s", nth), "n", to).await?);
-    }
-    let nth = options.clients;
-    let me = shared.run.name("innocent", nth);
-    let (client, _) = shared.target.receiver(&shared.dialer, nth, &me, Session::Clean).await?;
-    let innocent = Listener::new(nth, client);
-    let to = vec![Rc::clone(&innocent)];
-    let teller = Sender::new(shared, nth + 1, shared.run.name("teller", nth), "innocent", to).await?;
-    running.spawn_local({
-        let (innocent, shared) = (Rc::clone(&innocent), Rc::clone(shared));
-        async move {
-            let on_new = |shared: &Shared, stamp: Stamp| {
-                let is_since = shared.cut_at_us.get().is_some_and(|cut_at_us| stamp.due_us >= cut_at_us);
-                let latencies = if is_since { &shared.stormy } else { &shared.calm };
-                latencies.borrow_mut().record(shared.now_us().saturating_sub(stamp.due_us));
-            };
-            std::future::poll_fn(|cx| innocent.borrow_mut().poll(cx, &shared, on_new)).await;
-            anyhow::bail!("the broker ended the connection of one who has nothing to do with it")
-        }
-    });
-    running.spawn_local(send_when_due(vec![Rc::clone(&teller)], Rc::clone(shared), options.innocent_rate));
-    for sender in senders.iter().chain([&teller]) {
-        let (sender, shared) = (Rc::clone(sender), Rc::clone(shared));
-        running.spawn_local(async move { std::future::poll_fn(|cx| sender.borrow_mut().poll(cx, &shared)).await });
-    }
-    Ok((senders, innocent))
-}
-
 async fn storm(
     options: &Options,
     shared: &Shared,
     listeners: &[Rc<RefCell<Listener>>],
-    everybody: &[Rc<RefCell<Listener>>],
     senders: &[Rc<RefCell<Sender>>],
+    innocent: &Innocent,
     outcome: &mut Outcome,
 ) -> Result<()> {
     let seconds = Duration::from_secs(options.seconds);
@@ -383,6 +341,7 @@ async fn storm(
     outcome.set_memory("calm", options.target.memory()?);
     let began = Instant::now();
     shared.cut_at_us.set(Some(shared.now_us()));
+    innocent.storm_begins(shared.now_us());
     for listener in listeners {
         listener.borrow_mut().cut()?;
     }
@@ -406,7 +365,7 @@ async fn storm(
         listener.received.last() == listener.sent
     };
     let is_acknowledged = |sender: &Rc<RefCell<Sender>>| sender.borrow().outgoing.under_way() == 0;
-    while Instant::now() < by && !(everybody.iter().all(is_drained) && senders.iter().all(is_acknowledged)) {
+    while Instant::now() < by && !(listeners.iter().all(is_drained) && senders.iter().all(is_acknowledged)) {
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
     Ok(())
@@ -417,8 +376,6 @@ fn report(options: &Options, shared: &Shared, mut outcome: Outcome) -> Result<()
     outcome.set("retries", shared.retries.get() as f64);
     outcome.redelivered = shared.redelivered.get();
     outcome.set_latencies("back", shared.back.borrow().distribution());
-    outcome.set_latencies("innocent_calm", shared.calm.borrow().distribution());
-    outcome.set_latencies("innocent_storm", shared.stormy.borrow().distribution());
     outcome.series.insert("back".to_owned(), shared.back_series.borrow().clone());
     outcome.series.insert("delivered".to_owned(), shared.delivered.borrow().clone());
     let p99 = |name: &str| time(outcome.latencies[name].p99_us as f64);

@@ -86,6 +86,21 @@ impl Faults {
         *self == Self::default()
     }
 
+    /// Those of others, too.
+    pub(crate) fn add(&mut self, others: &Self) {
+        self.gaps += others.gaps;
+        self.repeats += others.repeats;
+        self.seq_gaps += others.seq_gaps;
+        self.unreadable += others.unreadable;
+        self.strays += others.strays;
+        self.stray_acknowledgements += others.stray_acknowledgements;
+        self.lost += others.lost;
+        self.unacknowledged += others.unacknowledged;
+        self.sessions_lost += others.sessions_lost;
+        self.connections_lost += others.connections_lost;
+        self.receipts += others.receipts;
+    }
+
     /// A sentence, of what is not zero.
     pub(crate) fn sentence(&self) -> String {
         let Ok(serde_json::Value::Object(all)) = serde_json::to_value(self) else { return format!("{self:?}") };
