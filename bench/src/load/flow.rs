@@ -378,21 +378,30 @@ impl Receiver {
             let mut now_us = None;
             let polled = client.poll_receive(cx, |packet, out| {
                 let Packet::Publish { qos, again, packet_id, payload, .. } = packet else { return Ok(()) };
-                if qos > 0 {
-                    mqtt::puback(out, packet_id);
-                }
+                let acknowledge = |out: &mut Vec<u8>| {
+                    if qos > 0 {
+                        mqtt::puback(out, packet_id);
+                    }
+                };
                 let faults = &mut *shared.faults.borrow_mut();
                 let Ok(message) = Message::read(payload, shared.target.payload) else {
                     faults.unreadable += 1;
+                    acknowledge(out);
                     return Ok(());
                 };
                 let stream = message.stamp.stream;
                 let is_mine = stream % receivers == *nth;
                 let Some(sender) = shared.sender(stream).filter(|_| is_mine) else {
                     faults.strays += 1;
+                    acknowledge(out);
                     return Ok(());
                 };
-                if let Judged::New(stamp) = sender.borrow_mut().received.take(&message, again, faults) {
+                let judged = sender.borrow_mut().received.take(&message, again, faults);
+                // What came twice was acknowledged: once more, and it would be an acknowledgement of nothing, which may end the connection.
+                if !matches!(judged, Judged::Fault) {
+                    acknowledge(out);
+                }
+                if let Judged::New(stamp) = judged {
                     let now_us = *now_us.get_or_insert_with(|| shared.now_us());
                     shared.count(&shared.delivered, stamp.due_us, now_us);
                     if shared.window.is_some() && touched.last() != Some(&stream) {
