@@ -50,6 +50,8 @@ thread_local! {
     static READ_BUFFER: RefCell<Vec<u8>> = RefCell::new(vec![0; READ_BYTES]);
 }
 
+/// What was read from the log, for a topic.
+type Read = (Arc<str>, Result<Page, ServiceError>);
 type Reading = Pin<Box<dyn Future<Output = Result<Page, ServiceError>> + Send>>;
 type Waiting = Pin<Box<dyn Future<Output = ()> + Send>>;
 
@@ -105,7 +107,7 @@ struct Connection<S: Service, T> {
     held: VecDeque<Publish>,
     waiting: Option<Waiting>,
     reading: Option<(Arc<str>, Reading)>,
-    page: Option<Box<(Arc<str>, Result<Page, ServiceError>)>>,
+    page: Option<Box<Read>>,
     /// QoS 0 deliveries that count as delivered once they are written.
     unwritten: Vec<(Arc<str>, Position)>,
     heard_at: Instant,
