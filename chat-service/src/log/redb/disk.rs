@@ -68,7 +68,7 @@ impl StorageBackend for File {
     }
 }
 
-/// A disk for one file. As on a real one, what was written once can be written over when the disk is full.
+/// A disk for some files. As on a real one, what was written once can be written over when the disk is full.
 #[derive(Debug)]
 pub(super) struct FaultyDisk {
     blocks: Mutex<Blocks>,
@@ -82,7 +82,7 @@ pub(super) struct FaultyDisk {
 
 #[derive(Debug, Default)]
 struct Blocks {
-    used: HashSet<u64>,
+    used: HashSet<(PathBuf, u64)>,
     /// `None` is no limit.
     free: Option<usize>,
 }
@@ -122,13 +122,14 @@ impl FaultyDisk {
 }
 
 impl Disk for FaultyDisk {
-    fn write(&self, _: &Path, offset: u64, bytes: &[u8], write: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
+    fn write(&self, path: &Path, offset: u64, bytes: &[u8], write: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
         if self.broken.load(Ordering::SeqCst) {
             return Err(io::Error::other("the disk is gone"));
         }
         self.count()?;
         let mut blocks = self.blocks.lock();
         for block in offset / BLOCK_BYTES..(offset + bytes.len() as u64).div_ceil(BLOCK_BYTES) {
+            let block = (path.to_owned(), block);
             if blocks.used.contains(&block) {
                 continue;
             }
@@ -168,11 +169,11 @@ pub(super) enum Operation {
 
 /// A disk that works, and remembers everything in its order, over all files.
 #[derive(Debug, Default)]
-pub(super) struct Journal {
+pub(super) struct Recorder {
     operations: Mutex<Vec<(PathBuf, Operation)>>,
 }
 
-impl Journal {
+impl Recorder {
     /// Operations so far.
     pub(super) fn len(&self) -> usize {
         self.operations.lock().len()
@@ -197,7 +198,7 @@ impl Journal {
     }
 }
 
-impl Disk for Journal {
+impl Disk for Recorder {
     fn write(&self, path: &Path, offset: u64, bytes: &[u8], write: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
         self.remember(path, Operation::Write { offset, bytes: bytes.to_vec() }, write)
     }

@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
-use super::disk::{Disk, FaultyDisk, Journal, Operation};
+use super::disk::{Disk, FaultyDisk, Recorder, Operation};
 use super::tests::{EVERYTHING, Reopened, SMALL, at, compare, inbox, message, phone, sent_at, steps, user, verified};
 use super::*;
 use crate::log::Side;
@@ -36,6 +36,8 @@ impl Dice {
         self.below(2) == 0
     }
 }
+
+const FILES: [&str; 3] = ["log.redb", "log.journal", "index.redb"];
 
 /// In memory, where it is to be had: what a sync means is up to the test.
 fn folder() -> tempfile::TempDir {
@@ -74,7 +76,7 @@ const MESSAGES: u64 = 60;
 const KEPT: u64 = 10;
 
 /// Messages from alice to bob, by one, two and three, and a session of bob's; old ones are removed; what was promised after each step.
-async fn script(log: &RedbLog, journal: &Journal, removes: bool) -> Vec<Promise> {
+async fn script(log: &RedbLog, recorder: &Recorder, removes: bool) -> Vec<Promise> {
     let mut promises = vec![Promise::default()];
     let mut promise = Promise::default();
     while promise.acknowledged < MESSAGES {
@@ -82,16 +84,16 @@ async fn script(log: &RedbLog, journal: &Journal, removes: bool) -> Vec<Promise>
         let to = (from + promise.acknowledged % 3).min(MESSAGES);
         let batch: Vec<_> = (from..=to).map(|seq| message("alice", "bob", seq, &text(seq))).collect();
         log.append(batch).await.unwrap();
-        promise = Promise { operations: journal.len(), acknowledged: to, ..promise };
+        promise = Promise { operations: recorder.len(), acknowledged: to, ..promise };
         promises.push(promise);
         if to % 5 == 0 {
             log.put_session(&phone(), at(to)).await.unwrap();
-            promise = Promise { operations: journal.len(), cursor: Some(to), ..promise };
+            promise = Promise { operations: recorder.len(), cursor: Some(to), ..promise };
             promises.push(promise);
         }
         if removes && to > KEPT && to % 4 == 0 {
             log.remove_before(sent_at(to - KEPT + 1)).await.unwrap();
-            promise = Promise { operations: journal.len(), removed: to - KEPT, ..promise };
+            promise = Promise { operations: recorder.len(), removed: to - KEPT, ..promise };
             promises.push(promise);
         }
     }
@@ -141,7 +143,7 @@ fn image(
 }
 
 fn put(files: &BTreeMap<PathBuf, Vec<u8>>, folder: &Path) {
-    for name in ["log.redb", "index.redb"] {
+    for name in FILES {
         fs::remove_file(folder.join(name)).unwrap_or(());
     }
     for (path, bytes) in files {
@@ -184,8 +186,8 @@ async fn check_image(
     let what = format!("power cut after {cut} operations, {all_or_nothing:?}");
     put(&image(operations, dice, all_or_nothing), folder.path());
     // Again while it recovers, and then for good.
-    let recovery = Arc::new(Journal::default());
-    let before: Vec<(PathBuf, Operation)> = ["log.redb", "index.redb"]
+    let recovery = Arc::new(Recorder::default());
+    let before: Vec<(PathBuf, Operation)> = FILES
         .into_iter()
         .filter_map(|name| {
             let bytes = fs::read(folder.path().join(name)).ok()?;
@@ -219,11 +221,11 @@ async fn check_image(
 async fn nothing_acknowledged_is_lost_in_a_power_cut() {
     let mut dice = Dice::new();
     let folder = folder();
-    let journal = Arc::new(Journal::default());
-    let log = open_on(folder.path(), Some(journal.clone()), Some(journal.clone())).unwrap();
-    let promises = script(&log, &journal, true).await;
+    let recorder = Arc::new(Recorder::default());
+    let log = open_on(folder.path(), Some(recorder.clone()), Some(recorder.clone())).unwrap();
+    let promises = script(&log, &recorder, true).await;
     drop(log);
-    let operations = journal.operations();
+    let operations = recorder.operations();
     let begun = promises[1].operations;
     println!("{} operations", operations.len());
     for (cut, (_, operation)) in operations.iter().enumerate() {
@@ -329,7 +331,7 @@ async fn damage_is_found_and_never_hides_a_message() {
     let mut dice = Dice::new();
     let original = folder();
     let log = open_on(original.path(), None, None).unwrap();
-    script(&log, &Journal::default(), false).await;
+    script(&log, &Recorder::default(), false).await;
     drop(log);
     let files = ["log.redb", "index.redb"].map(|name| (name, fs::read(original.path().join(name)).unwrap()));
     let (mut refused, mut found, mut harmless) = (0, 0, 0);
@@ -361,13 +363,21 @@ async fn damage_is_found_and_never_hides_a_message() {
             refused += 1;
             continue;
         };
+        let log = Arc::new(log);
+        let reader = Arc::clone(&log);
         let reading = tokio::spawn(async move {
-            let bob = log.read(&inbox("bob"), Position(0), EVERYTHING).await?;
+            let bob = reader.read(&inbox("bob"), Position(0), EVERYTHING).await?;
             let conversation = ConversationId::parse("alice:bob").unwrap();
-            let both = log.read_conversation(&conversation, None, EVERYTHING).await?;
+            let both = reader.read_conversation(&conversation, None, EVERYTHING).await?;
             Ok::<_, LogError>((bob, both))
         });
-        match reading.await {
+        let read = reading.await;
+        // So does a panic in redb when a damaged file is closed; here, because one panic while another unwinds ends the process at once.
+        let closed = tokio::task::spawn_blocking(move || drop(log)).await;
+        if closed.is_err() {
+            println!("{what}: found when it was closed");
+        }
+        match read {
             Ok(Ok((bob, both))) => {
                 harmless += 1;
                 for page in [bob, both] {
@@ -387,31 +397,31 @@ async fn damage_is_found_and_never_hides_a_message() {
 /// A log whose disk remembers what was written, so that a crash can be made of it.
 struct Crashing {
     folder: tempfile::TempDir,
-    journal: Arc<Journal>,
+    recorder: Arc<Recorder>,
 }
 
 impl Crashing {
     fn new() -> Self {
-        Self { folder: folder(), journal: Arc::default() }
+        Self { folder: folder(), recorder: Arc::default() }
     }
 }
 
 impl Reopened for Crashing {
     fn open(&mut self) -> RedbLog {
-        open_on(self.folder.path(), Some(self.journal.clone()), Some(self.journal.clone())).unwrap()
+        open_on(self.folder.path(), Some(self.recorder.clone()), Some(self.recorder.clone())).unwrap()
     }
 
     fn crash(&mut self, log: RedbLog) -> RedbLog {
         // Everything that was written is in the page cache, synced or not; what the threads do from now on never happened.
-        let operations = self.journal.operations();
+        let operations = self.recorder.operations();
         drop(log);
         let mut dice = Dice(1);
         let written = image(&operations, &mut dice, Some(true));
-        // The journal begins anew, with the files as they are.
-        self.journal = Arc::default();
+        // The recorder begins anew, with the files as they are.
+        self.recorder = Arc::default();
         put(&written, self.folder.path());
         for (path, bytes) in written {
-            self.journal.begin_with(&path, bytes);
+            self.recorder.begin_with(&path, bytes);
         }
         self.open()
     }

@@ -27,6 +27,8 @@ enum Kind {
     Change = 5,
     /// The log itself.
     Log = 6,
+    /// A record of the journal.
+    Record = 7,
 }
 
 impl Key {
@@ -118,6 +120,14 @@ impl Keys {
     /// Tells the log from others, and nothing about its secret.
     pub(super) fn identity(&self) -> u64 {
         self.key(Kind::Log, |_| ()).random_bits().0
+    }
+
+    /// Of a record of the journal: nobody can make bytes that have the same, who does not know the secret.
+    pub(super) fn checksum(&self, bytes: &[u8]) -> [u8; 16] {
+        let mut hasher = SipHasher13::new_with_keys(self.secret.0, self.secret.1);
+        hasher.write(&[Kind::Record as u8]);
+        hasher.write(bytes);
+        hasher.finish128().as_bytes()
     }
 
     fn key(&self, kind: Kind, write: impl FnOnce(&mut SipHasher13)) -> Key {

@@ -1,18 +1,20 @@
-//! The log on one machine's disk: `log.redb` has the messages, each written once, with cursors and sessions; `index.redb` says where they
-//! are and can be made again.
+//! The log on one machine's disk: `log.redb` has the messages, with cursors and sessions; `log.journal` has the newest messages until they are
+//! there; `index.redb` says where they are and can be made again.
 //!
-//! One thread owns every write of the log ([`writer`]), another every write of the index ([`indexer`]), for which nobody waits; reads take
+//! One thread owns every write of the log and its journal ([`writer`]), another every write of the index ([`indexer`]), for which nobody waits; reads take
 //! snapshots and never wait for either ([`reader`]). Callers reach the writer
 //! through a queue of bounded size; what was only noted (cursors, ended sessions) lies in memory until the next commit and is laid
-//! over what reads find on disk. Invariants: an append is answered after its commit is on disk, and [`Log::head`] moves only
-//! then; once it is unknown what is on disk the log has failed and writes nothing more.
+//! over what reads find on disk, and so are the rows that only the journal has ([`pending`]). Invariants: an append is answered after it is on
+//! disk, and [`Log::head`] moves only then; once it is unknown what is on disk the log has failed and writes nothing more.
 
 mod filter;
 mod index;
 mod indexer;
+mod journal;
 mod key;
 mod notes;
 mod open;
+mod pending;
 mod posting;
 mod reader;
 mod recent;
@@ -39,6 +41,7 @@ use self::key::Keys;
 use self::notes::PeerNote;
 pub use self::open::OpenError;
 use self::open::Opener;
+use self::pending::Pending;
 use self::writer::Queue;
 use super::{
     Account, Advance, AppendError, ConversationHead, Delivered, Device, Entry, IdKey, Log, LogError, NewEntry, Page,
@@ -56,12 +59,19 @@ pub struct RedbOptions {
     pub flush_entries: usize,
     /// Whether [`Log::usage`] can be asked. Counting costs the index some µs an entry.
     pub counts_usage: bool,
+    /// Bytes of the journal. Once it is full, or after half a second, the log's file gets what is in it. 0: there is none, and every commit is the file's.
+    pub journal_bytes: u64,
 }
 
 impl RedbOptions {
     /// What [`RedbOptions::default`] gives.
-    pub const DEFAULT: Self =
-        Self { log_cache_bytes: 32 << 20, index_cache_bytes: 32 << 20, flush_entries: 32_768, counts_usage: false };
+    pub const DEFAULT: Self = Self {
+        log_cache_bytes: 32 << 20,
+        index_cache_bytes: 32 << 20,
+        flush_entries: 32_768,
+        counts_usage: false,
+        journal_bytes: 8 << 20,
+    };
 }
 
 impl Default for RedbOptions {
@@ -88,6 +98,8 @@ struct Shared {
     /// Reads hold it while they read; the writer takes it for itself only to open the file again after the disk was full.
     /// `None` once closed.
     database: RwLock<Option<Database>>,
+    /// What only the journal has.
+    pending: RwLock<Pending>,
     index: Arc<Index>,
     keys: Keys,
     queue: Queue,
@@ -114,8 +126,10 @@ impl RedbLog {
         let prepared = opener.prepare_log(&database)?;
         opener.say_who_holds_it();
         let (index, indexer) = opener.open_index(&database, &prepared)?;
+        let journal = opener.open_journal(&prepared)?;
         let shared = Arc::new(Shared {
             database: RwLock::new(Some(database)),
+            pending: RwLock::new(prepared.pending),
             index,
             keys: prepared.keys,
             queue: Queue::default(),
@@ -129,7 +143,7 @@ impl RedbLog {
         let indexer = indexer::start(Arc::clone(&shared), indexer, opener.clone())?;
         let file = opener.log_file();
         let log = Self { shared, file, writer: Mutex::default(), indexer: Mutex::new(Some(indexer)) };
-        let writer = writer::start(Arc::clone(&log.shared), opener, prepared.tail)?;
+        let writer = writer::start(Arc::clone(&log.shared), opener, journal, prepared.stored, prepared.tail)?;
         *log.writer.lock() = Some(writer);
         Ok(log)
     }

@@ -4,6 +4,7 @@
 
 use std::collections::BTreeSet;
 use std::collections::hash_map::RandomState;
+use std::convert::Infallible;
 use std::fs;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::io;
@@ -12,23 +13,29 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use ::redb::{Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, WriteTransaction};
+use ::redb::backends::FileBackend;
+use ::redb::{
+    Database, DatabaseError, ReadableDatabase, ReadableTable, StorageBackend, StorageError, WriteTransaction,
+};
 
 use super::super::{PeerRecord, Position};
 use super::RedbOptions;
 use super::index::{Index, Run};
 use super::indexer::{Indexer, Runs, read_runs};
+use super::journal::{self, Journal};
 use super::key::Keys;
+use super::pending::{Pending, Row};
 use super::reader::ReadError;
 use super::recent::Posted;
 use super::record::{Broken, encode_peer};
-use super::row::{self, Tail};
+use super::row::{self, Packer, Tail};
 use super::schema::{
     BLOCKS, DELIVERED, DELIVERED_OF_FORMAT_2, FILTERS, FIRST_KEY, FORMAT_KEY, HEADS, HIDDEN, INDEX_FORMAT, LOG_FORMAT,
     META, PEERS, ROWS, RUNS, SECRET_KEYS, SEEN, SESSIONS, SHREDS, USAGE, USAGE_KEYS, peer_key,
 };
 
 const LOG_FILE_NAME: &str = "log.redb";
+const JOURNAL_FILE_NAME: &str = "log.journal";
 const INDEX_FILE_NAME: &str = "index.redb";
 const FORMAT_1_FILE_NAME: &str = "chat.redb";
 /// Says which process opened the log last, for the one that finds it locked.
@@ -53,13 +60,13 @@ pub enum OpenError {
     /// A program before the first release wrote it.
     #[error("{} has format version 1, which no release had and this program cannot read: move it away to begin anew", file.display())]
     Format1 { file: PathBuf },
-    /// The log ends before what the index has of it.
+    /// The log ends before what the index or the journal has of it.
     #[error(
-        "{} ends at {last} but had {indexed} messages once: its end is lost, or an older copy was put back; if that was meant, remove {}",
+        "{} ends at {last} but had {had} messages once: its end is lost, or an older copy was put back; if that was meant, remove {}",
         log.display(),
-        index.display()
+        other.display()
     )]
-    Behind { log: PathBuf, index: PathBuf, last: u64, indexed: u64 },
+    Behind { log: PathBuf, other: PathBuf, last: u64, had: u64 },
     /// It is not a log, or no longer.
     #[error("{} is damaged or no log of ours: {reason}; restore it from a backup, or move it away to begin anew", file.display())]
     Corrupt { file: PathBuf, reason: String },
@@ -98,6 +105,10 @@ impl Opener {
 
     pub(super) fn log_file(&self) -> PathBuf {
         self.folder.join(LOG_FILE_NAME)
+    }
+
+    pub(super) fn journal_file(&self) -> PathBuf {
+        self.folder.join(JOURNAL_FILE_NAME)
     }
 
     pub(super) fn index_file(&self) -> PathBuf {
@@ -170,7 +181,7 @@ impl Opener {
         }
     }
 
-    /// Makes the tables of a new log, refuses a newer format.
+    /// Makes the tables of a new log, refuses a newer format; finds what only the journal has.
     pub(super) fn prepare_log(&self, log: &Database) -> Result<Prepared, OpenError> {
         let file = self.log_file();
         match format(log).map_err(|error| unreadable(&file, error))? {
@@ -185,7 +196,78 @@ impl Opener {
             Some(found) => return Err(OpenError::Corrupt { file, reason: format!("it has format version {found}") }),
             None => self.make_log_tables(log)?,
         }
-        read_prepared(log).map_err(|error| unreadable(&file, error))
+        let mut prepared = read_prepared(log).map_err(|error| unreadable(&file, error))?;
+        self.add_journal(&mut prepared)?;
+        Ok(prepared)
+    }
+
+    /// The same, and what only the journal has is the file's, too: for whoever works with the file alone.
+    pub(super) fn prepare_whole_log(&self, log: &Database) -> Result<Prepared, OpenError> {
+        let prepared = self.prepare_log(log)?;
+        let take_over = || -> Result<(), ReadError> {
+            let mut writing = log.begin_write()?;
+            writing.set_quick_repair(true);
+            insert_pending(&writing, &prepared.pending)?;
+            Ok(writing.commit()?)
+        };
+        if prepared.pending.is_empty() {
+            return Ok(prepared);
+        }
+        take_over().map_err(|error| unreadable(&self.log_file(), error))?;
+        Ok(Prepared { stored: prepared.last, pending: Pending::default(), ..prepared })
+    }
+
+    /// Adds what the journal has and the file has not.
+    fn add_journal(&self, prepared: &mut Prepared) -> Result<(), OpenError> {
+        let file = self.journal_file();
+        let read = journal::read(&file, prepared.keys, prepared.last);
+        let (records, end) = read.map_err(|error| OpenError::Io { file: file.clone(), reason: error.to_string() })?;
+        let Some(newest) = records.last() else { return Ok(()) };
+        let broken = |error: Broken| OpenError::Corrupt { file: file.clone(), reason: error.to_string() };
+        let newest = row::last(newest.first, &newest.entries).map_err(broken)?;
+        for record in &records {
+            if record.first.0 != prepared.last.0 + 1 {
+                // Nothing was written there before what is missing was on disk.
+                return Err(OpenError::Behind {
+                    log: self.log_file(),
+                    other: file,
+                    last: prepared.last.0,
+                    had: newest.0,
+                });
+            }
+            let mut packer = Packer::new(&prepared.tail, prepared.last);
+            row::repack(record.first, &record.entries, &mut packer).map_err(broken)?;
+            let pending = &mut prepared.pending;
+            let Ok(tail) = packer.finish(|first, row| {
+                pending.put(Row { first, bytes: row.into() });
+                Ok::<(), Infallible>(())
+            });
+            prepared.tail = tail;
+            prepared.last = row::last(record.first, &record.entries).map_err(broken)?;
+        }
+        prepared.journal_end = end;
+        tracing::info!(messages = prepared.last.0 - prepared.stored.0, "taken from the journal");
+        Ok(())
+    }
+
+    /// The journal, to be written. Made if it is missing and there is to be one.
+    pub(super) fn open_journal(&self, prepared: &Prepared) -> Result<Journal, OpenError> {
+        let path = self.journal_file();
+        let failed = |error: io::Error| OpenError::Io { file: path.clone(), reason: error.to_string() };
+        let is_new = !path.exists();
+        make_private_file(&path).map_err(failed)?;
+        if is_new {
+            self.sync_folder()?;
+        }
+        let file = fs::OpenOptions::new().read(true).write(true).open(&path).map_err(failed)?;
+        let file = FileBackend::new(file).map_err(|error| self.refused(&path, error))?;
+        let file: Box<dyn StorageBackend> = Box::new(file);
+        #[cfg(test)]
+        let file = match &self.disk {
+            Some(disk) => Box::new(super::disk::File::open(&path, disk)),
+            None => file,
+        };
+        Journal::new(file, prepared.keys, prepared.journal_end, self.options.journal_bytes).map_err(failed)
     }
 
     fn make_log_tables(&self, log: &Database) -> Result<(), OpenError> {
@@ -256,9 +338,9 @@ impl Opener {
         if let Some(run) = runs.listed.last().filter(|run| run.last > prepared.last.0) {
             return Err(OpenError::Behind {
                 log: self.log_file(),
-                index: file,
+                other: file,
                 last: prepared.last.0,
-                indexed: run.last,
+                had: run.last,
             });
         }
         let index = Arc::new(Index::new(index, runs.listed, prepared.first, &self.options));
@@ -325,6 +407,12 @@ type Disk = Option<Arc<dyn super::disk::Disk>>;
 pub(super) struct Prepared {
     /// Position of the last entry.
     pub(super) last: Position,
+    /// Position of the last entry that the file has.
+    pub(super) stored: Position,
+    /// What only the journal has.
+    pub(super) pending: Pending,
+    /// Where that ends in the journal.
+    journal_end: u64,
     /// Position of the first entry that is not removed; the next one if all are.
     pub(super) first: Position,
     pub(super) tail: Tail,
@@ -351,7 +439,20 @@ pub(super) fn read_prepared(log: &Database) -> Result<Prepared, ReadError> {
             (row::last(first, row.value())?, Tail::of(first, row.value()))
         }
     };
-    Ok(Prepared { last, first, tail, keys: Keys::new((secret[0], secret[1])), secret })
+    let keys = Keys::new((secret[0], secret[1]));
+    Ok(Prepared { last, stored: last, pending: Pending::default(), journal_end: 0, first, tail, keys, secret })
+}
+
+/// Puts into the file what only the journal has.
+pub(super) fn insert_pending(writing: &WriteTransaction, pending: &Pending) -> Result<(), ReadError> {
+    if pending.is_empty() {
+        return Ok(());
+    }
+    let mut rows = writing.open_table(ROWS)?;
+    for row in pending.rows() {
+        rows.insert(row.first.0, &*row.bytes)?;
+    }
+    Ok(())
 }
 
 /// `None` in a new file.
@@ -476,14 +577,13 @@ fn catch_up(log: &Database, index: &Index, indexer: &mut Indexer, prepared: &Pre
     let mut told_at = Instant::now();
     let mut posted = Vec::new();
     let mut expected = None;
-    for found in rows.range(begin..)? {
-        let (first, row) = found?;
-        if expected.is_some_and(|expected| expected != first.value()) {
-            return Err(Broken::entry(Position(first.value()), "there is no row before it").into());
+    let mut add = |first: Position, row: &[u8]| -> Result<(), ReadError> {
+        if expected.is_some_and(|expected| expected != first.0) {
+            return Err(Broken::entry(first, "there is no row before it").into());
         }
-        expected = Some(row::last(Position(first.value()), row.value())?.0 + 1);
+        expected = Some(row::last(first, row)?.0 + 1);
         posted.clear();
-        for entry in row::entries(Position(first.value()), row.value()) {
+        for entry in row::entries(first, row) {
             let entry = entry?;
             if entry.position > indexed {
                 posted.push(Posted::of(&prepared.keys, &entry));
@@ -493,10 +593,16 @@ fn catch_up(log: &Database, index: &Index, indexer: &mut Indexer, prepared: &Pre
         indexer.flush()?;
         if told_at.elapsed() >= PROGRESS_INTERVAL {
             told_at = Instant::now();
-            tracing::info!(position = first.value(), of = prepared.last.0, "indexing the log");
+            tracing::info!(position = first.0, of = prepared.last.0, "indexing the log");
         }
+        Ok(())
+    };
+    let pending_from = prepared.pending.first().map_or(u64::MAX, |first| first.0);
+    for found in rows.range(begin..pending_from)? {
+        let (first, row) = found?;
+        add(Position(first.value()), row.value())?;
     }
-    Ok(())
+    prepared.pending.rows().iter().try_for_each(|row| add(row.first, &row.bytes))
 }
 
 fn unreadable(file: &Path, error: ReadError) -> OpenError {

@@ -19,6 +19,7 @@ use super::Shared;
 use super::index::After;
 use super::key::Key;
 use super::notes::Notes;
+use super::pending::Pending;
 use super::record::{Broken, decode_head, decode_peer, decode_session};
 use super::row;
 use super::schema::{
@@ -107,6 +108,11 @@ impl Shared {
 
     fn snapshot<T>(&self, read: impl FnOnce(&ReadTransaction) -> Result<T, ReadError>) -> Result<T, ReadError> {
         read(&self.begin_read()?)
+    }
+
+    /// What only the journal has. To be asked after the index, and before the file.
+    pub(super) fn pending(&self) -> Pending {
+        self.pending.read().clone()
     }
 
     pub(super) fn begin_read(&self) -> Result<ReadTransaction, ReadError> {
@@ -333,10 +339,14 @@ impl Shared {
     }
 
     pub(super) fn find(&self, ids: &[IdKey]) -> Result<Vec<Option<Entry>>, ReadError> {
-        let mut entries = None;
-        let find = |id: &IdKey| {
+        let positions = |id: &IdKey| {
             let key = self.keys.id(&id.conversation, &id.from, &id.id);
-            let positions = self.index.positions(key, After::Position(0), self.first(), usize::MAX)?;
+            self.index.positions(key, After::Position(0), self.first(), usize::MAX)
+        };
+        // All before the first entry is read: what the index knows by now is in the log.
+        let positions = ids.iter().map(positions).collect::<Result<Vec<_>, _>>()?;
+        let mut entries = None;
+        let find = |(id, positions): (&IdKey, Vec<u64>)| {
             for position in positions {
                 let entries = match &mut entries {
                     Some(entries) => entries,
@@ -353,7 +363,7 @@ impl Shared {
             }
             Ok(None)
         };
-        ids.iter().map(find).collect()
+        ids.iter().zip(positions).map(find).collect()
     }
 
     pub(super) fn stream(&self, stream: &Stream, after: Position, limit: ReadLimit) -> Result<Page, ReadError> {
@@ -380,6 +390,7 @@ impl Shared {
         limit: ReadLimit,
         is_meant: impl Fn(&Entry) -> bool,
     ) -> Result<Page, ReadError> {
+        let pending = self.pending();
         let snapshot = self.begin_read()?;
         let rows = snapshot.open_table(ROWS)?;
         let next = after.0.saturating_add(1);
@@ -387,19 +398,32 @@ impl Shared {
         let begin = rows.range(..=next)?.next_back().transpose()?.map_or(next, |(first, _)| first.value());
         let mut page = Page { entries: Vec::new(), end: true };
         let mut bytes = 0;
-        for found in rows.range(begin..)? {
-            let (first, row) = found?;
-            for entry in row::entries(Position(first.value()), row.value()) {
+        // Whether the page may take more.
+        let mut add = |first: Position, row: &[u8]| -> Result<bool, ReadError> {
+            for entry in row::entries(first, row) {
                 let entry = entry?;
                 if entry.position <= after || !is_meant(&entry) {
                     continue;
                 }
                 if !limit.has_room(page.entries.len(), bytes, entry.body.text().len()) {
                     page.end = false;
-                    return Ok(page);
+                    return Ok(false);
                 }
                 bytes += entry.body.text().len();
                 page.entries.push(entry);
+            }
+            Ok(true)
+        };
+        let pending_from = pending.first().map_or(u64::MAX, |first| first.0);
+        for found in rows.range(begin.min(pending_from)..pending_from)? {
+            let (first, row) = found?;
+            if !add(Position(first.value()), row.value())? {
+                return Ok(page);
+            }
+        }
+        for row in pending.rows_from(Position(next)) {
+            if !add(row.first, &row.bytes)? {
+                break;
             }
         }
         Ok(page)
@@ -477,6 +501,7 @@ impl Shared {
 
 /// Entries by their positions.
 struct Entries {
+    pending: Pending,
     rows: ReadOnlyTable<u64, Bytes>,
     /// Read last: what comes next is often in the same.
     row: Option<(u64, OwnedAccessGuard<Bytes>)>,
@@ -485,11 +510,15 @@ struct Entries {
 impl Entries {
     /// Of everything that is committed now.
     fn of(shared: &Shared) -> Result<Self, ReadError> {
-        shared.snapshot(|snapshot| Ok(Self { rows: snapshot.open_table(ROWS)?, row: None }))
+        let pending = shared.pending();
+        shared.snapshot(|snapshot| Ok(Self { pending, rows: snapshot.open_table(ROWS)?, row: None }))
     }
 
     /// The entry that the index says is there.
     fn get(&mut self, position: Position) -> Result<Entry, ReadError> {
+        if let Some(row) = self.pending.row_of(position) {
+            return Ok(row::entry(row.first, &row.bytes, position)?);
+        }
         if let Some((first, row)) = &self.row
             && *first <= position.0
             && let Ok(entry) = row::entry(Position(*first), row.value(), position)

@@ -37,6 +37,10 @@ impl Shared {
     pub(super) async fn remove_before(self: &Arc<Self>, time: Timestamp) -> Result<u64, String> {
         // A second one would remove the same.
         let _alone = self.removing.lock().await;
+        // What is looked at is the file.
+        if !self.pending().is_empty() {
+            self.written_to_the_file().await?;
+        }
         let shared = Arc::clone(self);
         let planned = tokio::task::spawn_blocking(move || shared.plan_removal(time)).await;
         let Some(removal) = planned.map_err(|error| error.to_string())?? else { return Ok(0) };

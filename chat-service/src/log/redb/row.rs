@@ -40,6 +40,8 @@ impl Tail {
 pub(super) struct Packer {
     first: u64,
     bytes: Vec<u8>,
+    /// Bytes that are the tail's own entries.
+    tail_bytes: usize,
     /// Where entries end in `bytes`; for a tail's own entries only the last.
     ends: Vec<usize>,
     /// Entries before the first of `ends`.
@@ -55,6 +57,7 @@ impl Packer {
         Self {
             first: if has_tail { tail.first } else { last.0 + 1 },
             bytes: tail.bytes.clone(),
+            tail_bytes: tail.bytes.len(),
             ends: if has_tail { vec![tail.bytes.len()] } else { Vec::new() },
             before: if has_tail { last.0 - tail.first } else { 0 },
             last: last.0,
@@ -68,6 +71,11 @@ impl Packer {
         put_number(&mut self.bytes, self.record.len() as u64);
         self.bytes.extend_from_slice(&self.record);
         self.ends.push(self.bytes.len());
+    }
+
+    /// What was pushed, as in a row that begins with its first entry.
+    pub(super) fn pushed(&self) -> &[u8] {
+        &self.bytes[self.tail_bytes..]
     }
 
     /// Gives the rows to `write`, in their order; returns the new tail.
@@ -167,6 +175,15 @@ pub(super) fn without_words(
         rewritten.extend_from_slice(bytes);
     }
     Ok(erased.map(|shred| (rewritten, shred)))
+}
+
+/// Packs the entries of a row again.
+pub(super) fn repack(first: Position, row: &[u8], packer: &mut Packer) -> Result<(), Broken> {
+    for entry in entries(first, row) {
+        let Entry { conversation, seq, from, to, id, at, body, withheld, .. } = entry?;
+        packer.push(&NewEntry { conversation, seq, from, to, id, at, body, withheld });
+    }
+    Ok(())
 }
 
 /// The position of the last entry of a row.

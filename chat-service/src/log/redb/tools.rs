@@ -15,7 +15,8 @@ use super::super::{Device, Entry, Position, Side};
 use super::index::Run;
 use super::indexer::RunReader;
 use super::key::{Key, Keys};
-use super::open::{OpenError, Opener, Prepared, make_private_file, random_number};
+use super::open::{OpenError, Opener, Prepared, insert_pending, make_private_file, random_number};
+use super::pending::Pending;
 use super::posting::{Last, ListRef};
 use super::reader::ReadError;
 use super::recent::Posted;
@@ -101,7 +102,7 @@ pub fn verify(folder: &Path, progress: Progress<'_>) -> Result<Verified, ToolErr
             return Ok(found);
         }
     }
-    let prepared = opener.prepare_log(&log)?;
+    let prepared = opener.prepare_whole_log(&log)?;
     opener.say_who_holds_it();
     let index = index_of(&opener, &prepared, &mut found);
     let snapshot = log.begin_read().map_err(ReadError::from)?;
@@ -395,7 +396,7 @@ pub fn export(
 ) -> Result<u64, ToolError> {
     let opener = existing(folder)?;
     let log = opener.open_log_file()?;
-    let prepared = opener.prepare_log(&log)?;
+    let prepared = opener.prepare_whole_log(&log)?;
     opener.say_who_holds_it();
     let rows = log.begin_read().map_err(ReadError::from)?.open_table(ROWS).map_err(ReadError::from)?;
     let mut entries = 0;
@@ -418,7 +419,7 @@ pub fn export(
 pub fn compact(folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
     let opener = existing(folder)?;
     let log = opener.open_log_file()?;
-    opener.prepare_log(&log)?;
+    opener.prepare_whole_log(&log)?;
     opener.say_who_holds_it();
     let mut given_back = 0;
     let mut files = vec![(opener.log_file(), log)];
@@ -453,8 +454,9 @@ impl RedbLog {
     /// returns; the index is not copied, and made when the copy is opened. Returns the position of its last entry.
     pub fn backup(&self, folder: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
         let _kept = self.shared.snapshots.read();
+        let pending = self.shared.pending();
         let snapshot = self.shared.begin_read()?;
-        copy(&snapshot, folder, Copied::Backup, progress)
+        copy(&snapshot, &pending, folder, Copied::Backup, progress)
     }
 }
 
@@ -462,9 +464,9 @@ impl RedbLog {
 pub fn backup(folder: &Path, to: &Path, progress: Progress<'_>) -> Result<u64, ToolError> {
     let opener = existing(folder)?;
     let log = opener.open_log_file()?;
-    opener.prepare_log(&log)?;
+    opener.prepare_whole_log(&log)?;
     opener.say_who_holds_it();
-    copy(&log.begin_read().map_err(ReadError::from)?, to, Copied::Backup, progress)
+    copy(&log.begin_read().map_err(ReadError::from)?, &Pending::default(), to, Copied::Backup, progress)
 }
 
 /// Puts a backup into a folder that has no log. The backup is verified first. What is restored is another log: the positions that it gives
@@ -480,8 +482,8 @@ pub fn restore(from: &Path, folder: &Path, progress: Progress<'_>) -> Result<u64
     }
     let opener = existing(from)?;
     let log = opener.open_log_file()?;
-    opener.prepare_log(&log)?;
-    copy(&log.begin_read().map_err(ReadError::from)?, folder, Copied::Restored, progress)
+    opener.prepare_whole_log(&log)?;
+    copy(&log.begin_read().map_err(ReadError::from)?, &Pending::default(), folder, Copied::Restored, progress)
 }
 
 /// What a copy is for.
@@ -491,7 +493,14 @@ enum Copied {
     Restored,
 }
 
-fn copy(snapshot: &ReadTransaction, folder: &Path, copied: Copied, progress: Progress<'_>) -> Result<u64, ToolError> {
+/// `pending`: what belongs to the log, and is not in its file.
+fn copy(
+    snapshot: &ReadTransaction,
+    pending: &Pending,
+    folder: &Path,
+    copied: Copied,
+    progress: Progress<'_>,
+) -> Result<u64, ToolError> {
     let opener = Opener::new(folder, RedbOptions::default());
     opener.make_folder()?;
     let file = opener.log_file();
@@ -503,7 +512,7 @@ fn copy(snapshot: &ReadTransaction, folder: &Path, copied: Copied, progress: Pro
         what: format!("writing {}", part.display()),
         cause: cause.to_string(),
     };
-    let copied = copy_tables(snapshot, &part, copied, progress, &failed).and_then(|last| {
+    let copied = copy_tables(snapshot, pending, &part, copied, progress, &failed).and_then(|last| {
         fs::rename(&part, &file).map_err(|error| failed(&error))?;
         opener.sync_folder()?;
         Ok(last)
@@ -522,6 +531,7 @@ fn first_of(snapshot: &ReadTransaction) -> Result<u64, ReadError> {
 
 fn copy_tables(
     snapshot: &ReadTransaction,
+    pending: &Pending,
     part: &Path,
     copied: Copied,
     progress: Progress<'_>,
@@ -567,11 +577,15 @@ fn copy_tables(
     writing.commit().map_err(|error| failed(&error))?;
 
     let source = snapshot.open_table(ROWS).map_err(ReadError::from)?;
-    let last = match source.last().map_err(ReadError::from)? {
-        Some((first, row)) => row::last(Position(first.value()), row.value()).map_err(ReadError::from)?.0,
-        None => first_of(snapshot)? - 1,
+    let last = match (pending.rows().last(), source.last().map_err(ReadError::from)?) {
+        (Some(row), _) => row::last(row.first, &row.bytes).map_err(ReadError::from)?.0,
+        (None, Some((first, row))) => {
+            row::last(Position(first.value()), row.value()).map_err(ReadError::from)?.0
+        }
+        (None, None) => first_of(snapshot)? - 1,
     };
-    let mut rows = source.iter().map_err(ReadError::from)?;
+    let pending_from = pending.first().map_or(u64::MAX, |first| first.0);
+    let mut rows = source.range(..pending_from).map_err(ReadError::from)?;
     loop {
         let writing = begin()?;
         let mut copied = 0;
@@ -586,6 +600,9 @@ fn copy_tables(
                 target.insert(first.value(), row.value()).map_err(|error| failed(&error))?;
                 copied = first.value();
             }
+        }
+        if copied == 0 {
+            insert_pending(&writing, pending).map_err(|error| failed(&error))?;
         }
         writing.commit().map_err(|error| failed(&error))?;
         if copied == 0 {

@@ -1,10 +1,14 @@
-//! The writer: the one thread that changes the file, and the queue to it.
+//! The writer: the one thread that changes the file and the journal, and the queue to it.
 //!
-//! Whatever waits when a commit begins shares it: batches, and the notes that lie in memory. A batch is checked against the
-//! committed heads and the batches before it, before anything is inserted, so a refused batch leaves nothing behind. Invariants:
-//! answers are sent after the commit, and the position of the last entry moves before them.
+//! Whatever waits when a commit begins shares it. Batches of new entries go to the journal; the file gets them, with the notes that lie in
+//! memory, after [`FILE_DELAY_MAX`], or sooner with something that has to be the file's at once. A batch is checked against the
+//! committed heads and the batches before it, before anything is written, so a refused batch leaves nothing behind. Invariants:
+//! answers are sent after the journal or the file is on disk, and the position of the last entry moves before them; the journal begins
+//! anew only after the file has what was in it.
 
 use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::io;
 use std::ops::Range;
 use std::sync::Arc;
 use std::thread::{self, JoinHandle};
@@ -21,9 +25,11 @@ use super::super::{
 };
 use super::Shared;
 use super::index::After;
+use super::journal::{Journal, Recorded};
 use super::key::Key;
 use super::notes::{Notes, SessionNote};
-use super::open::{OpenError, Opener, read_prepared};
+use super::open::{OpenError, Opener, insert_pending, read_prepared};
+use super::pending::{Pending, Row};
 use super::reader::{ReadError, delivered_of, stored_peer, stored_session};
 use super::recent::Posted;
 use super::record::{decode_peer, encode_head, encode_peer, encode_session};
@@ -40,12 +46,12 @@ const QUEUED_BYTES_MAX: u32 = 64 << 20;
 const QUEUED_ENTRY_BYTES: usize = 256;
 /// A commit takes no further batch once it has so many entries.
 const COMMIT_ENTRIES_MAX: usize = 16_384;
-/// Notes are on disk so long after they were made, at most; sooner if something else is written.
-const NOTES_DELAY_MAX: Duration = Duration::from_millis(500);
+/// Notes are on disk so long after they were made, and entries in the file, at most; sooner if something else is written to it.
+const FILE_DELAY_MAX: Duration = Duration::from_millis(500);
 /// Conversations whose head the writer keeps.
 const HEADS_MAX: usize = 200_000;
-/// Between attempts to write notes to a full disk, when nothing else is to be written.
-const NOTES_RETRY_DELAY: Duration = Duration::from_secs(5);
+/// Between attempts to write to a full disk, when nothing new is to be written.
+const RETRY_DELAY: Duration = Duration::from_secs(5);
 
 /// The way to the writer.
 #[derive(Debug)]
@@ -62,7 +68,8 @@ struct Waiting {
     notes: Notes,
     /// Being written by that commit.
     writing: Arc<Notes>,
-    notes_due: Option<Instant>,
+    /// When the file is to get the notes, or what only the journal has.
+    file_due: Option<Instant>,
     closed: bool,
 }
 
@@ -73,7 +80,7 @@ enum Command {
         answer: oneshot::Sender<Result<Vec<Position>, AppendError>>,
         room: OwnedSemaphorePermit,
     },
-    /// Something is committed in any case; of these positions it is not noted any more that words were erased.
+    /// The file is committed to in any case, and the journal overwritten; of these positions it is not noted any more that words were erased.
     Commit {
         shredded: Vec<Position>,
         answer: oneshot::Sender<Result<(), String>>,
@@ -93,7 +100,17 @@ enum Command {
 /// What one commit writes.
 struct Work {
     commands: Vec<Command>,
+    /// Only if they go to the file.
     notes: Arc<Notes>,
+    to: Target,
+}
+
+/// Where a commit goes.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Target {
+    /// To the journal, if it has room.
+    Journal,
+    File,
 }
 
 impl Default for Queue {
@@ -108,8 +125,7 @@ impl Queue {
     pub(super) fn note(&self, add: impl FnOnce(&mut Notes)) {
         let mut waiting = self.waiting.lock();
         add(&mut waiting.notes);
-        if waiting.notes_due.is_none() && !waiting.notes.is_empty() {
-            waiting.notes_due = Some(Instant::now() + NOTES_DELAY_MAX);
+        if !waiting.notes.is_empty() && waiting.be_due_in(FILE_DELAY_MAX) {
             self.wake.notify_one();
         }
     }
@@ -164,13 +180,14 @@ impl Queue {
         }
     }
 
-    /// Waits for work. `None` once closed and there is none left.
-    fn next(&self, with_notes: bool) -> Option<Work> {
+    /// Waits for work. `None` once closed and there is none left. `writes`: what the writer can do, and has to.
+    fn next(&self, writes: Writes) -> Option<Work> {
         let mut waiting = self.waiting.lock();
-        loop {
-            let due = waiting.notes_due.filter(|_| with_notes);
-            if waiting.closed || !waiting.commands.is_empty() || due.is_some_and(|due| due <= Instant::now()) {
-                break;
+        let is_due = loop {
+            let due = waiting.file_due.filter(|_| writes != Writes::Nothing);
+            let is_due = due.is_some_and(|due| due <= Instant::now());
+            if waiting.closed || !waiting.commands.is_empty() || is_due {
+                break is_due;
             }
             match due {
                 Some(due) => {
@@ -179,11 +196,7 @@ impl Queue {
                 }
                 None => self.wake.wait(&mut waiting),
             }
-        }
-        if with_notes {
-            waiting.notes_due = None;
-            waiting.writing = Arc::new(std::mem::take(&mut waiting.notes));
-        }
+        };
         let mut entries = 0;
         let mut commands = Vec::new();
         while entries < COMMIT_ENTRIES_MAX
@@ -194,9 +207,23 @@ impl Queue {
             }
             commands.push(command);
         }
-        let work = Work { commands, notes: Arc::clone(&waiting.writing) };
+        let to_journal = writes == Writes::Journal
+            && !is_due
+            && !commands.is_empty()
+            && commands.iter().all(Command::may_go_to_the_journal);
+        if !to_journal && writes != Writes::Nothing {
+            waiting.file_due = None;
+            waiting.writing = Arc::new(std::mem::take(&mut waiting.notes));
+        }
+        let to = if to_journal { Target::Journal } else { Target::File };
+        let work = Work { commands, notes: Arc::clone(&waiting.writing), to };
         let done = waiting.closed && work.commands.is_empty() && work.notes.is_empty();
         (!done).then_some(work)
+    }
+
+    /// The file is to get what only the journal has, some time.
+    fn file_is_due(&self) {
+        self.waiting.lock().be_due_in(FILE_DELAY_MAX);
     }
 
     /// The notes of the last [`Work`] are on disk.
@@ -211,8 +238,35 @@ impl Queue {
         let mut notes = Arc::unwrap_or_clone(std::mem::take(&mut waiting.writing));
         notes.fold(std::mem::take(&mut waiting.notes));
         waiting.notes = notes;
-        waiting.notes_due = (!waiting.notes.is_empty()).then(|| Instant::now() + NOTES_RETRY_DELAY);
+        waiting.file_due = Some(Instant::now() + RETRY_DELAY);
     }
+}
+
+impl Waiting {
+    /// Whether that was news.
+    fn be_due_in(&mut self, delay: Duration) -> bool {
+        let is_news = self.file_due.is_none();
+        self.file_due.get_or_insert_with(|| Instant::now() + delay);
+        is_news
+    }
+}
+
+impl Command {
+    /// Whether it is about new entries alone, none of which changes what the file has.
+    fn may_go_to_the_journal(&self) -> bool {
+        let only_adds = |new: &NewEntry| new.seq != Seq::FIRST && !matches!(new.body, Body::Unsend { .. });
+        matches!(self, Self::Append { batch, .. } if batch.iter().all(only_adds))
+    }
+}
+
+/// What the writer can do.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Writes {
+    Journal,
+    /// Not the journal, before the file has what is in it.
+    File,
+    /// The log has failed.
+    Nothing,
 }
 
 impl Shared {
@@ -238,8 +292,7 @@ impl Shared {
 
     /// Returns when everything noted before is on disk.
     pub(super) async fn sync(&self, what: String) -> Result<(), LogError> {
-        let done = self.command(|answer, room| Command::Sync { answer, room }).await;
-        done.map_err(|cause| LogError { what, cause })
+        self.written_to_the_file().await.map_err(|cause| LogError { what, cause })
     }
 
     /// Returns when the entries are gone.
@@ -247,7 +300,12 @@ impl Shared {
         self.command(|answer, room| Command::Remove { removal, answer, room }).await
     }
 
-    /// Returns after a commit.
+    /// Returns when the file has everything that was committed before.
+    pub(super) async fn written_to_the_file(&self) -> Result<(), String> {
+        self.command(|answer, room| Command::Sync { answer, room }).await
+    }
+
+    /// Returns after a commit to the file, when nothing of what was committed before is left in the journal.
     pub(super) async fn commit(&self) -> Result<(), String> {
         self.forget_shreds(Vec::new()).await
     }
@@ -288,6 +346,10 @@ impl Fault {
         Self { reason: error.to_string(), full: error.is_full(), stored: Stored::Nothing }
     }
 
+    fn in_journal(error: &io::Error) -> Self {
+        Self { reason: format!("log.journal: {error}"), full: false, stored: Stored::Unknown }
+    }
+
     fn in_commit(error: ::redb::CommitError) -> Self {
         // A poisoned transaction is rolled back; of anything else redb says that it may have become durable.
         let stored = match error {
@@ -308,13 +370,20 @@ impl Fault {
     }
 }
 
-pub(super) fn start(shared: Arc<Shared>, opener: Opener, tail: Tail) -> Result<JoinHandle<()>, OpenError> {
+pub(super) fn start(
+    shared: Arc<Shared>,
+    opener: Opener,
+    journal: Journal,
+    stored: Position,
+    tail: Tail,
+) -> Result<JoinHandle<()>, OpenError> {
     let ending = Ending(Arc::clone(&shared));
     let folder = opener.folder().to_owned();
     let run = move || {
         // Owned by the thread, so that it is dropped when the thread ends, by a panic too.
         let _ending = ending;
-        Writer { shared, opener, tail, heads: FxHashMap::default() }.run();
+        let heads = FxHashMap::default();
+        Writer { shared, opener, journal, stored, tail, heads, is_file_first: false }.run();
     };
     let started = thread::Builder::new().name("log-writer".to_owned()).spawn(run);
     started.map_err(|error| OpenError::Io { file: folder, reason: format!("no thread to write it: {error}") })
@@ -336,6 +405,11 @@ impl Drop for Ending {
 struct Writer {
     shared: Arc<Shared>,
     opener: Opener,
+    journal: Journal,
+    /// Position of the last entry that the file has.
+    stored: Position,
+    /// The file could not be written: nothing goes to the journal before that has succeeded.
+    is_file_first: bool,
     /// The last row, as long as it may grow.
     tail: Tail,
     /// Conversations whose head is known. Forgotten when there are too many.
@@ -344,7 +418,8 @@ struct Writer {
 
 impl Writer {
     fn run(mut self) {
-        while let Some(work) = self.shared.queue.next(self.shared.failure().is_none()) {
+        self.shared.queue.file_is_due();
+        while let Some(work) = self.shared.queue.next(self.writes()) {
             if let Some(reason) = self.shared.failure() {
                 refuse(work.commands, &Fault { reason: reason.to_owned(), full: false, stored: Stored::Nothing });
                 continue;
@@ -355,7 +430,7 @@ impl Writer {
                     answer(work.commands, outcomes);
                 }
                 Err(fault) => {
-                    let Work { commands, notes } = work;
+                    let Work { commands, notes, .. } = work;
                     // The queue's own notes are then the only ones.
                     drop(notes);
                     self.shared.queue.not_written();
@@ -366,48 +441,116 @@ impl Writer {
                 }
             }
         }
+        if self.writes() != Writes::Nothing
+            && let Err(fault) = self.write_to_file(&[], &Notes::default(), Staged::none(self.shared.head()))
+        {
+            tracing::warn!(reason = %fault.reason, "the journal keeps messages for the next start: the log's file could not be written");
+        }
     }
 
-    /// One commit. The outcomes of the batches, in their order.
-    fn write(&mut self, work: &Work) -> Result<Vec<Result<Range<u64>, AppendError>>, Fault> {
-        let before_commit = |error: ReadError| Fault::before_commit(&error);
+    fn writes(&self) -> Writes {
+        match self.shared.failure() {
+            Some(_) => Writes::Nothing,
+            None if self.is_file_first => Writes::File,
+            None => Writes::Journal,
+        }
+    }
+
+    /// One commit.
+    fn write(&mut self, work: &Work) -> Result<Outcomes, Fault> {
         self.shared.index.wait_for_room().map_err(|reason| Fault { reason, full: true, stored: Stored::Nothing })?;
-        let transaction = self.begin().map_err(before_commit)?;
         let batches = work.commands.iter().filter_map(|command| match command {
             Command::Append { batch, .. } => Some(batch.as_slice()),
             Command::Sync { .. } | Command::Remove { .. } | Command::Commit { .. } => None,
         });
-        let mut removals = work.commands.iter().filter_map(|command| match command {
+        let staged = self.check(batches).map_err(|error| Fault::before_commit(&error))?;
+        match work.to {
+            Target::Journal => match self.write_to_journal(staged)? {
+                Ok(outcomes) => Ok(outcomes),
+                Err(staged) => self.write_to_file(&work.commands, &work.notes, staged),
+            },
+            Target::File => self.write_to_file(&work.commands, &work.notes, staged),
+        }
+    }
+
+    /// Gives the batches back if the journal has no room for them.
+    fn write_to_journal<'a>(&mut self, staged: Staged<'a>) -> Result<Result<Outcomes, Staged<'a>>, Fault> {
+        if staged.entries.is_empty() {
+            return Ok(Ok(Outcomes { batches: staged.outcomes, wiped: Ok(()) }));
+        }
+        let head = self.shared.head();
+        let mut packer = Packer::new(&self.tail, head);
+        staged.entries.iter().for_each(|new| packer.push(new));
+        let first = Position(head.0 + 1);
+        match self.journal.append(first, packer.pushed()).map_err(|error| Fault::in_journal(&error))? {
+            Recorded::NoRoom => return Ok(Err(staged)),
+            Recorded::Stored => {}
+        }
+        {
+            let mut pending = self.shared.pending.write();
+            let Ok(tail) = packer.finish(|first, row| {
+                pending.put(Row { first, bytes: row.into() });
+                Ok::<(), Infallible>(())
+            });
+            self.tail = tail;
+        }
+        self.shared.queue.file_is_due();
+        Ok(Ok(Outcomes { batches: self.stored(staged), wiped: Ok(()) }))
+    }
+
+    /// The file gets everything: what only the journal has, and this.
+    fn write_to_file(
+        &mut self,
+        commands: &[Command],
+        notes: &Notes,
+        staged: Staged<'_>,
+    ) -> Result<Outcomes, Fault> {
+        let before_commit = |error: ReadError| Fault::before_commit(&error);
+        let mut removals = commands.iter().filter_map(|command| match command {
             Command::Remove { removal, .. } => Some(removal),
             Command::Append { .. } | Command::Sync { .. } | Command::Commit { .. } => None,
         });
-        let shredded = work.commands.iter().filter_map(|command| match command {
+        let shredded = commands.iter().filter_map(|command| match command {
             Command::Commit { shredded, .. } => Some(shredded),
             Command::Append { .. } | Command::Sync { .. } | Command::Remove { .. } => None,
         });
-        let staged = self.check(batches).map_err(before_commit)?;
-        let others = removals.clone().next().is_some() || shredded.clone().next().is_some();
-        if staged.entries.is_empty() && work.notes.is_empty() && !others {
-            return Ok(staged.outcomes);
+        let wipes = shredded.clone().next().is_some();
+        let others = removals.clone().next().is_some() || wipes;
+        let pending = self.shared.pending();
+        if staged.entries.is_empty() && notes.is_empty() && pending.is_empty() && !others {
+            return Ok(Outcomes { batches: staged.outcomes, wiped: Ok(()) });
         }
+        let transaction = self.begin().map_err(before_commit)?;
         forget(&transaction, shredded.flatten()).map_err(before_commit)?;
+        insert_pending(&transaction, &pending).map_err(before_commit)?;
         let mut tail = self.tail.clone();
         for removal in removals.clone() {
             self.remove(&transaction, &mut tail, removal).map_err(before_commit)?;
         }
         self.erase_unsent(&transaction, &mut tail, &staged).map_err(before_commit)?;
         self.insert(&transaction, &mut tail, &staged).map_err(before_commit)?;
-        write_notes(&transaction, &work.notes).map_err(before_commit)?;
+        write_notes(&transaction, notes).map_err(before_commit)?;
         note_new_conversations(&transaction, &staged).map_err(before_commit)?;
         transaction.commit().map_err(Fault::in_commit)?;
         self.tail = tail;
-        self.heads.extend(staged.heads);
-        self.shared.index.add(&staged.posted);
-        self.shared.committed_up_to(staged.last);
+        self.stored = staged.last;
+        self.is_file_first = false;
+        *self.shared.pending.write() = Pending::default();
+        self.journal.begin_anew();
+        let batches = self.stored(staged);
         if let Some(removal) = removals.next_back() {
             self.shared.index.removed_before(removal.first);
         }
-        Ok(staged.outcomes)
+        let wiped = if wipes { self.journal.wipe().map_err(|error| format!("log.journal: {error}")) } else { Ok(()) };
+        Ok(Outcomes { batches, wiped })
+    }
+
+    /// Entries are on disk: reads may find them.
+    fn stored(&mut self, staged: Staged<'_>) -> Vec<Result<Range<u64>, AppendError>> {
+        self.heads.extend(staged.heads);
+        self.shared.index.add(&staged.posted);
+        self.shared.committed_up_to(staged.last);
+        staged.outcomes
     }
 
     fn begin(&self) -> Result<WriteTransaction, ReadError> {
@@ -424,9 +567,10 @@ impl Writer {
             self.shared.fail(fault.reason.clone());
             return fault;
         }
+        self.is_file_first = true;
         // redb refuses everything after a failed write until the file is opened again. Then the file says whether the commit was made.
         match self.reopen() {
-            Ok(last) if last == self.shared.head() => {
+            Ok(last) if last == self.stored => {
                 tracing::warn!(reason = %fault.reason, "no space left for the log: nothing was stored");
                 Fault { stored: Stored::Nothing, ..fault }
             }
@@ -452,26 +596,36 @@ impl Writer {
         let opened = self.opener.open_log_file().map_err(|error| error.to_string())?;
         let prepared = read_prepared(&opened).map_err(|error| error.to_string())?;
         *database = Some(opened);
-        self.tail = prepared.tail;
-        Ok(prepared.last)
+        Ok(prepared.stored)
     }
 }
 
-fn answer(commands: Vec<Command>, outcomes: Vec<Result<Range<u64>, AppendError>>) {
-    let mut outcomes = outcomes.into_iter();
+/// What became of a commit's commands.
+struct Outcomes {
+    /// Of the batches, in their order.
+    batches: Vec<Result<Range<u64>, AppendError>>,
+    /// Whether nothing is left in the journal, if that was asked for.
+    wiped: Result<(), String>,
+}
+
+fn answer(commands: Vec<Command>, outcomes: Outcomes) {
+    let Outcomes { batches, wiped } = outcomes;
+    let mut batches = batches.into_iter();
     for command in commands {
         // A caller that went away needs no answer.
         match command {
             Command::Append { answer, room, .. } => {
                 drop(room);
-                let outcome = outcomes.next().expect("every batch has an outcome");
+                let outcome = batches.next().expect("every batch has an outcome");
                 answer.send(outcome.map(|positions| positions.map(Position).collect())).unwrap_or(());
             }
-            Command::Sync { answer, room }
-            | Command::Remove { answer, room, .. }
-            | Command::Commit { answer, room, .. } => {
+            Command::Sync { answer, room } | Command::Remove { answer, room, .. } => {
                 drop(room);
                 answer.send(Ok(())).unwrap_or(());
+            }
+            Command::Commit { answer, room, .. } => {
+                drop(room);
+                answer.send(wiped.clone()).unwrap_or(());
             }
         }
     }
@@ -498,19 +652,21 @@ struct Staged<'a> {
     last: Position,
 }
 
+impl Staged<'_> {
+    fn none(last: Position) -> Self {
+        Self { entries: Vec::new(), posted: Vec::new(), heads: FxHashMap::default(), outcomes: Vec::new(), last }
+    }
+}
+
 impl Writer {
     /// Checks that every entry is next in its conversation. A batch with one that is not is left out whole.
     fn check<'a>(&mut self, batches: impl Iterator<Item = &'a [NewEntry]> + Clone) -> Result<Staged<'a>, ReadError> {
         let keys: Vec<Key> =
             batches.clone().flatten().map(|new| self.shared.keys.conversation(&new.conversation)).collect();
         self.know_heads(batches.clone().flatten().map(|new| &new.conversation), &keys)?;
-        let mut staged = Staged {
-            entries: Vec::with_capacity(keys.len()),
-            posted: Vec::with_capacity(keys.len()),
-            heads: FxHashMap::default(),
-            outcomes: Vec::new(),
-            last: self.shared.head(),
-        };
+        let mut staged = Staged::none(self.shared.head());
+        staged.entries.reserve(keys.len());
+        staged.posted.reserve(keys.len());
         let mut keys = keys.as_slice();
         for batch in batches {
             let (batch_keys, rest) = keys.split_at(batch.len());

@@ -1,0 +1,294 @@
+//! The journal: where entries are on disk before they are in `log.redb`, so that an acknowledgement waits for one write and one sync.
+//!
+//! A commit of the log's file costs several; the writer makes one now and then, for all that the journal has by then (see [`super::writer`]),
+//! and then the journal begins anew. A record has the new entries of some batches, as a row has them, at a multiple of [`SECTOR_BYTES`]. Its checksum is keyed with the
+//! log's secret, so nobody who chooses texts can make a torn record look whole. Records are never believed because of where they stand: whoever opens
+//! the log takes those that go on where its file ends, and leaves those that the file has already. Invariants: a record is synced before
+//! the next is written, so one that is not whole is the last; what could not be written is taken back, or the log has failed.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use ::redb::StorageBackend;
+
+use super::super::Position;
+use super::key::Keys;
+
+/// Records begin at multiples of it; so no sector has two of them.
+const SECTOR_BYTES: usize = 512;
+/// The file grows by so much, so that few syncs have to write its length, too.
+const GROWTH_BYTES: u64 = 256 * 1024;
+const MAGIC: &[u8; 8] = b"chat-jnl";
+const CHECKSUM_BYTES: usize = 16;
+/// Magic, checksum, position of the first entry, and bytes of entries.
+const HEADER_BYTES: usize = MAGIC.len() + CHECKSUM_BYTES + 8 + 4;
+
+/// The journal of a log that is open.
+#[derive(Debug)]
+pub(super) struct Journal {
+    file: Box<dyn StorageBackend>,
+    keys: Keys,
+    /// Where the next record goes.
+    end: u64,
+    /// Of the file.
+    length: u64,
+    /// Up to here there may be something that was not overwritten.
+    used: u64,
+    length_max: u64,
+    buffer: Vec<u8>,
+    /// The last write failed, and it was said.
+    failing: bool,
+}
+
+/// What became of a record.
+#[derive(Debug)]
+pub(super) enum Recorded {
+    /// It is on disk.
+    Stored,
+    /// It is not, and nothing is left of it: the log's file has to take the entries itself.
+    NoRoom,
+}
+
+/// Entries that the journal has.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct Record {
+    pub(super) first: Position,
+    /// As in a row that begins with `first`.
+    pub(super) entries: Vec<u8>,
+}
+
+impl Journal {
+    /// `end`: where the records end that the log's file does not have.
+    pub(super) fn new(file: Box<dyn StorageBackend>, keys: Keys, end: u64, length_max: u64) -> io::Result<Self> {
+        let length = file.len()?;
+        Ok(Self { file, keys, end, length, used: length, length_max, buffer: Vec::new(), failing: false })
+    }
+
+    /// Writes a record and syncs it. An error says that nobody knows what is on disk.
+    pub(super) fn append(&mut self, first: Position, entries: &[u8]) -> io::Result<Recorded> {
+        let bytes = (HEADER_BYTES + entries.len()).next_multiple_of(SECTOR_BYTES);
+        let Ok(entries_bytes) = u32::try_from(entries.len()) else { return Ok(Recorded::NoRoom) };
+        let end = self.end + bytes as u64;
+        if end > self.length_max || !self.grow(end) {
+            return Ok(Recorded::NoRoom);
+        }
+        self.buffer.clear();
+        self.buffer.extend_from_slice(MAGIC);
+        self.buffer.extend_from_slice(&[0; CHECKSUM_BYTES]);
+        self.buffer.extend_from_slice(&first.0.to_le_bytes());
+        self.buffer.extend_from_slice(&entries_bytes.to_le_bytes());
+        self.buffer.extend_from_slice(entries);
+        let checksum = self.keys.checksum(&self.buffer[MAGIC.len() + CHECKSUM_BYTES..]);
+        self.buffer[MAGIC.len()..MAGIC.len() + CHECKSUM_BYTES].copy_from_slice(&checksum);
+        self.buffer.resize(bytes, 0);
+        self.used = self.used.max(end);
+        if let Err(error) = self.file.write(self.end, &self.buffer) {
+            self.say(&error);
+            // Something of it may be there all the same.
+            self.file.write(self.end, &[0; SECTOR_BYTES])?;
+            self.file.sync_data()?;
+            return Ok(Recorded::NoRoom);
+        }
+        self.file.sync_data()?;
+        self.end = end;
+        self.failing = false;
+        Ok(Recorded::Stored)
+    }
+
+    /// Makes the file at least so long; `false` if it cannot be. What is added is written, because a sync of what has no place on the disk
+    /// yet takes longer.
+    fn grow(&mut self, length: u64) -> bool {
+        if length <= self.length {
+            return true;
+        }
+        let target = length.next_multiple_of(GROWTH_BYTES).min(self.length_max);
+        match zero(&*self.file, self.length, target) {
+            Ok(()) => {
+                self.length = target;
+                true
+            }
+            Err(error) => {
+                self.say(&error);
+                false
+            }
+        }
+    }
+
+    fn say(&mut self, error: &io::Error) {
+        if !std::mem::replace(&mut self.failing, true) {
+            tracing::warn!(%error, "the journal cannot be written: messages go to the log's file at once, which takes longer");
+        }
+    }
+
+    /// The log's file has everything, on disk.
+    pub(super) fn begin_anew(&mut self) {
+        self.end = 0;
+    }
+
+    /// Overwrites what it had, and syncs; only after [`Journal::begin_anew`].
+    pub(super) fn wipe(&mut self) -> io::Result<()> {
+        debug_assert!(self.end == 0, "nothing that it has is needed");
+        if self.used > 0 {
+            zero(&*self.file, 0, self.used)?;
+            self.file.sync_data()?;
+            self.used = 0;
+        }
+        Ok(())
+    }
+}
+
+fn zero(file: &dyn StorageBackend, begin: u64, end: u64) -> io::Result<()> {
+    let zeros = vec![0; usize::try_from(GROWTH_BYTES.min(end.saturating_sub(begin))).unwrap_or(SECTOR_BYTES)];
+    let mut at = begin;
+    while at < end {
+        let bytes = usize::try_from(end - at).unwrap_or(usize::MAX).min(zeros.len());
+        file.write(at, &zeros[..bytes])?;
+        at += bytes as u64;
+    }
+    Ok(())
+}
+
+/// The records that go on from a position, in their order, and where they end in the file. What the log's file has already, what another log
+/// wrote, and the rest of a record that was never acknowledged are left out. Nothing if there is no journal.
+pub(super) fn read(path: &Path, keys: Keys, last: Position) -> io::Result<(Vec<Record>, u64)> {
+    let bytes = match fs::read(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
+        read => read?,
+    };
+    let mut records: Vec<(Record, u64)> = (0..bytes.len())
+        .step_by(SECTOR_BYTES)
+        .filter_map(|begin| record(&bytes[begin..], keys).map(|record| (record, begin)))
+        .filter(|(record, _)| record.first > last)
+        .map(|(record, begin)| {
+            let end = (begin + HEADER_BYTES + record.entries.len()).next_multiple_of(SECTOR_BYTES);
+            (record, end as u64)
+        })
+        .collect();
+    records.sort_by_key(|(record, _)| record.first);
+    let end = records.iter().map(|(_, end)| *end).max().unwrap_or(0);
+    Ok((records.into_iter().map(|(record, _)| record).collect(), end))
+}
+
+/// The record at the beginning of these bytes, if it is whole and this log's.
+fn record(bytes: &[u8], keys: Keys) -> Option<Record> {
+    let rest = bytes.strip_prefix(MAGIC)?;
+    let (checksum, rest) = rest.split_first_chunk::<CHECKSUM_BYTES>()?;
+    let (first, sized) = rest.split_first_chunk::<8>()?;
+    let (entries_bytes, entries) = sized.split_first_chunk::<4>()?;
+    let entries = entries.get(..usize::try_from(u32::from_le_bytes(*entries_bytes)).ok()?)?;
+    let checked = &rest[..8 + 4 + entries.len()];
+    (keys.checksum(checked) == *checksum)
+        .then(|| Record { first: Position(u64::from_le_bytes(*first)), entries: entries.to_vec() })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs::OpenOptions;
+
+    use ::redb::backends::FileBackend;
+
+    use super::*;
+
+    const KEYS: (u64, u64) = (3, 4);
+    const LENGTH_MAX: u64 = 8 * 1024;
+
+    struct OnDisk {
+        folder: tempfile::TempDir,
+    }
+
+    impl OnDisk {
+        fn new() -> Self {
+            Self { folder: tempfile::tempdir().unwrap() }
+        }
+
+        fn path(&self) -> std::path::PathBuf {
+            self.folder.path().join("journal")
+        }
+
+        fn open(&self, end: u64) -> Journal {
+            let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.path());
+            let file = FileBackend::new(file.unwrap()).unwrap();
+            Journal::new(Box::new(file), Keys::new(KEYS), end, LENGTH_MAX).unwrap()
+        }
+
+        fn read(&self, last: u64) -> Vec<(u64, Vec<u8>)> {
+            let (records, _) = read(&self.path(), Keys::new(KEYS), Position(last)).unwrap();
+            records.into_iter().map(|record| (record.first.0, record.entries)).collect()
+        }
+    }
+
+    fn stored(journal: &mut Journal, first: u64, entries: &[u8]) -> bool {
+        matches!(journal.append(Position(first), entries).unwrap(), Recorded::Stored)
+    }
+
+    #[test]
+    fn what_is_behind_the_file_comes_back_in_order() {
+        let disk = OnDisk::new();
+        assert_eq!(disk.read(0), [], "no journal");
+        let mut journal = disk.open(0);
+        assert!(stored(&mut journal, 1, b"one"));
+        assert!(stored(&mut journal, 2, &[7; 1_000]));
+        let both = [(1, b"one".to_vec()), (2, vec![7; 1_000])];
+        assert_eq!(disk.read(0), both);
+        assert_eq!(disk.read(1), both[1..]);
+        journal.begin_anew();
+        assert!(stored(&mut journal, 3, b"three"));
+        assert_eq!(disk.read(2), [(3, b"three".to_vec())], "what is older and stands behind it is not taken for newer");
+        assert_eq!(read(&disk.path(), Keys::new((3, 5)), Position(0)).unwrap(), (vec![], 0), "another log's");
+    }
+
+    #[test]
+    fn it_goes_on_behind_the_last_record() {
+        let disk = OnDisk::new();
+        assert!(stored(&mut disk.open(0), 1, &[1; 600]));
+        let (_, end) = read(&disk.path(), Keys::new(KEYS), Position(0)).unwrap();
+        assert_eq!(end, 1_024);
+        assert!(stored(&mut disk.open(end), 2, b"two"));
+        assert_eq!(disk.read(0), [(1, vec![1; 600]), (2, b"two".to_vec())]);
+    }
+
+    #[test]
+    fn it_takes_no_more_than_it_has_room_for() {
+        let disk = OnDisk::new();
+        let mut journal = disk.open(0);
+        let most = usize::try_from(LENGTH_MAX).unwrap() - HEADER_BYTES;
+        assert!(!stored(&mut journal, 1, &vec![1; most + 1]));
+        assert!(stored(&mut journal, 1, &vec![1; most]));
+        assert!(!stored(&mut journal, 2, b""));
+        journal.begin_anew();
+        assert!(stored(&mut journal, 2, b""));
+        assert_eq!(fs::metadata(disk.path()).unwrap().len(), LENGTH_MAX);
+    }
+
+    #[test]
+    fn a_record_that_is_not_whole_is_none() {
+        let disk = OnDisk::new();
+        let entries: Vec<u8> = (0..1_500_u32).map(|n| n.to_le_bytes()[0]).collect();
+        assert!(stored(&mut disk.open(0), 1, &entries));
+        let whole = fs::read(disk.path()).unwrap();
+        let used = (HEADER_BYTES + entries.len()).next_multiple_of(SECTOR_BYTES);
+        for sector in (0..used).step_by(SECTOR_BYTES) {
+            let mut torn = whole.clone();
+            torn[sector..sector + SECTOR_BYTES].fill(0);
+            fs::write(disk.path(), torn).unwrap();
+            assert_eq!(disk.read(0), [], "without the sector at {sector}");
+        }
+        for length in 0..HEADER_BYTES + entries.len() {
+            fs::write(disk.path(), &whole[..length]).unwrap();
+            assert_eq!(disk.read(0), [], "cut at {length}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_left_of_what_was_wiped() {
+        let disk = OnDisk::new();
+        let mut journal = disk.open(0);
+        assert!(stored(&mut journal, 1, b"a word that was taken back"));
+        journal.begin_anew();
+        journal.wipe().unwrap();
+        assert!(fs::read(disk.path()).unwrap().iter().all(|byte| *byte == 0));
+        assert!(stored(&mut journal, 2, b"on"));
+        assert_eq!(disk.read(1), [(2, b"on".to_vec())]);
+    }
+}
