@@ -225,7 +225,7 @@ async fn edits_and_unsends_are_entries_and_unsent_words_are_gone() {
     assert_eq!(number(&ok(&mut alice, "alice", "edit", edit).await, "seq"), 5, "a resend, though it is taken back");
 
     eventually("the words are not in the files any more", PATIENCE, async || {
-        ["log.redb", "index.redb"].iter().all(|file| {
+        ["log.redb", "log.journal", "index.redb"].iter().all(|file| {
             let bytes = std::fs::read(chatd.data().join(file)).unwrap();
             let has = |words: &[u8]| bytes.windows(words.len()).any(|window| window == words);
             !has(b"secret words") && !has(b"secret too")

@@ -521,6 +521,122 @@ async fn a_full_disk_refuses_and_recovers() {
     assert!(log.delivered(&inbox("bob")).await.unwrap().position >= Position(1));
 }
 
+/// The file has had the first entry, the journal alone has some more.
+async fn with_journal(log: &RedbLog) -> u64 {
+    log.append(vec![message("alice", "bob", 1, "in the file")]).await.unwrap();
+    log.flush().await.unwrap();
+    for seq in 2..=9 {
+        log.append(vec![message("alice", "bob", seq, "in the journal")]).await.unwrap();
+    }
+    9
+}
+
+#[tokio::test]
+async fn a_full_disk_keeps_what_only_the_journal_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::default());
+    let log = open_on(folder.path(), &disk);
+    let last = with_journal(&log).await;
+    disk.leave_free(Some(0));
+    let mut seq = last;
+    // The journal may have room for some more; then it is refused, and nothing that was taken is lost.
+    let refused = loop {
+        match log.append(vec![message("alice", "bob", seq + 1, &"x".repeat(30_000))]).await {
+            Ok(_) => seq += 1,
+            Err(error) => break error,
+        }
+    };
+    assert!(matches!(refused, AppendError::Full(_)), "{refused:?}");
+    let all = async |log: &RedbLog| {
+        let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+        page.entries.len() as u64
+    };
+    assert_eq!((log.head(), all(&log).await, log.health()), (Position(seq), seq, Ok(())));
+    drop(log);
+    // A start does not need room either.
+    let log = open_on(folder.path(), &disk);
+    assert_eq!((log.head(), all(&log).await), (Position(seq), seq));
+    let refused = log.append(vec![message("alice", "bob", seq + 1, &"x".repeat(300_000))]).await.unwrap_err();
+    assert!(matches!(refused, AppendError::Full(_)), "{refused:?}");
+    disk.leave_free(None);
+    log.append(vec![message("alice", "bob", seq + 1, "there is room again")]).await.unwrap();
+    drop(log);
+    assert_eq!(verified(folder.path()).problems, [""; 0]);
+    fs::remove_file(folder.path().join("log.journal")).unwrap();
+    assert_eq!(all(&open(folder.path())).await, seq + 1, "the file has everything once it is closed");
+}
+
+/// The files as a crash leaves them: the log is open.
+fn crashed(folder: &Path) -> TempDir {
+    let copy = tempfile::tempdir().unwrap();
+    for name in ["log.redb", "log.journal"] {
+        fs::copy(folder.join(name), copy.path().join(name)).unwrap();
+    }
+    copy
+}
+
+#[tokio::test]
+async fn tools_find_what_only_the_journal_has() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = open(folder.path());
+    let last = with_journal(&log).await;
+    let copy = crashed(folder.path());
+    let backup = tempfile::tempdir().unwrap();
+    let copied = log.backup(&backup.path().join("log"), &mut |_, _| std::ops::ControlFlow::Continue(()));
+    assert_eq!(copied.unwrap(), last);
+    assert_eq!(log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap().entries.len() as u64, last);
+    for folder in [copy.path(), &backup.path().join("log")] {
+        let verified = verified(folder);
+        assert_eq!((verified.entries, verified.problems), (last, Vec::new()));
+        assert_eq!(open(folder).head(), Position(last));
+    }
+}
+
+/// Bits that the disk loses: an error, unless it is the last record, which may as well be one that was never acknowledged.
+#[tokio::test]
+async fn a_hole_in_the_journal_is_found() {
+    // Where the machine is slow, the file may get some of it too early.
+    let (folder, log, last) = loop {
+        let folder = tempfile::tempdir().unwrap();
+        let log = open(folder.path());
+        let last = with_journal(&log).await;
+        let copy = crashed(folder.path());
+        let stored = Database::open(copy.path().join("log.redb")).unwrap();
+        if open::read_prepared(&stored).unwrap().stored == Position(1) {
+            break (folder, log, last);
+        }
+    };
+    let journal = fs::read(folder.path().join("log.journal")).unwrap();
+    for nth in 0..8 {
+        for byte in [0, 10, 30, 36, 60] {
+            let copy = crashed(folder.path());
+            let mut damaged = journal.clone();
+            damaged[nth * 512 + byte] ^= 1;
+            fs::write(copy.path().join("log.journal"), damaged).unwrap();
+            match RedbLog::open(copy.path(), RedbOptions::default()) {
+                Ok(log) => assert_eq!((nth, log.head()), (7, Position(last - 1))),
+                Err(error) => {
+                    assert!(matches!(error, OpenError::Behind { .. }), "{error:?}");
+                    assert!(error.to_string().ends_with("log.journal"), "{error}");
+                    assert!(nth < 7, "{error}");
+                }
+            }
+        }
+    }
+    // An older log.redb beside it is found, too.
+    drop(log);
+    let log = open(folder.path());
+    let older = crashed(folder.path());
+    for seq in last + 1..last + 5 {
+        log.append(vec![message("alice", "bob", seq, "later")]).await.unwrap();
+        log.flush().await.unwrap();
+    }
+    log.append(vec![message("alice", "bob", last + 5, "in the journal")]).await.unwrap();
+    fs::copy(folder.path().join("log.journal"), older.path().join("log.journal")).unwrap();
+    let error = RedbLog::open(older.path(), RedbOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::Behind { last: 9, had: 14, .. }), "{error:?}");
+}
+
 #[tokio::test]
 async fn a_full_disk_keeps_cursors_until_there_is_room() {
     let folder = tempfile::tempdir().unwrap();
