@@ -4,7 +4,7 @@
 //! and then the journal begins anew. A record has the new entries of some batches, as a row has them, at a multiple of [`SECTOR_BYTES`]. Its checksum is keyed with the
 //! log's secret, so nobody who chooses texts can make a torn record look whole. Records are never believed because of where they stand: whoever opens
 //! the log takes those that go on where its file ends, and leaves those that the file has already. Invariants: a record is synced before
-//! the next is written, so one that is not whole is the last; what could not be written is taken back, or the log has failed.
+//! the next is written, so one that is not whole is the last.
 
 use std::fs;
 use std::io;
@@ -46,7 +46,7 @@ pub(super) struct Journal {
 pub(super) enum Recorded {
     /// It is on disk.
     Stored,
-    /// It is not, and nothing is left of it: the log's file has to take the entries itself.
+    /// It is not, and whoever reads the journal will not find it: the log's file has to take the entries itself.
     NoRoom,
 }
 
@@ -84,10 +84,8 @@ impl Journal {
         self.buffer.resize(bytes, 0);
         self.used = self.used.max(end);
         if let Err(error) = self.file.write(self.end, &self.buffer) {
+            // Not all of it was written, so what is there is not whole.
             self.say(&error);
-            // Something of it may be there all the same.
-            self.file.write(self.end, &[0; SECTOR_BYTES])?;
-            self.file.sync_data()?;
             return Ok(Recorded::NoRoom);
         }
         self.file.sync_data()?;
