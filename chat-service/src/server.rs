@@ -198,6 +198,7 @@ impl Server {
         let http_options = http::Options {
             connections: limits.connections,
             admission: broker.admission(),
+            turns: broker.turns(),
             metrics: Arc::clone(&metrics),
             header_timeout: limits.websocket_timeout,
             answer_timeout: http::ANSWER_TIMEOUT,
