@@ -383,7 +383,7 @@ impl<S: Service> Broker<S> {
         };
         let broker = self.clone();
         self.shared.tasks.spawn(async move {
-            match broker.shared.turns.take(opening).await {
+            match broker.shared.turns.take(Box::pin(opening)).await {
                 Ok((io, certificate)) => {
                     broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate });
                 }

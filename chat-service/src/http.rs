@@ -216,7 +216,7 @@ pub async fn run(
             let Some(tls) = tls else {
                 return serve(place.hold(socket), (peer, Scheme::Http), router, options, stopping).await;
             };
-            match options.turns.take(tls.accept(socket, Spoken::Http)).await {
+            match options.turns.take(Box::pin(tls.accept(socket, Spoken::Http))).await {
                 Ok((stream, certificate)) => {
                     let peer = Peer { certificate, ..peer };
                     serve(place.hold(stream), (peer, Scheme::Https), router, options, stopping).await;
