@@ -40,6 +40,7 @@ use crate::sparing::{CLOSED, WILLS};
 use crate::topics::filter::{self, TopicError};
 use crate::topics::message::{Message, MessageProperties};
 use crate::topics::retained::{Retained, RetainedFull, RetainedLimits, RetainedMessage};
+use crate::turns::Turns;
 
 /// The one topic under which messages cross their router: rumqttd never forgets a topic it has seen, and clients choose some of theirs.
 const LIVE_BUS_TOPIC: &str = "chat";
@@ -47,6 +48,8 @@ const ORDINARY_BUS_TOPIC: &str = "ordinary";
 /// Absent sessions with neither subscriptions nor a will whose packets under way are remembered; those of further ones come again under
 /// new packet identifiers.
 const UNDER_WAY_SESSIONS_MAX: usize = 20_000;
+/// Connections that read from the log at the same time. Others wait here, and not before the log, where those who write wait for their reads.
+const READS_MAX: usize = 16;
 /// Retained messages that are looked at together, for one subscription.
 const RETAINED_LOOKS: usize = 256;
 
@@ -68,6 +71,10 @@ pub(crate) struct Shared<S> {
     last_ordinary: AtomicU64,
     tasks: TaskTracker,
     permits: Arc<Semaphore>,
+    /// Of those who come and go.
+    pub(crate) turns: Turns,
+    /// Of those who read from the log.
+    pub(crate) reads: Semaphore,
     stopping: CancellationToken,
     /// How often rights have changed.
     rights: AtomicU64,
@@ -267,6 +274,8 @@ impl<S: Service> Broker<S> {
             last_ordinary: AtomicU64::new(0),
             tasks: TaskTracker::new(),
             permits,
+            turns: Turns::default(),
+            reads: Semaphore::new(READS_MAX),
             stopping: CancellationToken::new(),
             rights: AtomicU64::new(0),
             began,
@@ -322,6 +331,11 @@ impl<S: Service> Broker<S> {
         self.shared.admission.clone()
     }
 
+    /// In which order those are served who come, for listeners of others whose handshakes take time too.
+    pub fn turns(&self) -> Turns {
+        self.shared.turns.clone()
+    }
+
     /// Serves one byte stream until it ends. Returns at once; the connection has a task of its own.
     pub fn serve<T>(&self, io: T, peer: Peer)
     where
@@ -369,7 +383,7 @@ impl<S: Service> Broker<S> {
         };
         let broker = self.clone();
         self.shared.tasks.spawn(async move {
-            match opening.await {
+            match broker.shared.turns.take(Box::pin(opening)).await {
                 Ok((io, certificate)) => {
                     broker.serve_with(permit, place.hold(io), Peer { address: Some(address), certificate });
                 }

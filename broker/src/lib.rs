@@ -30,6 +30,7 @@ mod session;
 pub mod sparing;
 mod stream;
 pub mod topics;
+pub mod turns;
 pub mod websocket;
 
 pub use broker::{Announcer, Broker, BusStatus};

@@ -8,13 +8,29 @@ use std::net::SocketAddr;
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncWrite};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 
 use crate::broker::Broker;
 use crate::service::{Peer, Service, ShownCertificate};
 
+/// Connections that wait to be accepted, as many as the operating system allows: a client that finds no room tries again only after a second.
+const BACKLOG: u32 = 4_096;
+/// Connections that are accepted before others have their turn.
+const ACCEPTED_IN_TURN: usize = 16;
 /// How long to wait when the process has no more file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
+
+/// Listens there, with room for very many who come at once.
+///
+/// # Errors
+/// The address cannot be had.
+pub fn bind(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // A server that starts again finds its port, whatever is left of its last connections.
+    socket.set_reuseaddr(true)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)
+}
 
 /// Accepts until `shutdown`. Connections go on: [`Broker::stop`] ends them.
 pub async fn run<S: Service>(listener: TcpListener, broker: Broker<S>, shutdown: impl Future<Output = ()> + Send) {
@@ -47,7 +63,13 @@ async fn accept(
     shutdown: impl Future<Output = ()> + Send,
 ) {
     let mut shutdown = std::pin::pin!(shutdown);
+    let mut accepted_in_turn = 0;
     loop {
+        if accepted_in_turn == ACCEPTED_IN_TURN {
+            // Those who are there already, and what was accepted.
+            accepted_in_turn = 0;
+            tokio::task::yield_now().await;
+        }
         let accepted = tokio::select! {
             () = &mut shutdown => return,
             accepted = listener.accept() => accepted,
@@ -58,6 +80,7 @@ async fn accept(
                     tracing::debug!(%peer, %error, "no TCP_NODELAY");
                 }
                 serve(socket, peer);
+                accepted_in_turn += 1;
             }
             Err(error) => {
                 tracing::warn!(%error, "a connection could not be accepted");

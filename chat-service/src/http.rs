@@ -21,6 +21,7 @@ use axum::routing::get;
 use broker::admission::Admission;
 use broker::service::Peer;
 use broker::sparing::CLOSED;
+use broker::turns::Turns;
 use broker::websocket::Scheme;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -53,6 +54,8 @@ pub struct Options {
     pub connections: usize,
     /// Who may connect. The sockets hold their places, also when they are upgraded.
     pub admission: Admission,
+    /// Who comes over TLS waits for one with each step of the handshake.
+    pub turns: Turns,
     /// Where it is counted that a limit bit.
     pub metrics: Arc<Metrics>,
     /// Time to send a request's headers, and time between requests.
@@ -213,7 +216,7 @@ pub async fn run(
             let Some(tls) = tls else {
                 return serve(place.hold(socket), (peer, Scheme::Http), router, options, stopping).await;
             };
-            match tls.accept(socket, Spoken::Http).await {
+            match options.turns.take(Box::pin(tls.accept(socket, Spoken::Http))).await {
                 Ok((stream, certificate)) => {
                     let peer = Peer { certificate, ..peer };
                     serve(place.hold(stream), (peer, Scheme::Https), router, options, stopping).await;
@@ -407,6 +410,7 @@ mod tests {
         Options {
             connections: 10_000,
             admission: Admission::new(0, Vec::new()),
+            turns: Turns::default(),
             metrics: Arc::new(Metrics::new()),
             header_timeout: DEADLINE,
             answer_timeout: DEADLINE,

@@ -15,6 +15,11 @@ use chat_service::{logging, server, tools};
 #[global_allocator]
 static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
 
+/// How many tasks a thread serves before it looks which sockets have something, at most.
+const TASKS_BETWEEN_LOOKS: u32 = 31;
+/// How many sockets it takes up then: no more than a thread's own queue has places. What is beyond would wait behind everything else.
+const SOCKETS_AT_A_LOOK: usize = 256;
+
 fn main() -> ExitCode {
     let flags = match cli::parse() {
         Command::Run(flags) => flags,
@@ -45,7 +50,13 @@ fn main() -> ExitCode {
         return fail(EXIT_FAILURE, &error);
     }
     raise_file_limit();
-    let runtime = match tokio::runtime::Builder::new_multi_thread().enable_all().thread_name("chatd").build() {
+    let runtime = tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .thread_name("chatd")
+        .event_interval(TASKS_BETWEEN_LOOKS)
+        .max_io_events_per_tick(SOCKETS_AT_A_LOOK)
+        .build();
+    let runtime = match runtime {
         Ok(runtime) => runtime,
         Err(error) => return fail(EXIT_FAILURE, &error),
     };

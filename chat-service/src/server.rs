@@ -176,10 +176,10 @@ impl Server {
 
         broker.resume_sessions().await.context("taking up the sessions that are stored")?;
 
-        let mqtt = bind("mqtt.listen", settings.mqtt.listen).await?;
-        let http = bind("http.listen", settings.http.listen).await?;
-        let mqtt_tls = bind_some("mqtt.tls_listen", settings.mqtt.tls_listen).await?;
-        let http_tls = bind_some("http.tls_listen", settings.http.tls_listen).await?;
+        let mqtt = bind("mqtt.listen", settings.mqtt.listen)?;
+        let http = bind("http.listen", settings.http.listen)?;
+        let mqtt_tls = bind_some("mqtt.tls_listen", settings.mqtt.tls_listen)?;
+        let http_tls = bind_some("http.tls_listen", settings.http.tls_listen)?;
         let tls = Tls::new(&settings.tls, settings.acme.is_on(), limits.tls_timeout, authorities)?;
         let acme = match &tls {
             Some(tls) if settings.acme.is_on() => Some(Acme::new(&settings.acme, &settings.storage.path, tls)?),
@@ -198,6 +198,7 @@ impl Server {
         let http_options = http::Options {
             connections: limits.connections,
             admission: broker.admission(),
+            turns: broker.turns(),
             metrics: Arc::clone(&metrics),
             header_timeout: limits.websocket_timeout,
             answer_timeout: http::ANSWER_TIMEOUT,
@@ -418,13 +419,13 @@ async fn reload(
     }
 }
 
-async fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
-    TcpListener::bind(address).await.with_context(|| format!("{key}: listening on {address}"))
+fn bind(key: &str, address: SocketAddr) -> anyhow::Result<TcpListener> {
+    broker::listener::bind(address).with_context(|| format!("{key}: listening on {address}"))
 }
 
-async fn bind_some(key: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
+fn bind_some(key: &str, address: Option<SocketAddr>) -> anyhow::Result<Option<TcpListener>> {
     match address {
-        Some(address) => bind(key, address).await.map(Some),
+        Some(address) => bind(key, address).map(Some),
         None => Ok(None),
     }
 }

@@ -85,6 +85,25 @@ async fn a_storm() {
     assert!(storm["latencies"]["innocent_storm"]["count"].as_u64().unwrap() > 10, "{storm}");
 }
 
+/// Very many come back at once, over TLS too, whose handshakes are expensive: two who were there before are served between.
+#[tokio::test]
+async fn two_others_hardly_notice_a_storm() {
+    let files = Files::new().unwrap();
+    let chatd = Chatd::start_with(files.options().as_fast_as_it_can()).await.unwrap();
+    let (over_tls, ca) = (SocketAddr::from(([127, 0, 0, 1], tls::port(&chatd, "mqtt").await)), files.text("ca.pem"));
+    let ways = [(2_000, "tcp", chatd.mqtt_addr()), (300, "tls", over_tls)];
+    for (clients, transport, addr) in ways {
+        let words =
+            format!("storm --clients {clients} --senders 4 --rate 100 --seconds 1 --transport {transport} --ca {ca}");
+        let storm = well(&chatd, &words, addr).await;
+        assert_eq!(storm["latencies"]["back"]["count"], clients, "{transport}: {storm}");
+        let p99_us = storm["latencies"]["innocent_storm"]["p99_us"].as_u64().unwrap();
+        println!("{transport}: all are back after {} s, p99 of the two {p99_us} µs", figure(&storm, "all_back_s"));
+        // Very generous: some tens of milliseconds, on a machine that does nothing else.
+        assert!(p99_us < 1_500_000, "{transport}: {storm}");
+    }
+}
+
 #[tokio::test]
 async fn a_small_day() {
     let chatd = fast_chatd().await;

@@ -94,6 +94,7 @@ where
                 let shared = Arc::clone(&self.shared);
                 let (user, topic) = (Arc::clone(&session.key.user), Arc::clone(&slot.topic));
                 let reading = async move {
+                    let _turn = shared.reads.acquire().await;
                     let limit = ReadLimit { messages: PAGE_MESSAGES, bytes: PAGE_BYTES };
                     shared.service.read(&user, &topic, after, limit).await
                 };

@@ -34,9 +34,12 @@ use crate::service::{
 };
 use crate::session::{Queued, Session};
 use crate::topics::filter;
+use crate::turns::{Turn, Turns};
 
 /// Bytes read at once, into one buffer a thread.
 const READ_BYTES: usize = 64 * 1024;
+/// Bytes read before others have their turn.
+const READ_IN_TURN_MAX: u32 = 64 * 1024;
 /// Reading stops while so many bytes wait for the socket.
 const OUT_READING_MAX: usize = 256 * 1024;
 /// Reading stops while so many publishes wait for their answers. Only MQTT 3.1.1 gets there, which knows no receive maximum.
@@ -131,17 +134,19 @@ struct Connection<S: Service, T> {
     /// The socket had nothing more to read.
     dry: bool,
     /// Read since others had their turn.
-    read_in_turn: usize,
+    read_in_turn: u32,
     /// How fast it may go; known when its user is.
     pace: Option<Pace>,
     /// Until then the first of `packets` waits, which was paid for.
     paused_until: Option<Instant>,
     told_at: Option<Instant>,
     /// Bytes that may still be read before a CONNECT was accepted.
-    connect_bytes_left: usize,
+    connect_bytes_left: u32,
     /// The server stops: what was published is still answered, nothing more is read.
     stopping: bool,
     end: Option<End>,
+    /// It has no session yet, or is still sent what it missed first: it is served in turns, after those who are there.
+    coming: Option<Box<Turn>>,
 }
 
 /// A future that serves one connection until it ends.
@@ -162,7 +167,7 @@ where
         engine: Engine::new(&shared.limits),
         mailbox: Arc::new(shared.mailbox()),
         rights_seen: shared.rights(),
-        connect_bytes_left: usize::try_from(shared.limits.connect_bytes).unwrap_or(usize::MAX),
+        connect_bytes_left: shared.limits.connect_bytes,
         shared,
         number,
         io,
@@ -199,6 +204,7 @@ where
         told_at: None,
         stopping: false,
         end: None,
+        coming: Some(Box::default()),
     });
     connection.live()
 }
@@ -230,12 +236,15 @@ where
             }
             std::future::poll_fn(|cx| self.poll_step(cx)).await;
             if self.end == Some(End::Socket) {
-                Box::pin(self.finish(End::Socket, departure)).await;
+                let (turns, turn) = self.take_turn();
+                drop(Box::pin(turns.work(turn, self.finish(End::Socket, departure))).await);
                 return End::Socket;
             }
             self.take_page();
             if std::mem::take(&mut self.recheck) {
-                Box::pin(self.look_at_rights(departure)).await;
+                let (turns, turn) = self.take_turn();
+                let (_, turn) = Box::pin(turns.work(turn, self.look_at_rights(departure))).await;
+                self.give_turn(turn);
             }
             self.publish_held();
             self.handle_packets(departure).await;
@@ -265,14 +274,26 @@ where
                 self.end = Some(End::Closed);
             }
             if let Some(end) = self.end {
-                Box::pin(self.finish(end, departure)).await;
+                let (turns, turn) = self.take_turn();
+                drop(Box::pin(turns.work(turn, self.finish(end, departure))).await);
                 return end;
             }
-            if self.read_in_turn >= READ_BYTES {
+            if self.read_in_turn >= READ_IN_TURN_MAX {
                 // A client that sends faster than it is worked off must not keep a thread for itself.
                 self.read_in_turn = 0;
                 tokio::task::yield_now().await;
             }
+        }
+    }
+
+    fn take_turn(&mut self) -> (Turns, Turn) {
+        (self.shared.turns.clone(), self.coming.as_deref_mut().map(std::mem::take).unwrap_or_default())
+    }
+
+    /// Whoever comes goes on in this turn; for others it is over.
+    fn give_turn(&mut self, turn: Turn) {
+        if let Some(own) = self.coming.as_deref_mut() {
+            *own = turn;
         }
     }
 
@@ -411,7 +432,11 @@ where
         let mut delivered = 0;
         while let Some(packet) = self.take_packet() {
             match packet {
-                Incoming::Connect(connect) => Box::pin(self.connect(*connect, departure)).await,
+                Incoming::Connect(connect) => {
+                    let (turns, turn) = self.take_turn();
+                    let (_, turn) = Box::pin(turns.work(turn, self.connect(*connect, departure))).await;
+                    self.give_turn(turn);
+                }
                 Incoming::Publish(publish) => self.publish(publish),
                 Incoming::Puback(packet_id) | Incoming::Pubcomp(packet_id) => {
                     advanced |= self.acknowledged(packet_id, &mut delivered);
@@ -438,18 +463,31 @@ where
                         let sentence = "a shared subscription cannot be no-local";
                         self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
                     } else {
-                        Box::pin(self.subscribe(packet_id, filters, identifier, departure)).await;
+                        let (turns, turn) = self.take_turn();
+                        let subscribing = self.subscribe(packet_id, filters, identifier, departure);
+                        let (_, turn) = Box::pin(turns.work(turn, subscribing)).await;
+                        self.give_turn(turn);
                     }
                 }
                 Incoming::Unsubscribe { packet_id, filters } => {
-                    Box::pin(self.unsubscribe(packet_id, &filters, departure)).await;
+                    let (turns, turn) = self.take_turn();
+                    let unsubscribing = self.unsubscribe(packet_id, &filters, departure);
+                    let (_, turn) = Box::pin(turns.work(turn, unsubscribing)).await;
+                    self.give_turn(turn);
                 }
                 Incoming::Pingreq => self.engine.pingresp(),
                 Incoming::Disconnect { with_will, session_expiry_s } => {
-                    Box::pin(self.disconnect(session_expiry_s)).await;
+                    let (turns, turn) = self.take_turn();
+                    let (_, turn) = Box::pin(turns.work(turn, self.disconnect(session_expiry_s))).await;
+                    self.give_turn(turn);
                     self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
                 }
-                Incoming::Auth(authentication) => Box::pin(self.authenticate_again(&authentication, departure)).await,
+                Incoming::Auth(authentication) => {
+                    let (turns, turn) = self.take_turn();
+                    let authenticating = self.authenticate_again(&authentication, departure);
+                    let (_, turn) = Box::pin(turns.work(turn, authenticating)).await;
+                    self.give_turn(turn);
+                }
                 Incoming::Overfull(overfull) => self.refuse_overfull(overfull),
             }
         }

@@ -10,6 +10,7 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 
 use super::{Connection, End, OUT_READING_MAX, PACKETS, PENDING_READING_MAX, READ_BUFFER};
 use crate::service::{Observation, Service};
+use crate::turns::Turn;
 
 /// A larger output buffer is not kept for the next connection.
 const OUT_KEPT: usize = 256 * 1024;
@@ -42,6 +43,9 @@ where
 {
     /// Waits for anything, and takes in whatever is there.
     pub(super) fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(turn) = self.coming.as_deref_mut() {
+            ready!(turn.poll(&self.shared.turns, cx));
+        }
         let mut progress = std::mem::take(&mut self.busy);
         let take_ordinary = self.session.as_ref().is_some_and(|session| session.queue.is_empty());
         if let Poll::Ready(mail) = self.mailbox.poll(cx, take_ordinary) {
@@ -101,6 +105,12 @@ where
             }
             Poll::Ready(())
         } else {
+            // Whoever has a session and nothing to read from the log is there.
+            let is_coming = self.session.is_none() || self.reading.is_some();
+            if let Some(turn) = self.coming.as_deref_mut() {
+                *turn = Turn::None;
+            }
+            self.coming.take_if(|_| !is_coming);
             Poll::Pending
         }
     }
@@ -124,7 +134,9 @@ where
         }
         READ_BUFFER.with_borrow_mut(|buffer| {
             let connecting = self.session.is_none();
-            let most = if connecting { buffer.len().min(self.connect_bytes_left) } else { buffer.len() };
+            let left =
+                if connecting { usize::try_from(self.connect_bytes_left).unwrap_or(usize::MAX) } else { usize::MAX };
+            let most = buffer.len().min(left);
             if most == 0 {
                 self.shared.service.observe(Observation::Limited("connect_bytes"));
                 return Poll::Ready(Err(()));
@@ -133,9 +145,10 @@ where
             if ready!(Pin::new(&mut self.io).poll_read(cx, &mut read)).is_err() || read.filled().is_empty() {
                 return Poll::Ready(Err(()));
             }
-            self.read_in_turn += read.filled().len();
+            let bytes = u32::try_from(read.filled().len()).unwrap_or(u32::MAX);
+            self.read_in_turn = self.read_in_turn.saturating_add(bytes);
             if connecting {
-                self.connect_bytes_left -= read.filled().len();
+                self.connect_bytes_left = self.connect_bytes_left.saturating_sub(bytes);
             }
             self.feed(read.filled());
             Poll::Ready(Ok(()))
