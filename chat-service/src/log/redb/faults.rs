@@ -8,7 +8,7 @@ use std::sync::atomic::Ordering;
 
 use proptest::prelude::*;
 
-use super::disk::{Disk, FaultyDisk, Recorder, Operation};
+use super::disk::{Disk, FaultyDisk, Operation, Recorder};
 use super::tests::{EVERYTHING, Reopened, SMALL, at, compare, inbox, message, phone, sent_at, steps, user, verified};
 use super::*;
 use crate::log::Side;

@@ -234,6 +234,19 @@ impl Index {
     }
 
     /// The seq of a conversation's first entry after a position.
+    /// The same if memory alone knows, and there are no more than `most`; else `None`.
+    pub(super) fn positions_at_hand(&self, key: Key, after: After, first: Position, most: usize) -> Option<Vec<u64>> {
+        let first = first.0;
+        let state = self.state.read();
+        if state.runs.iter().any(|run| after.may_be_in(run, first) && run.filter.may_have(key)) {
+            return None;
+        }
+        let frozen = state.frozen.as_ref().and_then(|frozen| frozen.get(key));
+        let lists = [frozen, state.active.get(key)];
+        let found = || lists.iter().flatten().flat_map(|list| after.rest(list, first)).copied();
+        (found().count() <= most).then(|| found().collect())
+    }
+
     pub(super) fn first_after(&self, key: Key, after: Position, first: Position) -> Result<Option<u64>, ReadError> {
         let after = after.0.max(first.0 - 1);
         let seq = |list: &ListRef<'_>| {

@@ -42,6 +42,7 @@ use self::notes::PeerNote;
 pub use self::open::OpenError;
 use self::open::Opener;
 use self::pending::Pending;
+use self::reader::INLINE_NEIGHBOURS_MAX;
 use self::writer::Queue;
 use super::{
     Account, Advance, AppendError, ConversationHead, Delivered, Device, Entry, IdKey, Log, LogError, NewEntry, Page,
@@ -234,8 +235,11 @@ impl Log for RedbLog {
     }
 
     async fn read(&self, stream: &Stream, after: Position, limit: ReadLimit) -> Result<Page, LogError> {
-        let what = format!("reading {stream}");
-        let stream = stream.clone();
+        let what = || format!("reading {stream}");
+        if let Some(read) = self.shared.stream_at_hand(stream, after, limit) {
+            return self.shared.read_now(what, |_| read);
+        }
+        let (what, stream) = (what(), stream.clone());
         self.shared.page(what, move |shared| shared.stream(&stream, after, limit)).await
     }
 
@@ -307,9 +311,13 @@ impl Log for RedbLog {
     }
 
     async fn peers(&self, user: &UserId) -> Result<Vec<(UserId, PeerRecord)>, LogError> {
-        let what = format!("reading the peers of {user}");
-        let user = user.clone();
-        self.shared.page(what, move |shared| shared.peers(&user)).await
+        let what = || format!("reading the peers of {user}");
+        if let Some(few) = self.shared.read_now(what, |shared| shared.peers(user, INLINE_NEIGHBOURS_MAX))? {
+            return Ok(few);
+        }
+        let (what, user) = (what(), user.clone());
+        let all = self.shared.page(what, move |shared| shared.peers(&user, usize::MAX)).await?;
+        Ok(all.unwrap_or_default())
     }
 
     async fn peer(&self, user: &UserId, peer: &UserId) -> Result<Option<PeerRecord>, LogError> {

@@ -336,12 +336,7 @@ impl Opener {
             Err(error) => return Err(error),
         };
         if let Some(run) = runs.listed.last().filter(|run| run.last > prepared.last.0) {
-            return Err(OpenError::Behind {
-                log: self.log_file(),
-                other: file,
-                last: prepared.last.0,
-                had: run.last,
-            });
+            return Err(OpenError::Behind { log: self.log_file(), other: file, last: prepared.last.0, had: run.last });
         }
         let index = Arc::new(Index::new(index, runs.listed, prepared.first, &self.options));
         let mut indexer = Indexer::new(Arc::clone(&index), runs.rubbish);

@@ -579,9 +579,7 @@ fn copy_tables(
     let source = snapshot.open_table(ROWS).map_err(ReadError::from)?;
     let last = match (pending.rows().last(), source.last().map_err(ReadError::from)?) {
         (Some(row), _) => row::last(row.first, &row.bytes).map_err(ReadError::from)?.0,
-        (None, Some((first, row))) => {
-            row::last(Position(first.value()), row.value()).map_err(ReadError::from)?.0
-        }
+        (None, Some((first, row))) => row::last(Position(first.value()), row.value()).map_err(ReadError::from)?.0,
         (None, None) => first_of(snapshot)? - 1,
     };
     let pending_from = pending.first().map_or(u64::MAX, |first| first.0);

@@ -499,12 +499,7 @@ impl Writer {
     }
 
     /// The file gets everything: what only the journal has, and this.
-    fn write_to_file(
-        &mut self,
-        commands: &[Command],
-        notes: &Notes,
-        staged: Staged<'_>,
-    ) -> Result<Outcomes, Fault> {
+    fn write_to_file(&mut self, commands: &[Command], notes: &Notes, staged: Staged<'_>) -> Result<Outcomes, Fault> {
         let before_commit = |error: ReadError| Fault::before_commit(&error);
         let mut removals = commands.iter().filter_map(|command| match command {
             Command::Remove { removal, .. } => Some(removal),
