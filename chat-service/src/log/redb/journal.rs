@@ -100,10 +100,9 @@ impl Journal {
         self.buffer.extend_from_slice(entries);
         let checksum = self.keys.checksum(&self.buffer[MAGIC.len() + CHECKSUM_BYTES..]);
         self.buffer[MAGIC.len()..MAGIC.len() + CHECKSUM_BYTES].copy_from_slice(&checksum);
-        self.buffer.resize(bytes, 0);
         self.used = self.used.max(end);
         if let Err(error) = self.file.write(self.end, &self.buffer) {
-            // Not all of it was written, so what is there is not whole.
+            // Not all of it was written, so what is there is not whole: up to the next record nothing is written behind it.
             self.say(&error);
             return Ok(Recorded::NoRoom);
         }
@@ -332,6 +331,47 @@ mod tests {
         journal.begin_anew();
         assert!(stored(&mut journal, 3, b"three"));
         assert_eq!(disk.read(1), [(2, b"two".to_vec()), (3, b"three".to_vec())]);
+    }
+
+    /// A file that may not be longer than this (`RLIMIT_FSIZE`), and once was.
+    #[derive(Debug)]
+    struct Limited(FileBackend, u64);
+
+    impl StorageBackend for Limited {
+        fn len(&self) -> io::Result<u64> {
+            self.0.len()
+        }
+
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            self.0.read(offset, out)
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.set_len(len)
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            self.0.sync_data()
+        }
+
+        fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            let room = usize::try_from(self.1.saturating_sub(offset)).unwrap();
+            self.0.write(offset, &bytes[..bytes.len().min(room)])?;
+            if bytes.len() > room { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(()) }
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_not_found() {
+        for limit in 0..600 {
+            let disk = OnDisk::new();
+            fs::write(disk.path(), vec![0; 1_024]).unwrap();
+            let file = OpenOptions::new().read(true).write(true).open(disk.path()).unwrap();
+            let file = Limited(FileBackend::new(file).unwrap(), limit);
+            let mut journal = Journal::new(Box::new(file), Keys::new(KEYS), 0, LENGTH_MAX).unwrap();
+            let is_stored = stored(&mut journal, 1, &[7; 500]);
+            assert_eq!(disk.read(0).len(), usize::from(is_stored), "{limit}");
+        }
     }
 
     #[test]
