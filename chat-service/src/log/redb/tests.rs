@@ -720,20 +720,21 @@ async fn reads_beside_the_journal_have_no_gaps() {
 #[tokio::test]
 async fn a_hole_in_the_journal_is_found() {
     // Where the machine is slow, the file may get some of it too early.
-    let (folder, log, last) = loop {
+    let (folder, log, last, copy) = loop {
         let folder = tempfile::tempdir().unwrap();
         let log = open(folder.path());
         let last = with_journal(&log).await;
         let copy = crashed(folder.path());
         let stored = Database::open(copy.path().join("log.redb")).unwrap();
         if open::read_prepared(&stored).unwrap().stored == Position(1) {
-            break (folder, log, last);
+            break (folder, log, last, copy);
         }
     };
-    let journal = fs::read(folder.path().join("log.journal")).unwrap();
+    let journal = fs::read(copy.path().join("log.journal")).unwrap();
     for nth in 0..8 {
         for byte in [0, 10, 30, 36, 60] {
-            let copy = crashed(folder.path());
+            // Of the copy: while the log is open, its file gets what the journal has.
+            let copy = crashed(copy.path());
             let mut damaged = journal.clone();
             damaged[nth * 512 + byte] ^= 1;
             fs::write(copy.path().join("log.journal"), damaged).unwrap();
