@@ -74,6 +74,8 @@ pub(super) struct FaultyDisk {
     blocks: Mutex<Blocks>,
     pub(super) sync_fails: AtomicBool,
     pub(super) broken: AtomicBool,
+    /// Writes to this one fail.
+    pub(super) broken_file: Mutex<Option<PathBuf>>,
     /// Writes and syncs that still succeed; all later ones fail.
     pub(super) succeed: AtomicI64,
     stalled: Mutex<bool>,
@@ -95,6 +97,7 @@ impl Default for FaultyDisk {
             blocks: Mutex::default(),
             sync_fails: AtomicBool::default(),
             broken: AtomicBool::default(),
+            broken_file: Mutex::default(),
             succeed: AtomicI64::new(i64::MAX),
             stalled: Mutex::default(),
             resumed: Condvar::new(),
@@ -123,7 +126,8 @@ impl FaultyDisk {
 
 impl Disk for FaultyDisk {
     fn write(&self, path: &Path, offset: u64, bytes: &[u8], write: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
-        if self.broken.load(Ordering::SeqCst) {
+        let is_broken = self.broken_file.lock().as_deref() == Some(path);
+        if is_broken || self.broken.load(Ordering::SeqCst) {
             return Err(io::Error::other("the disk is gone"));
         }
         self.count()?;

@@ -282,6 +282,138 @@ async fn a_disk_that_fails_at_any_moment_loses_nothing_acknowledged() {
     }
 }
 
+/// The files as they are in the system's memory when the process is killed after so many operations.
+fn killed(operations: &[(PathBuf, Operation)]) -> BTreeMap<PathBuf, Vec<u8>> {
+    image(operations, &mut Dice(1), Some(true))
+}
+
+/// Killed between write and sync, or after a sync that failed: the next process finds a record in the system's memory that no later sync
+/// writes. Nobody may see it before it is on disk: then the power goes.
+#[tokio::test]
+async fn what_a_start_finds_in_the_journal_is_on_disk_before_it_is_seen() {
+    for goes_on in [false, true] {
+        let folder = folder();
+        let recorder = Arc::new(Recorder::default());
+        let log = open_on(folder.path(), Some(recorder.clone()), Some(recorder.clone())).unwrap();
+        // Of these three, the journal has two.
+        for seq in 1..=3 {
+            log.append(vec![message("alice", "bob", seq, &text(seq))]).await.unwrap();
+        }
+        let operations = recorder.operations();
+        drop(log);
+        let journal = folder.path().join("log.journal");
+        let is_of_journal =
+            |(path, operation): &(PathBuf, Operation)| *path == journal && matches!(operation, Operation::Write { .. });
+        let written = operations.iter().rposition(is_of_journal).unwrap();
+        put(&killed(&operations[..=written]), folder.path());
+        // The disk has all but the last record.
+        let recorder = Arc::new(Recorder::default());
+        for (path, bytes) in killed(&operations[..written]) {
+            recorder.begin_with(&path, bytes);
+        }
+        let log = open_on(folder.path(), Some(recorder.clone()), Some(recorder.clone())).unwrap();
+        let mut seen = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap().entries.len() as u64;
+        assert_eq!(seen, 3, "what was written is there");
+        if goes_on {
+            log.append(vec![message("alice", "bob", 4, &text(4))]).await.unwrap();
+            seen = 4;
+        }
+        let operations = recorder.operations();
+        drop(log);
+        put(&image(&operations, &mut Dice(1), Some(false)), folder.path());
+        let log = open_on(folder.path(), None, None).unwrap();
+        check(&log, Promise { acknowledged: seen, ..Promise::default() }, "after a kill and a power cut").await;
+    }
+}
+
+/// The disk fails, or is full, at each write and sync of a start that finds messages in the journal: the next start has them all.
+#[tokio::test]
+async fn a_disk_that_fails_while_the_log_is_opened_loses_nothing() {
+    let first = folder();
+    let recorder = Arc::new(Recorder::default());
+    let log = open_on(first.path(), Some(recorder.clone()), Some(recorder.clone())).unwrap();
+    for seq in 1..=6 {
+        log.append(vec![message("alice", "bob", seq, &text(seq))]).await.unwrap();
+    }
+    let files = killed(&recorder.operations());
+    drop(log);
+    for is_full in [false, true] {
+        let mut failed = 0;
+        for nth in 0..100 {
+            let folder = folder();
+            put(&files, folder.path());
+            let disk = Arc::new(FaultyDisk::default());
+            if is_full {
+                disk.leave_free(Some(usize::try_from(nth).unwrap()));
+            } else {
+                disk.succeed.store(nth, Ordering::SeqCst);
+            }
+            let opened = open_on(folder.path(), Some(disk.clone()), Some(disk.clone()));
+            failed += u64::from(opened.is_err());
+            drop(opened);
+            let log = open_on(folder.path(), None, None).unwrap();
+            check(&log, Promise { acknowledged: 6, ..Promise::default() }, &format!("{nth}, full: {is_full}")).await;
+            drop(log);
+            assert_eq!(verified(folder.path()).problems, [""; 0]);
+        }
+        assert!(failed > 5, "{failed}");
+    }
+}
+
+/// Rows that just fill a page of redb or just do not, taken from the journal and then from the file, after a kill at each moment; once the journal is
+/// smaller than what is in it.
+#[tokio::test]
+async fn rows_at_the_edge_of_a_page_come_back_from_the_journal() {
+    for page in [4_096_usize, 8_192, 16_384] {
+        let folder = folder();
+        let recorder = Arc::new(Recorder::default());
+        let options = RedbOptions { journal_bytes: 1 << 20, ..SMALL };
+        let open = |options: &RedbOptions, disk: Option<Arc<dyn Disk>>| {
+            let mut opener = Opener::new(folder.path(), options.clone());
+            opener.disk = disk.clone();
+            opener.index_disk = disk;
+            RedbLog::start(opener).unwrap()
+        };
+        let log = open(&options, Some(recorder.clone()));
+        let mut texts = vec!["first".to_owned()];
+        texts.extend((page - 90..page + 10).step_by(3).flat_map(|bytes| ["x".repeat(bytes), "short".to_owned()]));
+        texts.extend((0..40).map(|nth| "y".repeat(page / 3 + nth)));
+        let mut moments = Vec::new();
+        for (seq, text) in (1..).zip(&texts) {
+            log.append(vec![message("alice", "bob", seq, text)]).await.unwrap();
+            moments.push((seq, recorder.len()));
+        }
+        let operations = recorder.operations();
+        drop(log);
+        for (last, moment) in moments.into_iter().step_by(7) {
+            put(&killed(&operations[..moment]), folder.path());
+            let smaller = RedbOptions { journal_bytes: 512 * (last % 3), ..options.clone() };
+            for options in [&options, &smaller] {
+                let log = open(options, None);
+                assert!(log.head() >= Position(last));
+                let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+                assert!(
+                    page.entries
+                        .iter()
+                        .map(|entry| entry.body.text())
+                        .eq(texts.iter().map(String::as_str).take(page.entries.len()))
+                );
+                assert_eq!(page.entries.len() as u64, log.head().0);
+                drop(log);
+                put(&killed(&operations[..moment]), folder.path());
+            }
+            let log = open(&smaller, None);
+            let head = log.head().0;
+            for seq in head + 1..head + 4 {
+                log.append(vec![message("alice", "bob", seq, "goes on")]).await.unwrap();
+            }
+            drop(log);
+            let found = verified(folder.path());
+            assert_eq!((found.entries, found.problems), (head + 3, Vec::new()));
+        }
+    }
+}
+
 /// While the disk does not answer nothing is acknowledged, whatever is asked; then everything is.
 #[tokio::test]
 async fn nothing_is_acknowledged_while_a_sync_stalls() {

@@ -65,6 +65,25 @@ impl Journal {
         Ok(Self { file, keys, end, length, used: length, length_max, buffer: Vec::new(), failing: false })
     }
 
+    /// Puts on disk what a start has found: whoever wrote it may have been killed before the sync, or the sync may have failed; then it is only in the
+    /// system's memory, and no sync would write it if it were not written again. The same bytes in the same place: a crash takes nothing.
+    pub(super) fn make_durable(&self) -> io::Result<()> {
+        if self.end == 0 {
+            return Ok(());
+        }
+        // The last record's padding may be cut off.
+        let end = self.end.min(self.length);
+        let mut chunk = vec![0; usize::try_from(GROWTH_BYTES.min(end)).unwrap_or(SECTOR_BYTES)];
+        let mut at = 0;
+        while at < end {
+            let bytes = usize::try_from(end - at).unwrap_or(usize::MAX).min(chunk.len());
+            self.file.read(at, &mut chunk[..bytes])?;
+            self.file.write(at, &chunk[..bytes])?;
+            at += bytes as u64;
+        }
+        self.file.sync_data()
+    }
+
     /// Writes a record and syncs it. An error says that nobody knows what is on disk.
     pub(super) fn append(&mut self, first: Position, entries: &[u8]) -> io::Result<Recorded> {
         let bytes = (HEADER_BYTES + entries.len()).next_multiple_of(SECTOR_BYTES);
@@ -81,10 +100,9 @@ impl Journal {
         self.buffer.extend_from_slice(entries);
         let checksum = self.keys.checksum(&self.buffer[MAGIC.len() + CHECKSUM_BYTES..]);
         self.buffer[MAGIC.len()..MAGIC.len() + CHECKSUM_BYTES].copy_from_slice(&checksum);
-        self.buffer.resize(bytes, 0);
         self.used = self.used.max(end);
         if let Err(error) = self.file.write(self.end, &self.buffer) {
-            // Not all of it was written, so what is there is not whole.
+            // Not all of it was written, so what is there is not whole: up to the next record nothing is written behind it.
             self.say(&error);
             return Ok(Recorded::NoRoom);
         }
@@ -154,18 +172,21 @@ pub(super) fn read(path: &Path, keys: Keys, last: Position) -> io::Result<(Vec<R
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
         read => read?,
     };
-    let mut records: Vec<(Record, u64)> = (0..bytes.len())
-        .step_by(SECTOR_BYTES)
-        .filter_map(|begin| record(&bytes[begin..], keys).map(|record| (record, begin)))
-        .filter(|(record, _)| record.first > last)
-        .map(|(record, begin)| {
-            let end = (begin + HEADER_BYTES + record.entries.len()).next_multiple_of(SECTOR_BYTES);
-            (record, end as u64)
-        })
-        .collect();
-    records.sort_by_key(|(record, _)| record.first);
-    let end = records.iter().map(|(_, end)| *end).max().unwrap_or(0);
-    Ok((records.into_iter().map(|(record, _)| record).collect(), end))
+    let (mut records, mut end, mut begin) = (Vec::new(), 0, 0);
+    while begin < bytes.len() {
+        let Some(record) = record(&bytes[begin..], keys) else {
+            begin += SECTOR_BYTES;
+            continue;
+        };
+        // No record begins inside of a whole one, but texts there may look like many long ones: to check them all takes a start 20 s.
+        begin = (begin + HEADER_BYTES + record.entries.len()).next_multiple_of(SECTOR_BYTES);
+        if record.first > last {
+            end = begin as u64;
+            records.push(record);
+        }
+    }
+    records.sort_by_key(|record| record.first);
+    Ok((records, end))
 }
 
 /// The record at the beginning of these bytes, if it is whole and this log's.
@@ -275,6 +296,81 @@ mod tests {
         for length in 0..HEADER_BYTES + entries.len() {
             fs::write(disk.path(), &whole[..length]).unwrap();
             assert_eq!(disk.read(0), [], "cut at {length}");
+        }
+    }
+
+    #[test]
+    fn what_was_found_is_written_again() {
+        let disk = OnDisk::new();
+        assert!(stored(&mut disk.open(0), 1, &[1; 600]));
+        let whole = fs::read(disk.path()).unwrap();
+        disk.open(1_024).make_durable().unwrap();
+        assert_eq!(fs::read(disk.path()).unwrap(), whole);
+        // Without the last record's padding.
+        fs::write(disk.path(), &whole[..HEADER_BYTES + 600]).unwrap();
+        let (records, end) = read(&disk.path(), Keys::new(KEYS), Position(0)).unwrap();
+        assert_eq!((records.len(), end), (1, 1_024));
+        disk.open(end).make_durable().unwrap();
+        assert!(stored(&mut disk.open(end), 2, b"two"));
+        assert_eq!(disk.read(0), [(1, vec![1; 600]), (2, b"two".to_vec())]);
+    }
+
+    #[test]
+    fn a_text_that_looks_like_records_is_none() {
+        let disk = OnDisk::new();
+        let mut text = vec![b'x'; 3 * SECTOR_BYTES];
+        for begin in (SECTOR_BYTES - HEADER_BYTES..text.len() - MAGIC.len()).step_by(SECTOR_BYTES) {
+            text[begin..begin + MAGIC.len()].copy_from_slice(MAGIC);
+        }
+        let mut journal = disk.open(0);
+        assert!(stored(&mut journal, 1, &text));
+        assert!(stored(&mut journal, 2, b"two"));
+        let after = [(2, b"two".to_vec())];
+        assert_eq!((disk.read(0).len(), disk.read(1)), (2, after.to_vec()));
+        // Nor is one in what is left of its record.
+        journal.begin_anew();
+        assert!(stored(&mut journal, 3, b"three"));
+        assert_eq!(disk.read(1), [(2, b"two".to_vec()), (3, b"three".to_vec())]);
+    }
+
+    /// A file that may not be longer than this (`RLIMIT_FSIZE`), and once was.
+    #[derive(Debug)]
+    struct Limited(FileBackend, u64);
+
+    impl StorageBackend for Limited {
+        fn len(&self) -> io::Result<u64> {
+            self.0.len()
+        }
+
+        fn read(&self, offset: u64, out: &mut [u8]) -> io::Result<()> {
+            self.0.read(offset, out)
+        }
+
+        fn set_len(&self, len: u64) -> io::Result<()> {
+            self.0.set_len(len)
+        }
+
+        fn sync_data(&self) -> io::Result<()> {
+            self.0.sync_data()
+        }
+
+        fn write(&self, offset: u64, bytes: &[u8]) -> io::Result<()> {
+            let room = usize::try_from(self.1.saturating_sub(offset)).unwrap();
+            self.0.write(offset, &bytes[..bytes.len().min(room)])?;
+            if bytes.len() > room { Err(io::ErrorKind::FileTooLarge.into()) } else { Ok(()) }
+        }
+    }
+
+    #[test]
+    fn what_is_refused_is_not_found() {
+        for limit in 0..600 {
+            let disk = OnDisk::new();
+            fs::write(disk.path(), vec![0; 1_024]).unwrap();
+            let file = OpenOptions::new().read(true).write(true).open(disk.path()).unwrap();
+            let file = Limited(FileBackend::new(file).unwrap(), limit);
+            let mut journal = Journal::new(Box::new(file), Keys::new(KEYS), 0, LENGTH_MAX).unwrap();
+            let is_stored = stored(&mut journal, 1, &[7; 500]);
+            assert_eq!(disk.read(0).len(), usize::from(is_stored), "{limit}");
         }
     }
 

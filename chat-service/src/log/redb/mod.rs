@@ -126,8 +126,9 @@ impl RedbLog {
         let database = opener.open_log_file()?;
         let prepared = opener.prepare_log(&database)?;
         opener.say_who_holds_it();
-        let (index, indexer) = opener.open_index(&database, &prepared)?;
+        // Before the index has any of it, and before anybody sees it.
         let journal = opener.open_journal(&prepared)?;
+        let (index, indexer) = opener.open_index(&database, &prepared)?;
         let shared = Arc::new(Shared {
             database: RwLock::new(Some(database)),
             pending: RwLock::new(prepared.pending),

@@ -250,15 +250,13 @@ impl Opener {
         Ok(())
     }
 
-    /// The journal, to be written. Made if it is missing and there is to be one.
+    /// The journal, to be written; what was found in it is on disk for certain then. Made if it is missing.
     pub(super) fn open_journal(&self, prepared: &Prepared) -> Result<Journal, OpenError> {
         let path = self.journal_file();
         let failed = |error: io::Error| OpenError::Io { file: path.clone(), reason: error.to_string() };
-        let is_new = !path.exists();
         make_private_file(&path).map_err(failed)?;
-        if is_new {
-            self.sync_folder()?;
-        }
+        // Also if it is there: whoever made it may have been killed before this.
+        self.sync_folder()?;
         let file = fs::OpenOptions::new().read(true).write(true).open(&path).map_err(failed)?;
         let file = FileBackend::new(file).map_err(|error| self.refused(&path, error))?;
         let file: Box<dyn StorageBackend> = Box::new(file);
@@ -267,7 +265,10 @@ impl Opener {
             Some(disk) => Box::new(super::disk::File::open(&path, disk)),
             None => file,
         };
-        Journal::new(file, prepared.keys, prepared.journal_end, self.options.journal_bytes).map_err(failed)
+        let journal = Journal::new(file, prepared.keys, prepared.journal_end, self.options.journal_bytes);
+        let journal = journal.map_err(failed)?;
+        journal.make_durable().map_err(failed)?;
+        Ok(journal)
     }
 
     fn make_log_tables(&self, log: &Database) -> Result<(), OpenError> {

@@ -592,24 +592,149 @@ async fn tools_find_what_only_the_journal_has() {
     }
 }
 
+/// A backup that looks at the journal's messages, and then at a file that has them and more, and no longer the first of them.
+#[tokio::test]
+async fn a_backup_beside_a_commit_is_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = open(folder.path());
+    let last = with_journal(&log).await;
+    let pending = log.shared.pending();
+    let at_last = sent_at(last + 1);
+    let new = NewEntry { at: at_last, ..message("alice", "eve", 1, "another conversation is the file's at once") };
+    log.append(vec![new]).await.unwrap();
+    log.advance(advance(last + 1));
+    log.put_session(&phone(), at(last + 1)).await.unwrap();
+    assert_eq!(log.remove_before(sent_at(4)).await.unwrap(), 3);
+    let snapshot = log.shared.begin_read().unwrap();
+    let backup = tempfile::tempdir().unwrap();
+    let go_on = &mut |_, _| std::ops::ControlFlow::Continue(());
+    let copied = tools::copy(&snapshot, &pending, backup.path(), tools::Copied::Backup, go_on);
+    assert_eq!(copied.unwrap(), last + 1);
+    let verified = verified(backup.path());
+    assert_eq!((verified.entries, verified.problems), (last - 2, Vec::new()));
+    // What another copy left there is none of its own.
+    fs::remove_file(backup.path().join("log.redb")).unwrap();
+    fs::write(backup.path().join("log.journal"), b"").unwrap();
+    let error = log.backup(backup.path(), go_on).unwrap_err();
+    assert!(matches!(error, tools::ToolError::LogThere { .. }), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_journal_that_cannot_be_overwritten_keeps_the_words_noted() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::default());
+    let log = open_on(folder.path(), &disk);
+    let last = with_journal(&log).await;
+    let unsend = Body::Unsend { target: Seq::new(5).unwrap() };
+    log.append(vec![NewEntry { body: unsend, ..message("alice", "bob", last + 1, "") }]).await.unwrap();
+    let journal = folder.path().join("log.journal");
+    let words = "in the journal";
+    let before = occurrences(&journal, words);
+    assert!(before > 0);
+    disk.broken_file.lock().replace(journal.clone());
+    let error = log.shred().await.unwrap_err();
+    assert!(error.to_string().contains("log.journal"), "{error}");
+    assert_eq!((log.health(), occurrences(&journal, words)), (Ok(()), before));
+    disk.broken_file.lock().take();
+    assert_eq!(log.shred().await.unwrap(), 1);
+    assert_eq!(occurrences(&journal, words), 0);
+}
+
+#[test]
+fn a_journal_that_cannot_be_read_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    fs::create_dir(folder.path().join("log.journal")).unwrap();
+    let error = RedbLog::open(folder.path(), RedbOptions::default()).unwrap_err();
+    assert!(matches!(error, OpenError::Io { .. }), "{error:?}");
+    assert!(error.to_string().contains("log.journal cannot be opened"), "{error}");
+}
+
+/// Commits to the journal and the file, removal, backups and reads, all at once: a read sees everything from before it began, without a gap.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn reads_beside_the_journal_have_no_gaps() {
+    let folder = tempfile::tempdir().unwrap();
+    let log = Arc::new(RedbLog::open(folder.path(), SMALL).unwrap());
+    let done = Arc::new(std::sync::atomic::AtomicBool::new(false));
+    let mut readers = tokio::task::JoinSet::new();
+    for nth in 0..3 {
+        let (log, done) = (Arc::clone(&log), Arc::clone(&done));
+        readers.spawn(async move {
+            let everything = Stream { user: user("bob"), side: Side::EverySent };
+            let conversation = ConversationId::parse("alice:bob").unwrap();
+            let mut reads = 0;
+            while !done.load(std::sync::atomic::Ordering::SeqCst) {
+                let (head, after) = (log.head().0, log.first().0 + reads % 50);
+                let limit = ReadLimit { entries: 200, bytes: usize::MAX };
+                let page = match nth {
+                    0 => log.read(&everything, Position(after), limit).await.unwrap(),
+                    1 => log.read(&inbox("bob"), Position(after), limit).await.unwrap(),
+                    _ => log.read_conversation(&conversation, Seq::new(after), limit).await.unwrap(),
+                };
+                let found: Vec<u64> = page.entries.iter().map(|entry| entry.position.0).collect();
+                assert!(found.windows(2).all(|pair| pair[0] + 1 == pair[1]), "{nth}: {found:?}");
+                assert!(page.entries.iter().all(|entry| entry.seq.get() == entry.position.0), "{nth}");
+                let seen = found.last().copied().unwrap_or(after);
+                assert!(seen >= head || !page.end, "{nth}: {seen} of {head}");
+                // Removal may take the beginning, and nothing else.
+                assert!(
+                    found.first().is_none_or(|found| *found == after + 1 || *found <= log.first().0),
+                    "{nth}: {found:?}"
+                );
+                reads += 1;
+            }
+            reads
+        });
+    }
+    let removing = {
+        let (log, done) = (Arc::clone(&log), Arc::clone(&done));
+        tokio::spawn(async move {
+            while !done.load(std::sync::atomic::Ordering::SeqCst) {
+                let head = log.head().0;
+                log.remove_before(sent_at(head.saturating_sub(100))).await.unwrap();
+                let backup = tempfile::tempdir().unwrap();
+                let (of, to) = (Arc::clone(&log), backup.path().to_owned());
+                let copied = tokio::task::spawn_blocking(move || {
+                    of.backup(&to, &mut |_, _| std::ops::ControlFlow::Continue(()))
+                });
+                assert!(copied.await.unwrap().unwrap() >= head);
+                assert_eq!(verified(backup.path()).problems, [""; 0]);
+            }
+        })
+    };
+    for seq in 1..=1_500 {
+        log.append(vec![message("alice", "bob", seq, &"some words ".repeat(1 + usize::try_from(seq % 30).unwrap()))])
+            .await
+            .unwrap();
+        if seq % 3 == 0 {
+            log.advance(advance(seq));
+        }
+    }
+    done.store(true, std::sync::atomic::Ordering::SeqCst);
+    while let Some(reads) = readers.join_next().await {
+        assert!(reads.unwrap() > 0);
+    }
+    removing.await.unwrap();
+}
+
 /// Bits that the disk loses: an error, unless it is the last record, which may as well be one that was never acknowledged.
 #[tokio::test]
 async fn a_hole_in_the_journal_is_found() {
     // Where the machine is slow, the file may get some of it too early.
-    let (folder, log, last) = loop {
+    let (folder, log, last, copy) = loop {
         let folder = tempfile::tempdir().unwrap();
         let log = open(folder.path());
         let last = with_journal(&log).await;
         let copy = crashed(folder.path());
         let stored = Database::open(copy.path().join("log.redb")).unwrap();
         if open::read_prepared(&stored).unwrap().stored == Position(1) {
-            break (folder, log, last);
+            break (folder, log, last, copy);
         }
     };
-    let journal = fs::read(folder.path().join("log.journal")).unwrap();
+    let journal = fs::read(copy.path().join("log.journal")).unwrap();
     for nth in 0..8 {
         for byte in [0, 10, 30, 36, 60] {
-            let copy = crashed(folder.path());
+            // Of the copy: while the log is open, its file gets what the journal has.
+            let copy = crashed(copy.path());
             let mut damaged = journal.clone();
             damaged[nth * 512 + byte] ^= 1;
             fs::write(copy.path().join("log.journal"), damaged).unwrap();

@@ -488,13 +488,13 @@ pub fn restore(from: &Path, folder: &Path, progress: Progress<'_>) -> Result<u64
 
 /// What a copy is for.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Copied {
+pub(super) enum Copied {
     Backup,
     Restored,
 }
 
-/// `pending`: what belongs to the log, and is not in its file.
-fn copy(
+/// `pending`: what only the journal had, taken before the snapshot.
+pub(super) fn copy(
     snapshot: &ReadTransaction,
     pending: &Pending,
     folder: &Path,
@@ -504,7 +504,8 @@ fn copy(
     let opener = Opener::new(folder, RedbOptions::default());
     opener.make_folder()?;
     let file = opener.log_file();
-    if file.exists() {
+    // A backup has the secret of its log, so a journal that is left of another copy of it would be taken for its own.
+    if file.exists() || copied == Copied::Backup && opener.journal_file().exists() {
         return Err(ToolError::LogThere { folder: folder.to_owned() });
     }
     let part = file.with_extension("redb.part");
@@ -577,10 +578,16 @@ fn copy_tables(
     writing.commit().map_err(|error| failed(&error))?;
 
     let source = snapshot.open_table(ROWS).map_err(ReadError::from)?;
-    let last = match (pending.rows().last(), source.last().map_err(ReadError::from)?) {
-        (Some(row), _) => row::last(row.first, &row.bytes).map_err(ReadError::from)?.0,
-        (None, Some((first, row))) => row::last(Position(first.value()), row.value()).map_err(ReadError::from)?.0,
-        (None, None) => first_of(snapshot)? - 1,
+    let stored = match source.last().map_err(ReadError::from)? {
+        Some((first, row)) => row::last(Position(first.value()), row.value()).map_err(ReadError::from)?.0,
+        None => first_of(snapshot)? - 1,
+    };
+    let newest =
+        pending.rows().last().map(|row| row::last(row.first, &row.bytes)).transpose().map_err(ReadError::from)?;
+    // If the file got it between the two looks, it has all of it, has cursors behind it perhaps, and may not have the first of it any more.
+    let (pending, last) = match newest {
+        Some(newest) if newest.0 > stored => (pending, newest.0),
+        _ => (&Pending::default(), stored),
     };
     let pending_from = pending.first().map_or(u64::MAX, |first| first.0);
     let mut rows = source.range(..pending_from).map_err(ReadError::from)?;
