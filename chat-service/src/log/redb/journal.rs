@@ -1,7 +1,7 @@
 //! The journal: where entries are on disk before they are in `log.redb`, so that an acknowledgement waits for one write and one sync.
 //!
 //! A commit of the log's file costs several; the writer makes one now and then, for all that the journal has by then (see [`super::writer`]),
-//! and then the journal begins anew. A record has the new entries of some batches, as a row has them, at a multiple of [`SECTOR_BYTES`]. Its checksum is keyed with the
+//! and then the journal begins anew. A record has the new entries of some batches, as a row has them, and what was noted before, at a multiple of [`SECTOR_BYTES`]. Its checksum is keyed with the
 //! log's secret, so nobody who chooses texts can make a torn record look whole. Records are never believed because of where they stand: whoever opens
 //! the log takes those that go on where its file ends, and leaves those that the file has already. Invariants: a record is synced before
 //! the next is written, so one that is not whole is the last.
@@ -21,8 +21,8 @@ const SECTOR_BYTES: usize = 512;
 const GROWTH_BYTES: u64 = 256 * 1024;
 const MAGIC: &[u8; 8] = b"chat-jnl";
 const CHECKSUM_BYTES: usize = 16;
-/// Magic, checksum, position of the first entry, and bytes of entries.
-const HEADER_BYTES: usize = MAGIC.len() + CHECKSUM_BYTES + 8 + 4;
+/// Magic, checksum, position of the first entry, bytes of entries, and bytes of notes.
+const HEADER_BYTES: usize = MAGIC.len() + CHECKSUM_BYTES + 8 + 4 + 4;
 
 /// The journal of a log that is open.
 #[derive(Debug)]
@@ -56,6 +56,14 @@ pub(super) struct Record {
     pub(super) first: Position,
     /// As in a row that begins with `first`.
     pub(super) entries: Vec<u8>,
+    /// What was noted before (see [`super::notes`]).
+    pub(super) notes: Vec<u8>,
+}
+
+impl Record {
+    fn bytes(&self) -> usize {
+        HEADER_BYTES + self.entries.len() + self.notes.len()
+    }
 }
 
 impl Journal {
@@ -85,9 +93,11 @@ impl Journal {
     }
 
     /// Writes a record and syncs it. An error says that nobody knows what is on disk.
-    pub(super) fn append(&mut self, first: Position, entries: &[u8]) -> io::Result<Recorded> {
-        let bytes = (HEADER_BYTES + entries.len()).next_multiple_of(SECTOR_BYTES);
-        let Ok(entries_bytes) = u32::try_from(entries.len()) else { return Ok(Recorded::NoRoom) };
+    pub(super) fn append(&mut self, first: Position, entries: &[u8], notes: &[u8]) -> io::Result<Recorded> {
+        let bytes = (HEADER_BYTES + entries.len() + notes.len()).next_multiple_of(SECTOR_BYTES);
+        let (Ok(entries_bytes), Ok(notes_bytes)) = (u32::try_from(entries.len()), u32::try_from(notes.len())) else {
+            return Ok(Recorded::NoRoom);
+        };
         let end = self.end + bytes as u64;
         if end > self.length_max || !self.grow(end) {
             return Ok(Recorded::NoRoom);
@@ -97,7 +107,9 @@ impl Journal {
         self.buffer.extend_from_slice(&[0; CHECKSUM_BYTES]);
         self.buffer.extend_from_slice(&first.0.to_le_bytes());
         self.buffer.extend_from_slice(&entries_bytes.to_le_bytes());
+        self.buffer.extend_from_slice(&notes_bytes.to_le_bytes());
         self.buffer.extend_from_slice(entries);
+        self.buffer.extend_from_slice(notes);
         let checksum = self.keys.checksum(&self.buffer[MAGIC.len() + CHECKSUM_BYTES..]);
         self.buffer[MAGIC.len()..MAGIC.len() + CHECKSUM_BYTES].copy_from_slice(&checksum);
         self.used = self.used.max(end);
@@ -179,7 +191,7 @@ pub(super) fn read(path: &Path, keys: Keys, last: Position) -> io::Result<(Vec<R
             continue;
         };
         // No record begins inside of a whole one, but texts there may look like many long ones: to check them all takes a start 20 s.
-        begin = (begin + HEADER_BYTES + record.entries.len()).next_multiple_of(SECTOR_BYTES);
+        begin = (begin + record.bytes()).next_multiple_of(SECTOR_BYTES);
         if record.first > last {
             end = begin as u64;
             records.push(record);
@@ -194,11 +206,18 @@ fn record(bytes: &[u8], keys: Keys) -> Option<Record> {
     let rest = bytes.strip_prefix(MAGIC)?;
     let (checksum, rest) = rest.split_first_chunk::<CHECKSUM_BYTES>()?;
     let (first, sized) = rest.split_first_chunk::<8>()?;
-    let (entries_bytes, entries) = sized.split_first_chunk::<4>()?;
-    let entries = entries.get(..usize::try_from(u32::from_le_bytes(*entries_bytes)).ok()?)?;
-    let checked = &rest[..8 + 4 + entries.len()];
-    (keys.checksum(checked) == *checksum)
-        .then(|| Record { first: Position(u64::from_le_bytes(*first)), entries: entries.to_vec() })
+    let (entries_bytes, sized) = sized.split_first_chunk::<4>()?;
+    let (notes_bytes, body) = sized.split_first_chunk::<4>()?;
+    let [entries_bytes, notes_bytes] =
+        [entries_bytes, notes_bytes].map(|bytes| usize::try_from(u32::from_le_bytes(*bytes)).ok());
+    let (entries, body) = body.split_at_checked(entries_bytes?)?;
+    let notes = body.get(..notes_bytes?)?;
+    let checked = &rest[..8 + 4 + 4 + entries.len() + notes.len()];
+    (keys.checksum(checked) == *checksum).then(|| Record {
+        first: Position(u64::from_le_bytes(*first)),
+        entries: entries.to_vec(),
+        notes: notes.to_vec(),
+    })
 }
 
 #[cfg(test)]
@@ -211,6 +230,7 @@ mod tests {
 
     const KEYS: (u64, u64) = (3, 4);
     const LENGTH_MAX: u64 = 8 * 1024;
+    const NOTED: &[u8] = b"noted";
 
     struct OnDisk {
         folder: tempfile::TempDir,
@@ -233,12 +253,16 @@ mod tests {
 
         fn read(&self, last: u64) -> Vec<(u64, Vec<u8>)> {
             let (records, _) = read(&self.path(), Keys::new(KEYS), Position(last)).unwrap();
-            records.into_iter().map(|record| (record.first.0, record.entries)).collect()
+            let taken = |record: Record| {
+                assert_eq!(record.notes, NOTED);
+                (record.first.0, record.entries)
+            };
+            records.into_iter().map(taken).collect()
         }
     }
 
     fn stored(journal: &mut Journal, first: u64, entries: &[u8]) -> bool {
-        matches!(journal.append(Position(first), entries).unwrap(), Recorded::Stored)
+        matches!(journal.append(Position(first), entries, NOTED).unwrap(), Recorded::Stored)
     }
 
     #[test]
@@ -271,7 +295,7 @@ mod tests {
     fn it_takes_no_more_than_it_has_room_for() {
         let disk = OnDisk::new();
         let mut journal = disk.open(0);
-        let most = usize::try_from(LENGTH_MAX).unwrap() - HEADER_BYTES;
+        let most = usize::try_from(LENGTH_MAX).unwrap() - HEADER_BYTES - NOTED.len();
         assert!(!stored(&mut journal, 1, &vec![1; most + 1]));
         assert!(stored(&mut journal, 1, &vec![1; most]));
         assert!(!stored(&mut journal, 2, b""));
@@ -286,14 +310,14 @@ mod tests {
         let entries: Vec<u8> = (0..1_500_u32).map(|n| n.to_le_bytes()[0]).collect();
         assert!(stored(&mut disk.open(0), 1, &entries));
         let whole = fs::read(disk.path()).unwrap();
-        let used = (HEADER_BYTES + entries.len()).next_multiple_of(SECTOR_BYTES);
+        let used = (HEADER_BYTES + entries.len() + NOTED.len()).next_multiple_of(SECTOR_BYTES);
         for sector in (0..used).step_by(SECTOR_BYTES) {
             let mut torn = whole.clone();
             torn[sector..sector + SECTOR_BYTES].fill(0);
             fs::write(disk.path(), torn).unwrap();
             assert_eq!(disk.read(0), [], "without the sector at {sector}");
         }
-        for length in 0..HEADER_BYTES + entries.len() {
+        for length in 0..HEADER_BYTES + entries.len() + NOTED.len() {
             fs::write(disk.path(), &whole[..length]).unwrap();
             assert_eq!(disk.read(0), [], "cut at {length}");
         }
@@ -307,7 +331,7 @@ mod tests {
         disk.open(1_024).make_durable().unwrap();
         assert_eq!(fs::read(disk.path()).unwrap(), whole);
         // Without the last record's padding.
-        fs::write(disk.path(), &whole[..HEADER_BYTES + 600]).unwrap();
+        fs::write(disk.path(), &whole[..HEADER_BYTES + 600 + NOTED.len()]).unwrap();
         let (records, end) = read(&disk.path(), Keys::new(KEYS), Position(0)).unwrap();
         assert_eq!((records.len(), end), (1, 1_024));
         disk.open(end).make_durable().unwrap();

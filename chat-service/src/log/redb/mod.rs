@@ -134,7 +134,7 @@ impl RedbLog {
             pending: RwLock::new(prepared.pending),
             index,
             keys: prepared.keys,
-            queue: Queue::default(),
+            queue: Queue::new(prepared.notes),
             head: AtomicU64::new(prepared.last.0),
             first: AtomicU64::new(prepared.first.0),
             reading: Arc::new(tokio::sync::Semaphore::new(READS_MAX)),

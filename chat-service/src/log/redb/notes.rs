@@ -9,9 +9,10 @@ use chat_protocol::{Seq, UserId};
 use rustc_hash::FxHashMap;
 
 use super::super::{Advance, Cursors, Delivered, Device, PeerRecord, Position, SessionRecord, Side, Stream};
+use super::record::{Fields, put_number, put_text};
 
 /// Notes since some moment, folded.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Notes {
     pub(super) delivered: FxHashMap<Stream, Delivered>,
     pub(super) sessions: FxHashMap<Device, SessionNote>,
@@ -52,6 +53,91 @@ impl PeerNote {
             record.changed = record.changed.max(at);
         }
         record
+    }
+}
+
+/// Notes in a record of the journal.
+impl Notes {
+    /// Whether they say only how far somebody has come, and who went: what happens all the time.
+    pub(super) fn may_go_to_the_journal(&self) -> bool {
+        self.hidden.is_empty()
+            && self.sessions.values().all(|note| note.replaced.is_none())
+            && self.peers.values().all(|note| note.blocked.is_none())
+    }
+
+    /// Adds them to bytes; only what [`Notes::may_go_to_the_journal`].
+    pub(super) fn encode(&self, bytes: &mut Vec<u8>) {
+        put_number(bytes, self.delivered.len() as u64);
+        for (Stream { user, side }, Delivered { position, moved }) in &self.delivered {
+            put_text(bytes, user.as_str());
+            put_number(bytes, Side::ALL.iter().position(|other| other == side).unwrap_or_default() as u64);
+            put_number(bytes, position.0);
+            put_number(bytes, moved.0);
+        }
+        put_number(bytes, self.sessions.len() as u64);
+        for (Device { user, client_id }, note) in &self.sessions {
+            put_text(bytes, user.as_str());
+            put_text(bytes, client_id);
+            for side in Side::ALL {
+                // 0 is none.
+                put_number(bytes, note.cursors.of(side).map_or(0, |position| position.0.saturating_add(1)));
+            }
+            put_number(bytes, u64::from(note.ended.is_some()));
+            if let Some(End { at_ms, expiry_s }) = note.ended {
+                put_number(bytes, at_ms);
+                put_number(bytes, u64::from(expiry_s));
+            }
+        }
+        put_number(bytes, self.peers.len() as u64);
+        for ((user, peer), note) in &self.peers {
+            put_text(bytes, user.as_str());
+            put_text(bytes, peer.as_str());
+            put_number(bytes, note.read);
+            put_number(bytes, note.read_at.0);
+        }
+        put_number(bytes, self.seen.len() as u64);
+        for (user, at_ms) in &self.seen {
+            put_text(bytes, user.as_str());
+            put_number(bytes, *at_ms);
+        }
+    }
+
+    /// What [`Notes::encode`] wrote.
+    pub(super) fn decode(bytes: &[u8]) -> Result<Self, String> {
+        let mut fields = Fields::new(bytes);
+        let user = |fields: &mut Fields<'_>| UserId::parse(fields.text()?).map_err(|error| error.to_string());
+        let mut notes = Self::default();
+        for _ in 0..fields.number()? {
+            let user = user(&mut fields)?;
+            let side =
+                usize::try_from(fields.number()?).ok().and_then(|side| Side::ALL.get(side)).ok_or("no such side")?;
+            let delivered = Delivered { position: Position(fields.number()?), moved: Position(fields.number()?) };
+            notes.delivered.insert(Stream { user, side: *side }, delivered);
+        }
+        for _ in 0..fields.number()? {
+            let device = Device { user: user(&mut fields)?, client_id: fields.text()?.into() };
+            let mut note = SessionNote::default();
+            for side in Side::ALL {
+                *note.cursors.of_mut(side) = fields.number()?.checked_sub(1).map(Position);
+            }
+            if fields.number()? > 0 {
+                let at_ms = fields.number()?;
+                let expiry_s = u32::try_from(fields.number()?).map_err(|_| "an expiry is too long")?;
+                note.ended = Some(End { at_ms, expiry_s });
+            }
+            notes.sessions.insert(device, note);
+        }
+        for _ in 0..fields.number()? {
+            let key = (user(&mut fields)?, user(&mut fields)?);
+            let note = PeerNote { read: fields.number()?, read_at: Position(fields.number()?), blocked: None };
+            notes.peers.insert(key, note);
+        }
+        for _ in 0..fields.number()? {
+            let user = user(&mut fields)?;
+            notes.seen.insert(user, fields.number()?);
+        }
+        fields.finish()?;
+        Ok(notes)
     }
 }
 
@@ -255,6 +341,30 @@ mod tests {
     }
 
     proptest! {
+        #[test]
+        fn notes_come_back_from_the_journal(steps in steps(), read in 0_u64..9, seen in 0_u64..9) {
+            let mut notes = Notes::default();
+            steps.iter().filter(|step| matches!(step, Step::Advance(..) | Step::End(_))).for_each(|step| note(&mut notes, step));
+            if read > 0 {
+                let peer = UserId::parse("alice").unwrap();
+                notes.note_peer(&device().user, &peer, PeerNote { read, read_at: Position(7), blocked: None });
+            }
+            if seen > 0 {
+                notes.saw(&device().user, seen);
+            }
+            prop_assert!(notes.may_go_to_the_journal());
+            let mut bytes = Vec::new();
+            notes.encode(&mut bytes);
+            let decoded = Notes::decode(&bytes);
+            prop_assert_eq!(decoded.as_ref(), Ok(&notes));
+            for end in 0..bytes.len() {
+                prop_assert!(Notes::decode(&bytes[..end]).is_err());
+            }
+            steps.iter().for_each(|step| note(&mut notes, step));
+            let replaced = steps.iter().any(|step| matches!(step, Step::Put(..) | Step::Delete));
+            prop_assert_eq!(notes.may_go_to_the_journal(), !replaced);
+        }
+
         #[test]
         fn folded_notes_mean_what_the_steps_did(stored in any::<bool>(), before in steps(), after in steps()) {
             let stored = stored.then(|| record(Some(5), None));

@@ -24,6 +24,7 @@ use super::index::{Index, Run};
 use super::indexer::{Indexer, Runs, read_runs};
 use super::journal::{self, Journal};
 use super::key::Keys;
+use super::notes::Notes;
 use super::pending::{Pending, Row};
 use super::reader::ReadError;
 use super::recent::Posted;
@@ -33,6 +34,7 @@ use super::schema::{
     BLOCKS, DELIVERED, DELIVERED_OF_FORMAT_2, FILTERS, FIRST_KEY, FORMAT_KEY, HEADS, HIDDEN, INDEX_FORMAT, LOG_FORMAT,
     META, PEERS, ROWS, RUNS, SECRET_KEYS, SEEN, SESSIONS, SHREDS, USAGE, USAGE_KEYS, peer_key,
 };
+use super::writer::write_notes;
 
 const LOG_FILE_NAME: &str = "log.redb";
 const JOURNAL_FILE_NAME: &str = "log.journal";
@@ -208,13 +210,14 @@ impl Opener {
             let mut writing = log.begin_write()?;
             writing.set_quick_repair(true);
             insert_pending(&writing, &prepared.pending)?;
+            write_notes(&writing, &prepared.notes)?;
             Ok(writing.commit()?)
         };
         if prepared.pending.is_empty() {
             return Ok(prepared);
         }
         take_over().map_err(|error| unreadable(&self.log_file(), error))?;
-        Ok(Prepared { stored: prepared.last, pending: Pending::default(), ..prepared })
+        Ok(Prepared { stored: prepared.last, pending: Pending::default(), notes: Notes::default(), ..prepared })
     }
 
     /// Adds what the journal has and the file has not.
@@ -244,6 +247,9 @@ impl Opener {
             });
             prepared.tail = tail;
             prepared.last = row::last(record.first, &record.entries).map_err(broken)?;
+            let notes = Notes::decode(&record.notes);
+            let damaged = |reason: String| OpenError::Corrupt { file: file.clone(), reason };
+            prepared.notes.fold(notes.map_err(damaged)?);
         }
         prepared.journal_end = end;
         tracing::info!(messages = prepared.last.0 - prepared.stored.0, "taken from the journal");
@@ -407,6 +413,8 @@ pub(super) struct Prepared {
     pub(super) stored: Position,
     /// What only the journal has.
     pub(super) pending: Pending,
+    /// What was noted, and only the journal has.
+    pub(super) notes: Notes,
     /// Where that ends in the journal.
     journal_end: u64,
     /// Position of the first entry that is not removed; the next one if all are.
@@ -436,7 +444,17 @@ pub(super) fn read_prepared(log: &Database) -> Result<Prepared, ReadError> {
         }
     };
     let keys = Keys::new((secret[0], secret[1]));
-    Ok(Prepared { last, stored: last, pending: Pending::default(), journal_end: 0, first, tail, keys, secret })
+    Ok(Prepared {
+        last,
+        stored: last,
+        pending: Pending::default(),
+        notes: Notes::default(),
+        journal_end: 0,
+        first,
+        tail,
+        keys,
+        secret,
+    })
 }
 
 /// Puts into the file what only the journal has.

@@ -304,7 +304,7 @@ impl Shared {
     }
 
     /// What is noted, the earlier first, and the log at the same moment.
-    fn with_notes<T>(&self, read: impl Fn(&Notes) -> T) -> Result<([T; 2], ReadTransaction), ReadError> {
+    fn with_notes<T>(&self, read: impl Fn(&Notes) -> T) -> Result<([T; 3], ReadTransaction), ReadError> {
         let database = self.database.read();
         let database = database.as_ref().ok_or_else(|| self.closed())?;
         let (noted, snapshot) = self.queue.noted(read, || database.begin_read());

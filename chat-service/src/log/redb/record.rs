@@ -305,7 +305,7 @@ pub(super) fn put_number(record: &mut Vec<u8>, mut number: u64) {
     }
 }
 
-fn put_text(record: &mut Vec<u8>, text: &str) {
+pub(super) fn put_text(record: &mut Vec<u8>, text: &str) {
     put_number(record, text.len() as u64);
     record.extend_from_slice(text.as_bytes());
 }
@@ -345,13 +345,13 @@ impl<'a> Fields<'a> {
         Err("a number is too long".to_owned())
     }
 
-    fn text(&mut self) -> Result<&'a str, String> {
+    pub(super) fn text(&mut self) -> Result<&'a str, String> {
         let length = usize::try_from(self.number()?).map_err(|_| "a text is too long")?;
         let text = self.bytes(length)?;
         str::from_utf8(text).map_err(|_| "a text is not UTF-8".to_owned())
     }
 
-    fn finish(&self) -> Result<(), String> {
+    pub(super) fn finish(&self) -> Result<(), String> {
         if self.0.is_empty() { Ok(()) } else { Err(format!("{} bytes too many", self.0.len())) }
     }
 }

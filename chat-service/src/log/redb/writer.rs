@@ -64,10 +64,12 @@ pub(super) struct Queue {
 #[derive(Debug, Default)]
 struct Waiting {
     commands: VecDeque<Command>,
-    /// Made since the commit now being written began.
-    notes: Notes,
-    /// Being written by that commit.
+    /// In the journal, and not in the file.
+    journaled: Notes,
+    /// Being written by the commit that is under way.
     writing: Arc<Notes>,
+    /// Made since that began.
+    notes: Notes,
     /// When the file is to get the notes, or what only the journal has.
     file_due: Option<Instant>,
     closed: bool,
@@ -100,7 +102,6 @@ enum Command {
 /// What one commit writes.
 struct Work {
     commands: Vec<Command>,
-    /// Only if they go to the file.
     notes: Arc<Notes>,
     to: Target,
 }
@@ -113,14 +114,14 @@ enum Target {
     File,
 }
 
-impl Default for Queue {
-    fn default() -> Self {
-        let room = usize::try_from(QUEUED_BYTES_MAX).expect("a usize has 32 bits");
-        Self { waiting: Mutex::default(), wake: Condvar::new(), room: Arc::new(Semaphore::new(room)) }
-    }
-}
-
 impl Queue {
+    /// `journaled`: what was noted, and only the journal has.
+    pub(super) fn new(journaled: Notes) -> Self {
+        let room = usize::try_from(QUEUED_BYTES_MAX).expect("a usize has 32 bits");
+        let waiting = Waiting { journaled, ..Waiting::default() };
+        Self { waiting: Mutex::new(waiting), wake: Condvar::new(), room: Arc::new(Semaphore::new(room)) }
+    }
+
     /// Notes something for the next commit.
     pub(super) fn note(&self, add: impl FnOnce(&mut Notes)) {
         let mut waiting = self.waiting.lock();
@@ -133,7 +134,7 @@ impl Queue {
     /// The highest position that is noted and perhaps not committed.
     pub(super) fn noted_delivered(&self, stream: &Stream) -> Delivered {
         let waiting = self.waiting.lock();
-        let noted = [&waiting.writing, &waiting.notes].map(|notes| notes.delivered.get(stream).copied());
+        let noted = waiting.layers().map(|notes| notes.delivered.get(stream).copied());
         noted.into_iter().flatten().max_by_key(|delivered| delivered.position).unwrap_or_default()
     }
 
@@ -142,16 +143,16 @@ impl Queue {
         &self,
         device: &Device,
         at_once: impl FnOnce() -> T,
-    ) -> ([Option<SessionNote>; 2], T) {
+    ) -> ([Option<SessionNote>; 3], T) {
         let waiting = self.waiting.lock();
-        let noted = [&waiting.writing, &waiting.notes].map(|notes| notes.sessions.get(device).cloned());
+        let noted = waiting.layers().map(|notes| notes.sessions.get(device).cloned());
         (noted, at_once())
     }
 
     /// What is in the notes, the earlier first, and what `at_once` returns at the same moment.
-    pub(super) fn noted<T, U>(&self, read: impl Fn(&Notes) -> T, at_once: impl FnOnce() -> U) -> ([T; 2], U) {
+    pub(super) fn noted<T, U>(&self, read: impl Fn(&Notes) -> T, at_once: impl FnOnce() -> U) -> ([T; 3], U) {
         let waiting = self.waiting.lock();
-        ([read(&waiting.writing), read(&waiting.notes)], at_once())
+        (waiting.layers().map(read), at_once())
     }
 
     /// The writer writes what is there, and ends.
@@ -210,10 +211,15 @@ impl Queue {
         let to_journal = writes == Writes::Journal
             && !is_due
             && !commands.is_empty()
-            && commands.iter().all(Command::may_go_to_the_journal);
-        if !to_journal && writes != Writes::Nothing {
-            waiting.file_due = None;
+            && commands.iter().all(Command::may_go_to_the_journal)
+            && waiting.notes.may_go_to_the_journal();
+        if to_journal {
             waiting.writing = Arc::new(std::mem::take(&mut waiting.notes));
+        } else if writes != Writes::Nothing {
+            waiting.file_due = None;
+            let mut all = std::mem::take(&mut waiting.journaled);
+            all.fold(std::mem::take(&mut waiting.notes));
+            waiting.writing = Arc::new(all);
         }
         let to = if to_journal { Target::Journal } else { Target::File };
         let work = Work { commands, notes: Arc::clone(&waiting.writing), to };
@@ -226,23 +232,54 @@ impl Queue {
         self.waiting.lock().be_due_in(FILE_DELAY_MAX);
     }
 
-    /// The notes of the last [`Work`] are on disk.
-    fn written(&self) {
-        let written = std::mem::take(&mut self.waiting.lock().writing);
-        drop(written);
+    /// The notes of a [`Work`] that was for the journal, and those that only the journal has: for the file, which gets all of it now.
+    fn notes_for_the_file(&self) -> Arc<Notes> {
+        let mut waiting = self.waiting.lock();
+        let mut all = std::mem::take(&mut waiting.journaled);
+        all.fold(Arc::unwrap_or_clone(std::mem::take(&mut waiting.writing)));
+        waiting.writing = Arc::new(all);
+        Arc::clone(&waiting.writing)
+    }
+
+    /// Where the notes of the last [`Work`] are now.
+    fn written(&self, notes: Noted) {
+        let mut waiting = self.waiting.lock();
+        let written = std::mem::take(&mut waiting.writing);
+        match notes {
+            Noted::InFile => {
+                drop(waiting);
+                drop(written);
+            }
+            Noted::InJournal => waiting.journaled.fold(Arc::unwrap_or_clone(written)),
+            Noted::Nowhere => {
+                let mut notes = Arc::unwrap_or_clone(written);
+                notes.fold(std::mem::take(&mut waiting.notes));
+                waiting.notes = notes;
+            }
+        }
     }
 
     /// The notes of the last [`Work`] are to be written again, some time.
     fn not_written(&self) {
-        let mut waiting = self.waiting.lock();
-        let mut notes = Arc::unwrap_or_clone(std::mem::take(&mut waiting.writing));
-        notes.fold(std::mem::take(&mut waiting.notes));
-        waiting.notes = notes;
-        waiting.file_due = Some(Instant::now() + RETRY_DELAY);
+        self.written(Noted::Nowhere);
+        self.waiting.lock().file_due = Some(Instant::now() + RETRY_DELAY);
     }
 }
 
+/// Where notes are.
+#[derive(Clone, Copy)]
+enum Noted {
+    InFile,
+    InJournal,
+    Nowhere,
+}
+
 impl Waiting {
+    /// What is not in the file, the earlier first.
+    fn layers(&self) -> [&Notes; 3] {
+        [&self.journaled, &self.writing, &self.notes]
+    }
+
     /// Whether that was news.
     fn be_due_in(&mut self, delay: Duration) -> bool {
         let is_news = self.file_due.is_none();
@@ -383,7 +420,7 @@ pub(super) fn start(
         // Owned by the thread, so that it is dropped when the thread ends, by a panic too.
         let _ending = ending;
         let heads = FxHashMap::default();
-        Writer { shared, opener, journal, stored, tail, heads, is_file_first: false }.run();
+        Writer { shared, opener, journal, noted: Vec::new(), stored, tail, heads, is_file_first: false }.run();
     };
     let started = thread::Builder::new().name("log-writer".to_owned()).spawn(run);
     started.map_err(|error| OpenError::Io { file: folder, reason: format!("no thread to write it: {error}") })
@@ -406,6 +443,8 @@ struct Writer {
     shared: Arc<Shared>,
     opener: Opener,
     journal: Journal,
+    /// For notes on their way to the journal.
+    noted: Vec<u8>,
     /// Position of the last entry that the file has.
     stored: Position,
     /// The file could not be written: nothing goes to the journal before that has succeeded.
@@ -426,12 +465,14 @@ impl Writer {
             }
             match self.write(&work) {
                 Ok(outcomes) => {
-                    self.shared.queue.written();
-                    answer(work.commands, outcomes);
+                    let Work { commands, notes, .. } = work;
+                    // The queue's own notes are then the only ones.
+                    drop(notes);
+                    self.shared.queue.written(outcomes.noted);
+                    answer(commands, outcomes);
                 }
                 Err(fault) => {
                     let Work { commands, notes, .. } = work;
-                    // The queue's own notes are then the only ones.
                     drop(notes);
                     self.shared.queue.not_written();
                     refuse(commands, &self.settle(fault));
@@ -465,24 +506,34 @@ impl Writer {
         });
         let staged = self.check(batches).map_err(|error| Fault::before_commit(&error))?;
         match work.to {
-            Target::Journal => match self.write_to_journal(staged)? {
+            Target::Journal => match self.write_to_journal(staged, &work.notes)? {
                 Ok(outcomes) => Ok(outcomes),
-                Err(staged) => self.write_to_file(&work.commands, &work.notes, staged),
+                Err(staged) => {
+                    let notes = self.shared.queue.notes_for_the_file();
+                    self.write_to_file(&work.commands, &notes, staged)
+                }
             },
             Target::File => self.write_to_file(&work.commands, &work.notes, staged),
         }
     }
 
     /// Gives the batches back if the journal has no room for them.
-    fn write_to_journal<'a>(&mut self, staged: Staged<'a>) -> Result<Result<Outcomes, Staged<'a>>, Fault> {
+    fn write_to_journal<'a>(
+        &mut self,
+        staged: Staged<'a>,
+        notes: &Notes,
+    ) -> Result<Result<Outcomes, Staged<'a>>, Fault> {
         if staged.entries.is_empty() {
-            return Ok(Ok(Outcomes { batches: staged.outcomes, wiped: Ok(()) }));
+            return Ok(Ok(Outcomes { batches: staged.outcomes, noted: Noted::Nowhere, wiped: Ok(()) }));
         }
         let head = self.shared.head();
         let mut packer = Packer::new(&self.tail, head);
         staged.entries.iter().for_each(|new| packer.push(new));
         let first = Position(head.0 + 1);
-        match self.journal.append(first, packer.pushed()).map_err(|error| Fault::in_journal(&error))? {
+        self.noted.clear();
+        notes.encode(&mut self.noted);
+        let recorded = self.journal.append(first, packer.pushed(), &self.noted);
+        match recorded.map_err(|error| Fault::in_journal(&error))? {
             Recorded::NoRoom => return Ok(Err(staged)),
             Recorded::Stored => {}
         }
@@ -495,7 +546,7 @@ impl Writer {
             self.tail = tail;
         }
         self.shared.queue.file_is_due();
-        Ok(Ok(Outcomes { batches: self.stored(staged), wiped: Ok(()) }))
+        Ok(Ok(Outcomes { batches: self.stored(staged), noted: Noted::InJournal, wiped: Ok(()) }))
     }
 
     /// The file gets everything: what only the journal has, and this.
@@ -513,7 +564,7 @@ impl Writer {
         let others = removals.clone().next().is_some() || wipes;
         let pending = self.shared.pending();
         if staged.entries.is_empty() && notes.is_empty() && pending.is_empty() && !others {
-            return Ok(Outcomes { batches: staged.outcomes, wiped: Ok(()) });
+            return Ok(Outcomes { batches: staged.outcomes, noted: Noted::InFile, wiped: Ok(()) });
         }
         let transaction = self.begin().map_err(before_commit)?;
         forget(&transaction, shredded.flatten()).map_err(before_commit)?;
@@ -537,7 +588,7 @@ impl Writer {
             self.shared.index.removed_before(removal.first);
         }
         let wiped = if wipes { self.journal.wipe().map_err(|error| format!("log.journal: {error}")) } else { Ok(()) };
-        Ok(Outcomes { batches, wiped })
+        Ok(Outcomes { batches, noted: Noted::InFile, wiped })
     }
 
     /// Entries are on disk: reads may find them.
@@ -599,12 +650,13 @@ impl Writer {
 struct Outcomes {
     /// Of the batches, in their order.
     batches: Vec<Result<Range<u64>, AppendError>>,
+    noted: Noted,
     /// Whether nothing is left in the journal, if that was asked for.
     wiped: Result<(), String>,
 }
 
 fn answer(commands: Vec<Command>, outcomes: Outcomes) {
-    let Outcomes { batches, wiped } = outcomes;
+    let Outcomes { batches, wiped, .. } = outcomes;
     let mut batches = batches.into_iter();
     for command in commands {
         // A caller that went away needs no answer.
@@ -863,7 +915,7 @@ fn sorted<K: Ord, V>(rows: impl Iterator<Item = (K, V)>) -> Vec<(K, V)> {
     rows
 }
 
-fn write_notes(transaction: &WriteTransaction, notes: &Notes) -> Result<(), ReadError> {
+pub(super) fn write_notes(transaction: &WriteTransaction, notes: &Notes) -> Result<(), ReadError> {
     if notes.is_empty() {
         return Ok(());
     }
