@@ -135,7 +135,8 @@ impl Queue {
     pub(super) fn noted_delivered(&self, stream: &Stream) -> Delivered {
         let waiting = self.waiting.lock();
         let noted = waiting.layers().map(|notes| notes.delivered.get(stream).copied());
-        noted.into_iter().flatten().max_by_key(|delivered| delivered.position).unwrap_or_default()
+        // Of two with the same position the earlier: only that moved anything.
+        noted.into_iter().rev().flatten().max_by_key(|delivered| delivered.position).unwrap_or_default()
     }
 
     /// What is noted about a session, the earlier first, and what `at_once` returns at the same moment.
