@@ -16,7 +16,7 @@ use crate::service::{Peer, Service, ShownCertificate};
 /// Connections that wait to be accepted, as many as the operating system allows: a client that finds no room tries again only after a second.
 const BACKLOG: u32 = 4_096;
 /// Connections that are accepted before others have their turn.
-const ACCEPTED_IN_TURN: usize = 16;
+const ACCEPTED_IN_TURN: usize = 128;
 /// How long to wait when the process has no more file descriptors.
 const ACCEPT_RETRY: Duration = Duration::from_millis(50);
 

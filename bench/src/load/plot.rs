@@ -66,7 +66,7 @@ pub(crate) fn latencies<'a>(title: &str, all: impl IntoIterator<Item = (String, 
     let rarest = lines.iter().flat_map(|line| &line.points).map(|(rest, _)| *rest).fold(0.1, f64::min);
     let (mut marks, mut rest) = (vec![(1.0, "0".to_owned()), (0.5, "p50".to_owned())], 0.1);
     while rest >= rarest / 1.01 {
-        marks.push((rest, format!("p{}", rounded(100.0 * (1.0 - rest)))));
+        marks.push((rest, format!("p{}", percentile(100.0 * (1.0 - rest)))));
         rest /= 10.0;
     }
     let across = Axis { title: "", scale: Scale::Logarithmic, from: 1.0, to: rarest, marks };
@@ -184,11 +184,6 @@ pub(crate) fn time(us: f64) -> String {
 /// Three digits are what a measurement is good for.
 pub(crate) fn rounded(number: f64) -> String {
     let magnitude = if number == 0.0 { 0.0 } else { number.abs().log10().floor() };
-    // Of percentiles all nines are wanted.
-    if (99.0..100.0).contains(&number) {
-        let text = format!("{number:.6}");
-        return text.trim_end_matches('0').trim_end_matches('.').to_owned();
-    }
     match magnitude {
         ..-2.0 => format!("{number:.4}"),
         -2.0..0.0 => format!("{number:.3}"),
@@ -196,6 +191,11 @@ pub(crate) fn rounded(number: f64) -> String {
         1.0..2.0 => trimmed(format!("{number:.1}")),
         _ => format!("{number:.0}"),
     }
+}
+
+/// With all its nines.
+fn percentile(number: f64) -> String {
+    trimmed(format!("{number:.6}"))
 }
 
 fn trimmed(text: String) -> String {
@@ -223,12 +223,13 @@ mod tests {
             (2.0, "2"),
             (2.25, "2.25"),
             (31.25, "31.2"),
-            (99.9, "99.9"),
+            (99.18, "99.2"),
             (12_345.6, "12346"),
         ];
         for (number, text) in cases {
             assert_eq!(rounded(number), text);
         }
+        assert_eq!([50.0, 99.0, 99.999].map(percentile), ["50", "99", "99.999"]);
         assert_eq!([120.0, 2_500.0, 3e6].map(time), ["120 µs", "2.5 ms", "3 s"]);
         assert_eq!([500.0, 20_000.0, 1e7].map(short), ["500", "20 k", "10 M"]);
     }
