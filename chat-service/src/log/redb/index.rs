@@ -233,8 +233,7 @@ impl Index {
         Ok(found)
     }
 
-    /// The seq of a conversation's first entry after a position.
-    /// The same if memory alone knows, and there are no more than `most`; else `None`.
+    /// The positions if memory alone knows them all, and there are no more than `most`; else `None`.
     pub(super) fn positions_at_hand(&self, key: Key, after: After, first: Position, most: usize) -> Option<Vec<u64>> {
         let first = first.0;
         let state = self.state.read();
@@ -247,6 +246,7 @@ impl Index {
         (found().count() <= most).then(|| found().collect())
     }
 
+    /// The seq of a conversation's first entry after a position.
     pub(super) fn first_after(&self, key: Key, after: Position, first: Position) -> Result<Option<u64>, ReadError> {
         let after = after.0.max(first.0 - 1);
         let seq = |list: &ListRef<'_>| {
