@@ -163,11 +163,19 @@ async fn answers_arrive_however_long_the_texts_are() {
 #[tokio::test]
 async fn a_topic_for_each_answer_leaves_no_trace() {
     const REQUESTS: u64 = 15_000;
-    const GROWTH_MAX_KB: u64 = 5 * 1024;
+    /// The allocator's own growth comes to an end. A trace of each topic, 60 bytes long, never lets four rounds pass with less than 3.6 MB.
+    const ROUNDS_MAX: usize = 60;
+    const GROWTH_MAX_KB: u64 = 1_536;
     let chatd = Chatd::start_with(Options::default().as_fast_as_it_can()).await.unwrap();
     let mut alice = device(&chatd, Connect::v5("alice", "phone")).await;
     let mut memory = Vec::new();
-    for round in 0..3 {
+    let has_settled = |memory: &[u64]| match memory {
+        [.., before, _, _, _, now] => *now < before + GROWTH_MAX_KB,
+        _ => false,
+    };
+    while !has_settled(&memory) {
+        let round = memory.len();
+        assert!(round < ROUNDS_MAX, "it grows and grows: {memory:?} KB");
         let asks = (0..REQUESTS).map(|n| {
             let token = format!("chat/alice/res/{round}-{n:-<50}");
             let properties = Properties::none().with(RESPONSE_TOPIC, Property::Text(token));
@@ -176,7 +184,6 @@ async fn a_topic_for_each_answer_leaves_no_trace() {
         alice.publish_all(asks).await.unwrap();
         memory.push(chatd.memory_kb().unwrap());
     }
-    assert!(memory[2] < memory[1] + GROWTH_MAX_KB, "{memory:?} KB");
 }
 
 #[tokio::test]

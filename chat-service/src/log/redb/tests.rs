@@ -1243,10 +1243,13 @@ async fn room_of_removed_entries_is_used_again() {
                 .await
                 .unwrap();
         }
+        // Where rows begin depends on how many came together, and a file on where rows begin.
+        log.flush().await.unwrap();
         while log.remove_before(sent_at((round * 2_000).saturating_sub(1))).await.unwrap() > 0 {}
         sizes.push(size());
     }
-    assert!(sizes[29] <= sizes[7] * 5 / 4, "{sizes:?}");
+    // 44 MB were stored since.
+    assert!(sizes[29] <= sizes[7] + (5 << 20), "{sizes:?}");
     assert!(sizes[29] < 24 << 20, "{sizes:?}");
     drop(log);
     assert_eq!(verified(folder.path()).problems, [""; 0]);
