@@ -338,6 +338,14 @@ pub trait Log: Send + Sync + 'static {
         batch: impl Into<Arc<Vec<NewEntry>>> + Send,
     ) -> impl Future<Output = Result<Vec<Position>, AppendError>> + Send;
 
+    /// The same, for a caller on a thread that may wait for the disk: that is faster than to have another thread wait.
+    fn append_in_place(
+        &self,
+        batch: impl Into<Arc<Vec<NewEntry>>> + Send,
+    ) -> impl Future<Output = Result<Vec<Position>, AppendError>> + Send {
+        self.append(batch)
+    }
+
     /// Heads of conversations, in the order asked; `None` for one without entries.
     fn heads(
         &self,

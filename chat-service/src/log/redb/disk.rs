@@ -78,8 +78,17 @@ pub(super) struct FaultyDisk {
     pub(super) broken_file: Mutex<Option<PathBuf>>,
     /// Writes and syncs that still succeed; all later ones fail.
     pub(super) succeed: AtomicI64,
-    stalled: Mutex<bool>,
-    resumed: Condvar,
+    stalled: Mutex<Stalled>,
+    /// Of what is stalled, or waits.
+    changed: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Stalled {
+    all: bool,
+    file: Option<PathBuf>,
+    waiting: usize,
+    fails: bool,
 }
 
 #[derive(Debug, Default)]
@@ -100,7 +109,7 @@ impl Default for FaultyDisk {
             broken_file: Mutex::default(),
             succeed: AtomicI64::new(i64::MAX),
             stalled: Mutex::default(),
-            resumed: Condvar::new(),
+            changed: Condvar::new(),
         }
     }
 }
@@ -112,8 +121,24 @@ impl FaultyDisk {
 
     /// From now on syncs wait, or wait no longer.
     pub(super) fn stall(&self, stalled: bool) {
-        *self.stalled.lock() = stalled;
-        self.resumed.notify_all();
+        self.stalled.lock().all = stalled;
+        self.changed.notify_all();
+    }
+
+    /// From now on syncs of this file wait, or none does.
+    pub(super) fn stall_file(&self, file: Option<PathBuf>) {
+        self.stalled.lock().file = file;
+        self.changed.notify_all();
+    }
+
+    /// Returns when a sync waits.
+    pub(super) fn wait_for_a_stall(&self) {
+        self.changed.wait_while(&mut self.stalled.lock(), |stalled| stalled.waiting == 0);
+    }
+
+    /// What waits now finds that the disk has failed.
+    pub(super) fn fail_stalled(&self) {
+        self.stalled.lock().fails = true;
     }
 
     fn count(&self) -> io::Result<()> {
@@ -151,13 +176,22 @@ impl Disk for FaultyDisk {
         set_len()
     }
 
-    fn sync(&self, _: &Path, sync: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
+    fn sync(&self, path: &Path, sync: &dyn Fn() -> io::Result<()>) -> io::Result<()> {
         if self.sync_fails.load(Ordering::SeqCst) {
             return Err(io::Error::other("the disk does not sync"));
         }
         self.count()?;
         let mut stalled = self.stalled.lock();
-        self.resumed.wait_while(&mut stalled, |stalled| *stalled);
+        let waits = |stalled: &mut Stalled| stalled.all || stalled.file.as_deref() == Some(path);
+        if waits(&mut stalled) {
+            stalled.waiting += 1;
+            self.changed.notify_all();
+            self.changed.wait_while(&mut stalled, waits);
+            stalled.waiting -= 1;
+            if stalled.fails {
+                return Err(io::Error::other("the disk has failed"));
+            }
+        }
         drop(stalled);
         sync()
     }

@@ -9,7 +9,7 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 
 use super::disk::{Disk, FaultyDisk, Operation, Recorder};
-use super::tests::{EVERYTHING, Reopened, SMALL, at, compare, inbox, message, phone, sent_at, steps, user, verified};
+use super::tests::{EVERYTHING, Reopened, SMALL, append, at, compare, inbox, message, phone, sent_at, steps, user, verified};
 use super::*;
 use crate::log::Side;
 
@@ -83,7 +83,7 @@ async fn script(log: &RedbLog, recorder: &Recorder, removes: bool) -> Vec<Promis
         let from = promise.acknowledged + 1;
         let to = (from + promise.acknowledged % 3).min(MESSAGES);
         let batch: Vec<_> = (from..=to).map(|seq| message("alice", "bob", seq, &text(seq))).collect();
-        log.append(batch).await.unwrap();
+        append(log, batch).await.unwrap();
         promise = Promise { operations: recorder.len(), acknowledged: to, ..promise };
         promises.push(promise);
         if to % 5 == 0 {
@@ -257,7 +257,7 @@ async fn a_disk_that_fails_at_any_moment_loses_nothing_acknowledged() {
             let mut promise = Promise::default();
             let mut failed = None;
             for seq in 1..=20 {
-                match log.append(vec![message("alice", "bob", seq, &text(seq))]).await {
+                match append(&log, vec![message("alice", "bob", seq, &text(seq))]).await {
                     Ok(positions) => {
                         assert_eq!(failed, None, "an append after a failure");
                         assert_eq!(positions, [Position(seq)]);
@@ -380,7 +380,7 @@ async fn rows_at_the_edge_of_a_page_come_back_from_the_journal() {
         texts.extend((0..40).map(|nth| "y".repeat(page / 3 + nth)));
         let mut moments = Vec::new();
         for (seq, text) in (1..).zip(&texts) {
-            log.append(vec![message("alice", "bob", seq, text)]).await.unwrap();
+            append(&log, vec![message("alice", "bob", seq, text)]).await.unwrap();
             moments.push((seq, recorder.len()));
         }
         let operations = recorder.operations();

@@ -342,7 +342,8 @@ impl Index {
         }
     }
 
-    fn has_room(&self) -> bool {
+    /// Whether [`Index::wait_for_room`] would not wait.
+    pub(super) fn has_room(&self) -> bool {
         // Another flush is frozen.
         self.state.read().active.entries() < self.flush_entries * (FLUSHES_BEHIND_MAX - 1)
     }

@@ -1,13 +1,15 @@
 //! The journal: where entries are on disk before they are in `log.redb`, so that an acknowledgement waits for one write and one sync.
 //!
-//! A commit of the log's file costs several; the writer makes one now and then, for all that the journal has by then (see [`super::writer`]),
-//! and then the journal begins anew. A record has the new entries of some batches, as a row has them, and what was noted before, at a multiple of [`SECTOR_BYTES`]. Its checksum is keyed with the
-//! log's secret, so nobody who chooses texts can make a torn record look whole. Records are never believed because of where they stand: whoever opens
-//! the log takes those that go on where its file ends, and leaves those that the file has already. Invariants: a record is synced before
-//! the next is written, so one that is not whole is the last.
+//! A commit of the log's file costs several; the writer makes one now and then, for all that the journal has by then (see [`super::writer`]).
+//! Meanwhile that is set aside, and new records go behind it or before it. A record has the new entries of some batches, as a row has them, and
+//! what was noted before, at a multiple of [`SECTOR_BYTES`]. Its checksum is keyed with the log's secret, so nobody who chooses texts can make
+//! a torn record look whole. Records are never believed because of where they stand: whoever opens the log takes those that go on where its
+//! file ends, and leaves those that the file has already. Invariants: a record is synced before the next is written, so one that is not
+//! whole is the newest; nothing is overwritten before the file has it.
 
 use std::fs;
 use std::io;
+use std::ops::Range;
 use std::path::Path;
 
 use ::redb::StorageBackend;
@@ -29,8 +31,12 @@ const HEADER_BYTES: usize = MAGIC.len() + CHECKSUM_BYTES + 8 + 4 + 4;
 pub(super) struct Journal {
     file: Box<dyn StorageBackend>,
     keys: Keys,
+    /// Where the records begin that are not set aside.
+    begin: u64,
     /// Where the next record goes.
     end: u64,
+    /// What the log's file is about to get.
+    set_aside: Option<Range<u64>>,
     /// Of the file.
     length: u64,
     /// Up to here there may be something that was not overwritten.
@@ -67,22 +73,29 @@ impl Record {
 }
 
 impl Journal {
-    /// `end`: where the records end that the log's file does not have.
-    pub(super) fn new(file: Box<dyn StorageBackend>, keys: Keys, end: u64, length_max: u64) -> io::Result<Self> {
+    /// `found`: where the records are that the log's file does not have. They are set aside.
+    pub(super) fn new(
+        file: Box<dyn StorageBackend>,
+        keys: Keys,
+        found: Range<u64>,
+        length_max: u64,
+    ) -> io::Result<Self> {
         let length = file.len()?;
-        Ok(Self { file, keys, end, length, used: length, length_max, buffer: Vec::new(), failing: false })
+        // Where there is more room.
+        let begin = if length_max.saturating_sub(found.end) >= found.start { found.end } else { 0 };
+        let set_aside = (!found.is_empty()).then_some(found);
+        let buffer = Vec::new();
+        Ok(Self { file, keys, begin, end: begin, set_aside, length, used: length, length_max, buffer, failing: false })
     }
 
     /// Puts on disk what a start has found: whoever wrote it may have been killed before the sync, or the sync may have failed; then it is only in the
     /// system's memory, and no sync would write it if it were not written again. The same bytes in the same place: a crash takes nothing.
     pub(super) fn make_durable(&self) -> io::Result<()> {
-        if self.end == 0 {
-            return Ok(());
-        }
+        let Some(Range { start, end }) = self.set_aside.clone() else { return Ok(()) };
         // The last record's padding may be cut off.
-        let end = self.end.min(self.length);
-        let mut chunk = vec![0; usize::try_from(GROWTH_BYTES.min(end)).unwrap_or(SECTOR_BYTES)];
-        let mut at = 0;
+        let end = end.min(self.length);
+        let mut chunk = vec![0; usize::try_from(GROWTH_BYTES.min(end - start)).unwrap_or(SECTOR_BYTES)];
+        let mut at = start;
         while at < end {
             let bytes = usize::try_from(end - at).unwrap_or(usize::MAX).min(chunk.len());
             self.file.read(at, &mut chunk[..bytes])?;
@@ -99,7 +112,7 @@ impl Journal {
             return Ok(Recorded::NoRoom);
         };
         let end = self.end + bytes as u64;
-        if end > self.length_max || !self.grow(end) {
+        if end > self.limit() || !self.grow(end) {
             return Ok(Recorded::NoRoom);
         }
         self.buffer.clear();
@@ -149,14 +162,50 @@ impl Journal {
         }
     }
 
+    /// Where the next record has to end.
+    fn limit(&self) -> u64 {
+        match &self.set_aside {
+            Some(aside) if self.begin <= aside.start => aside.start.min(self.length_max),
+            _ => self.length_max,
+        }
+    }
+
+    /// Whether it is time to let the log's file have what it has, because it fills.
+    pub(super) fn is_half_full(&self) -> bool {
+        self.end - self.begin >= self.length_max / 2
+    }
+
+    /// Whether [`Journal::set_aside`] can be called: nothing else is set aside, and there is room beside it.
+    pub(super) fn can_set_aside(&self) -> bool {
+        self.set_aside.is_none() && self.begin.max(self.length_max.saturating_sub(self.end)) > 0
+    }
+
+    /// What it has is what the log's file is about to get; new records go elsewhere.
+    pub(super) fn set_aside(&mut self) {
+        debug_assert!(self.set_aside.is_none(), "one commit after the other");
+        let (before, behind) = (self.begin, self.length_max.saturating_sub(self.end));
+        self.set_aside = Some(self.begin..self.end);
+        // The file stays as short as it can.
+        let goes_before = before >= behind || before >= self.end - self.begin;
+        self.begin = if goes_before { 0 } else { self.end };
+        self.end = self.begin;
+    }
+
+    /// The log's file has what was set aside, on disk.
+    pub(super) fn forget_set_aside(&mut self) {
+        self.set_aside = None;
+    }
+
     /// The log's file has everything, on disk.
     pub(super) fn begin_anew(&mut self) {
+        self.set_aside = None;
+        self.begin = 0;
         self.end = 0;
     }
 
     /// Overwrites what it had, and syncs; only after [`Journal::begin_anew`].
     pub(super) fn wipe(&mut self) -> io::Result<()> {
-        debug_assert!(self.end == 0, "nothing that it has is needed");
+        debug_assert!(self.end == 0 && self.set_aside.is_none(), "nothing that it has is needed");
         if self.used > 0 {
             zero(&*self.file, 0, self.used)?;
             self.file.sync_data()?;
@@ -177,28 +226,30 @@ fn zero(file: &dyn StorageBackend, begin: u64, end: u64) -> io::Result<()> {
     Ok(())
 }
 
-/// The records that go on from a position, in their order, and where they end in the file. What the log's file has already, what another log
+/// The records that go on from a position, in their order, and where they are in the file. What the log's file has already, what another log
 /// wrote, and the rest of a record that was never acknowledged are left out. Nothing if there is no journal.
-pub(super) fn read(path: &Path, keys: Keys, last: Position) -> io::Result<(Vec<Record>, u64)> {
+pub(super) fn read(path: &Path, keys: Keys, last: Position) -> io::Result<(Vec<Record>, Range<u64>)> {
     let bytes = match fs::read(path) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), 0)),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok((Vec::new(), 0..0)),
         read => read?,
     };
-    let (mut records, mut end, mut begin) = (Vec::new(), 0, 0);
+    let (mut records, mut found, mut begin) = (Vec::new(), 0..0, 0);
     while begin < bytes.len() {
         let Some(record) = record(&bytes[begin..], keys) else {
             begin += SECTOR_BYTES;
             continue;
         };
+        let began = begin;
         // No record begins inside of a whole one, but texts there may look like many long ones: to check them all takes a start 20 s.
         begin = (begin + record.bytes()).next_multiple_of(SECTOR_BYTES);
         if record.first > last {
-            end = begin as u64;
+            let start = if records.is_empty() { began as u64 } else { found.start };
+            found = start..begin as u64;
             records.push(record);
         }
     }
     records.sort_by_key(|record| record.first);
-    Ok((records, end))
+    Ok((records, found))
 }
 
 /// The record at the beginning of these bytes, if it is whole and this log's.
@@ -245,10 +296,10 @@ mod tests {
             self.folder.path().join("journal")
         }
 
-        fn open(&self, end: u64) -> Journal {
+        fn open(&self, found: Range<u64>) -> Journal {
             let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).open(self.path());
             let file = FileBackend::new(file.unwrap()).unwrap();
-            Journal::new(Box::new(file), Keys::new(KEYS), end, LENGTH_MAX).unwrap()
+            Journal::new(Box::new(file), Keys::new(KEYS), found, LENGTH_MAX).unwrap()
         }
 
         fn read(&self, last: u64) -> Vec<(u64, Vec<u8>)> {
@@ -269,7 +320,7 @@ mod tests {
     fn what_is_behind_the_file_comes_back_in_order() {
         let disk = OnDisk::new();
         assert_eq!(disk.read(0), [], "no journal");
-        let mut journal = disk.open(0);
+        let mut journal = disk.open(0..0);
         assert!(stored(&mut journal, 1, b"one"));
         assert!(stored(&mut journal, 2, &[7; 1_000]));
         let both = [(1, b"one".to_vec()), (2, vec![7; 1_000])];
@@ -278,23 +329,23 @@ mod tests {
         journal.begin_anew();
         assert!(stored(&mut journal, 3, b"three"));
         assert_eq!(disk.read(2), [(3, b"three".to_vec())], "what is older and stands behind it is not taken for newer");
-        assert_eq!(read(&disk.path(), Keys::new((3, 5)), Position(0)).unwrap(), (vec![], 0), "another log's");
+        assert_eq!(read(&disk.path(), Keys::new((3, 5)), Position(0)).unwrap(), (vec![], 0..0), "another log's");
     }
 
     #[test]
     fn it_goes_on_behind_the_last_record() {
         let disk = OnDisk::new();
-        assert!(stored(&mut disk.open(0), 1, &[1; 600]));
-        let (_, end) = read(&disk.path(), Keys::new(KEYS), Position(0)).unwrap();
-        assert_eq!(end, 1_024);
-        assert!(stored(&mut disk.open(end), 2, b"two"));
+        assert!(stored(&mut disk.open(0..0), 1, &[1; 600]));
+        let (_, found) = read(&disk.path(), Keys::new(KEYS), Position(0)).unwrap();
+        assert_eq!(found, 0..1_024);
+        assert!(stored(&mut disk.open(found.clone()), 2, b"two"));
         assert_eq!(disk.read(0), [(1, vec![1; 600]), (2, b"two".to_vec())]);
     }
 
     #[test]
     fn it_takes_no_more_than_it_has_room_for() {
         let disk = OnDisk::new();
-        let mut journal = disk.open(0);
+        let mut journal = disk.open(0..0);
         let most = usize::try_from(LENGTH_MAX).unwrap() - HEADER_BYTES - NOTED.len();
         assert!(!stored(&mut journal, 1, &vec![1; most + 1]));
         assert!(stored(&mut journal, 1, &vec![1; most]));
@@ -305,10 +356,57 @@ mod tests {
     }
 
     #[test]
+    fn nothing_is_overwritten_before_the_file_has_it() {
+        let disk = OnDisk::new();
+        let mut journal = disk.open(0..0);
+        let (mut first, mut last_in_file) = (0, 0);
+        let mut grew = 0;
+        for round in 0..40 {
+            // Records of one sector and of two, in segments of different lengths; one in three gets no room, and comes again.
+            let mut segment_ends = 0;
+            for _ in 0..=round % 5 {
+                first += 1;
+                if !stored(&mut journal, first, &vec![7; 300 + 300 * (round % 2)]) {
+                    first -= 1;
+                    break;
+                }
+                segment_ends = first;
+            }
+            assert!(segment_ends > 0 && journal.can_set_aside(), "{journal:?}");
+            journal.set_aside();
+            assert!(!journal.can_set_aside());
+            // While the file gets them.
+            let begun = first;
+            for _ in 0..1 + round % 3 {
+                first += 1;
+                if !stored(&mut journal, first, b"more") {
+                    first -= 1;
+                    break;
+                }
+            }
+            assert!(first > begun, "there is room beside what is set aside");
+            let found: Vec<u64> = disk.read(last_in_file).into_iter().map(|(first, _)| first).collect();
+            assert_eq!(found, (last_in_file + 1..=first).collect::<Vec<_>>());
+            // Whoever opens it goes on elsewhere.
+            let (_, extent) = read(&disk.path(), Keys::new(KEYS), Position(last_in_file)).unwrap();
+            let copy = fs::read(disk.path()).unwrap();
+            let mut opened = disk.open(extent);
+            if stored(&mut opened, first + 1, b"after a start") {
+                assert_eq!(disk.read(last_in_file).len(), found.len() + 1);
+            }
+            fs::write(disk.path(), copy).unwrap();
+            journal.forget_set_aside();
+            last_in_file = begun;
+            grew = grew.max(fs::metadata(disk.path()).unwrap().len());
+        }
+        assert_eq!(grew, LENGTH_MAX);
+    }
+
+    #[test]
     fn a_record_that_is_not_whole_is_none() {
         let disk = OnDisk::new();
         let entries: Vec<u8> = (0..1_500_u32).map(|n| n.to_le_bytes()[0]).collect();
-        assert!(stored(&mut disk.open(0), 1, &entries));
+        assert!(stored(&mut disk.open(0..0), 1, &entries));
         let whole = fs::read(disk.path()).unwrap();
         let used = (HEADER_BYTES + entries.len() + NOTED.len()).next_multiple_of(SECTOR_BYTES);
         for sector in (0..used).step_by(SECTOR_BYTES) {
@@ -326,16 +424,16 @@ mod tests {
     #[test]
     fn what_was_found_is_written_again() {
         let disk = OnDisk::new();
-        assert!(stored(&mut disk.open(0), 1, &[1; 600]));
+        assert!(stored(&mut disk.open(0..0), 1, &[1; 600]));
         let whole = fs::read(disk.path()).unwrap();
-        disk.open(1_024).make_durable().unwrap();
+        disk.open(0..1_024).make_durable().unwrap();
         assert_eq!(fs::read(disk.path()).unwrap(), whole);
         // Without the last record's padding.
         fs::write(disk.path(), &whole[..HEADER_BYTES + 600 + NOTED.len()]).unwrap();
-        let (records, end) = read(&disk.path(), Keys::new(KEYS), Position(0)).unwrap();
-        assert_eq!((records.len(), end), (1, 1_024));
-        disk.open(end).make_durable().unwrap();
-        assert!(stored(&mut disk.open(end), 2, b"two"));
+        let (records, found) = read(&disk.path(), Keys::new(KEYS), Position(0)).unwrap();
+        assert_eq!((records.len(), &found), (1, &(0..1_024)));
+        disk.open(found.clone()).make_durable().unwrap();
+        assert!(stored(&mut disk.open(found.clone()), 2, b"two"));
         assert_eq!(disk.read(0), [(1, vec![1; 600]), (2, b"two".to_vec())]);
     }
 
@@ -346,7 +444,7 @@ mod tests {
         for begin in (SECTOR_BYTES - HEADER_BYTES..text.len() - MAGIC.len()).step_by(SECTOR_BYTES) {
             text[begin..begin + MAGIC.len()].copy_from_slice(MAGIC);
         }
-        let mut journal = disk.open(0);
+        let mut journal = disk.open(0..0);
         assert!(stored(&mut journal, 1, &text));
         assert!(stored(&mut journal, 2, b"two"));
         let after = [(2, b"two".to_vec())];
@@ -392,7 +490,7 @@ mod tests {
             fs::write(disk.path(), vec![0; 1_024]).unwrap();
             let file = OpenOptions::new().read(true).write(true).open(disk.path()).unwrap();
             let file = Limited(FileBackend::new(file).unwrap(), limit);
-            let mut journal = Journal::new(Box::new(file), Keys::new(KEYS), 0, LENGTH_MAX).unwrap();
+            let mut journal = Journal::new(Box::new(file), Keys::new(KEYS), 0..0, LENGTH_MAX).unwrap();
             let is_stored = stored(&mut journal, 1, &[7; 500]);
             assert_eq!(disk.read(0).len(), usize::from(is_stored), "{limit}");
         }
@@ -401,7 +499,7 @@ mod tests {
     #[test]
     fn nothing_is_left_of_what_was_wiped() {
         let disk = OnDisk::new();
-        let mut journal = disk.open(0);
+        let mut journal = disk.open(0..0);
         assert!(stored(&mut journal, 1, b"a word that was taken back"));
         journal.begin_anew();
         journal.wipe().unwrap();

@@ -43,7 +43,7 @@ pub use self::open::OpenError;
 use self::open::Opener;
 use self::pending::Pending;
 use self::reader::INLINE_NEIGHBOURS_MAX;
-use self::writer::Queue;
+use self::writer::{Queue, Writer};
 use super::{
     Account, Advance, AppendError, ConversationHead, Delivered, Device, Entry, IdKey, Log, LogError, NewEntry, Page,
     PeerRecord, Position, ReadLimit, SessionRecord, Stream,
@@ -104,6 +104,8 @@ struct Shared {
     index: Arc<Index>,
     keys: Keys,
     queue: Queue,
+    /// `None` before the start and after the end.
+    writer: Mutex<Option<Writer>>,
     head: AtomicU64,
     /// Position of the first entry that reads may find.
     first: AtomicU64,
@@ -135,6 +137,7 @@ impl RedbLog {
             index,
             keys: prepared.keys,
             queue: Queue::new(prepared.notes),
+            writer: Mutex::default(),
             head: AtomicU64::new(prepared.last.0),
             first: AtomicU64::new(prepared.first.0),
             reading: Arc::new(tokio::sync::Semaphore::new(READS_MAX)),
@@ -145,7 +148,7 @@ impl RedbLog {
         let indexer = indexer::start(Arc::clone(&shared), indexer, opener.clone())?;
         let file = opener.log_file();
         let log = Self { shared, file, writer: Mutex::default(), indexer: Mutex::new(Some(indexer)) };
-        let writer = writer::start(Arc::clone(&log.shared), opener, journal, prepared.stored, prepared.tail)?;
+        let writer = writer::start(&log.shared, opener, journal, prepared.stored, prepared.tail)?;
         *log.writer.lock() = Some(writer);
         Ok(log)
     }
@@ -221,6 +224,10 @@ impl Drop for RedbLog {
 impl Log for RedbLog {
     async fn append(&self, batch: impl Into<Arc<Vec<NewEntry>>> + Send) -> Result<Vec<Position>, AppendError> {
         self.shared.append(batch.into()).await
+    }
+
+    async fn append_in_place(&self, batch: impl Into<Arc<Vec<NewEntry>>> + Send) -> Result<Vec<Position>, AppendError> {
+        self.shared.append_in_place(batch.into()).await
     }
 
     async fn heads(&self, conversations: Vec<ConversationId>) -> Result<Vec<Option<ConversationHead>>, LogError> {

@@ -9,6 +9,7 @@ use std::fs;
 use std::hash::{BuildHasher as _, Hasher as _};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -224,7 +225,7 @@ impl Opener {
     fn add_journal(&self, prepared: &mut Prepared) -> Result<(), OpenError> {
         let file = self.journal_file();
         let read = journal::read(&file, prepared.keys, prepared.last);
-        let (records, end) = read.map_err(|error| OpenError::Io { file: file.clone(), reason: error.to_string() })?;
+        let (records, found) = read.map_err(|error| OpenError::Io { file: file.clone(), reason: error.to_string() })?;
         let Some(newest) = records.last() else { return Ok(()) };
         let broken = |error: Broken| OpenError::Corrupt { file: file.clone(), reason: error.to_string() };
         let newest = row::last(newest.first, &newest.entries).map_err(broken)?;
@@ -251,7 +252,7 @@ impl Opener {
             let damaged = |reason: String| OpenError::Corrupt { file: file.clone(), reason };
             prepared.notes.fold(notes.map_err(damaged)?);
         }
-        prepared.journal_end = end;
+        prepared.in_journal = found;
         tracing::info!(messages = prepared.last.0 - prepared.stored.0, "taken from the journal");
         Ok(())
     }
@@ -271,7 +272,7 @@ impl Opener {
             Some(disk) => Box::new(super::disk::File::open(&path, disk)),
             None => file,
         };
-        let journal = Journal::new(file, prepared.keys, prepared.journal_end, self.options.journal_bytes);
+        let journal = Journal::new(file, prepared.keys, prepared.in_journal.clone(), self.options.journal_bytes);
         let journal = journal.map_err(failed)?;
         journal.make_durable().map_err(failed)?;
         Ok(journal)
@@ -415,8 +416,8 @@ pub(super) struct Prepared {
     pub(super) pending: Pending,
     /// What was noted, and only the journal has.
     pub(super) notes: Notes,
-    /// Where that ends in the journal.
-    journal_end: u64,
+    /// Where that is in the journal.
+    in_journal: Range<u64>,
     /// Position of the first entry that is not removed; the next one if all are.
     pub(super) first: Position,
     pub(super) tail: Tail,
@@ -449,7 +450,7 @@ pub(super) fn read_prepared(log: &Database) -> Result<Prepared, ReadError> {
         stored: last,
         pending: Pending::default(),
         notes: Notes::default(),
-        journal_end: 0,
+        in_journal: 0..0,
         first,
         tail,
         keys,

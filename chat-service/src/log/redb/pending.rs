@@ -27,6 +27,13 @@ impl Pending {
         }
     }
 
+    /// Takes out what the file has by now. Its last row stays if it grew since.
+    pub(super) fn remove(&mut self, filed: &Self) {
+        let Some(last) = filed.0.last() else { return };
+        let stays = |row: &Row| row.first > last.first || (row.first == last.first && row.bytes != last.bytes);
+        Arc::make_mut(&mut self.0).retain(stays);
+    }
+
     /// The row that has the entry at this position, if it is one of these.
     pub(super) fn row_of(&self, position: Position) -> Option<&Row> {
         let following = self.0.partition_point(|row| row.first <= position);
@@ -74,5 +81,24 @@ mod tests {
         assert_eq!(found, [None, Some(5), Some(5), Some(7), Some(7)]);
         assert_eq!(pending.first(), Some(Position(5)));
         assert_eq!(pending.rows().len(), 2);
+    }
+
+    #[test]
+    fn what_the_file_has_goes_and_what_came_since_stays() {
+        let mut pending = Pending::default();
+        pending.remove(&Pending::default());
+        pending.put(row(5, b"a"));
+        pending.put(row(7, b"c"));
+        let filed = pending.clone();
+        let firsts = |pending: &Pending| pending.rows().iter().map(|row| row.first.0).collect::<Vec<_>>();
+        let mut as_it_was = pending.clone();
+        as_it_was.remove(&filed);
+        assert!(as_it_was.is_empty());
+        pending.put(row(7, b"cd"));
+        pending.put(row(9, b"e"));
+        pending.remove(&filed);
+        assert_eq!(firsts(&pending), [7, 9]);
+        pending.remove(&filed);
+        assert_eq!(firsts(&pending), [7, 9], "nothing that it did not have");
     }
 }

@@ -26,6 +26,7 @@ use super::schema::{
     DELIVERED, HEADS, HIDDEN, PEERS, ROWS, SEEN, SESSIONS, delivered_key, device_of, hidden_key, peer_key, peers_key,
     session_key, sessions_key,
 };
+use super::writer::Layers;
 
 /// Up to so many point lookups (measured at 1 to 2 µs each) are done where the caller stands; moving to another thread costs
 /// some 10 µs.
@@ -304,7 +305,7 @@ impl Shared {
     }
 
     /// What is noted, the earlier first, and the log at the same moment.
-    fn with_notes<T>(&self, read: impl Fn(&Notes) -> T) -> Result<([T; 3], ReadTransaction), ReadError> {
+    fn with_notes<T>(&self, read: impl Fn(&Notes) -> T) -> Result<(Layers<T>, ReadTransaction), ReadError> {
         let database = self.database.read();
         let database = database.as_ref().ok_or_else(|| self.closed())?;
         let (noted, snapshot) = self.queue.noted(read, || database.begin_read());

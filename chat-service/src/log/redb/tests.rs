@@ -208,7 +208,7 @@ async fn a_flipped_byte_in_an_entry_is_found_and_named() {
     let folder = tempfile::tempdir().unwrap();
     {
         let log = open(folder.path());
-        log.append(vec![message("alice", "bob", 1, "good"), message("alice", "bob", 2, "bad")]).await.unwrap();
+        append(&log, vec![message("alice", "bob", 1, "good"), message("alice", "bob", 2, "bad")]).await.unwrap();
     }
     change(folder.path(), |writing| {
         let mut rows = writing.open_table(schema::ROWS).unwrap();
@@ -284,7 +284,7 @@ async fn fill(folder: &Path, messages: u64) -> Vec<String> {
     let log = RedbLog::open(folder, SMALL).unwrap();
     for seq in 1..=messages {
         let batch = vec![message("alice", "bob", seq, "a"), message("alice", "eve", seq, "b")];
-        log.append(batch).await.unwrap();
+        append(&log, batch).await.unwrap();
     }
     everything_of(&log, &["alice", "bob", "eve"]).await
 }
@@ -497,7 +497,7 @@ async fn a_full_disk_refuses_and_recovers() {
         let cursor = Position(seq);
         log.advance(advance(seq));
         disk.leave_free(Some(free));
-        let outcome = log.append(vec![message("alice", "bob", seq + 1, &text)]).await;
+        let outcome = append(&log, vec![message("alice", "bob", seq + 1, &text)]).await;
         disk.leave_free(None);
         match outcome {
             Ok(_) => seq += 1,
@@ -521,12 +521,18 @@ async fn a_full_disk_refuses_and_recovers() {
     assert!(log.delivered(&inbox("bob")).await.unwrap().position >= Position(1));
 }
 
+/// Half of them in place, where the caller's thread waits for the disk.
+pub(super) async fn append<L: Log>(log: &L, batch: Vec<NewEntry>) -> Result<Vec<Position>, AppendError> {
+    let is_in_place = batch.first().is_some_and(|new| new.seq.get().is_multiple_of(2));
+    if is_in_place { log.append_in_place(batch).await } else { log.append(batch).await }
+}
+
 /// The file has had the first entry, the journal alone has some more.
 async fn with_journal(log: &RedbLog) -> u64 {
     log.append(vec![message("alice", "bob", 1, "in the file")]).await.unwrap();
     log.flush().await.unwrap();
     for seq in 2..=9 {
-        log.append(vec![message("alice", "bob", seq, "in the journal")]).await.unwrap();
+        append(log, vec![message("alice", "bob", seq, "in the journal")]).await.unwrap();
     }
     9
 }
@@ -541,7 +547,7 @@ async fn a_full_disk_keeps_what_only_the_journal_has() {
     let mut seq = last;
     // The journal may have room for some more; then it is refused, and nothing that was taken is lost.
     let refused = loop {
-        match log.append(vec![message("alice", "bob", seq + 1, &"x".repeat(30_000))]).await {
+        match append(&log, vec![message("alice", "bob", seq + 1, &"x".repeat(30_000))]).await {
             Ok(_) => seq += 1,
             Err(error) => break error,
         }
@@ -556,7 +562,7 @@ async fn a_full_disk_keeps_what_only_the_journal_has() {
     // A start does not need room either.
     let log = open_on(folder.path(), &disk);
     assert_eq!((log.head(), all(&log).await), (Position(seq), seq));
-    let refused = log.append(vec![message("alice", "bob", seq + 1, &"x".repeat(300_000))]).await.unwrap_err();
+    let refused = append(&log, vec![message("alice", "bob", seq + 1, &"x".repeat(300_000))]).await.unwrap_err();
     assert!(matches!(refused, AppendError::Full(_)), "{refused:?}");
     disk.leave_free(None);
     log.append(vec![message("alice", "bob", seq + 1, "there is room again")]).await.unwrap();
@@ -702,7 +708,7 @@ async fn reads_beside_the_journal_have_no_gaps() {
         })
     };
     for seq in 1..=1_500 {
-        log.append(vec![message("alice", "bob", seq, &"some words ".repeat(1 + usize::try_from(seq % 30).unwrap()))])
+        append(&*log, vec![message("alice", "bob", seq, &"some words ".repeat(1 + usize::try_from(seq % 30).unwrap()))])
             .await
             .unwrap();
         if seq % 3 == 0 {
@@ -753,7 +759,7 @@ async fn a_hole_in_the_journal_is_found() {
     let log = open(folder.path());
     let older = crashed(folder.path());
     for seq in last + 1..last + 5 {
-        log.append(vec![message("alice", "bob", seq, "later")]).await.unwrap();
+        append(&log, vec![message("alice", "bob", seq, "later")]).await.unwrap();
         log.flush().await.unwrap();
     }
     log.append(vec![message("alice", "bob", last + 5, "in the journal")]).await.unwrap();
@@ -892,7 +898,7 @@ async fn step<L: Log>(log: &L, step: &Step) -> String {
                 batch.push(message(from.as_str(), to.as_str(), before + 1 + off, "text"));
             }
             // The sentence tells kind and place of a conflict.
-            log.append(batch).await.map_err(|error| error.to_string()).err().unwrap_or_default()
+            append(log, batch).await.map_err(|error| error.to_string()).err().unwrap_or_default()
         }
         Step::Advance(nth, inbox, to) => {
             let side = if *inbox { Side::Inbox } else { Side::Sent };
@@ -936,7 +942,7 @@ async fn step<L: Log>(log: &L, step: &Step) -> String {
                 1 => NewEntry { body: Body::Unsend { target }, ..new },
                 _ => NewEntry { withheld: true, ..new },
             };
-            format!("{:?}", log.append(vec![new]).await.unwrap())
+            format!("{:?}", append(log, vec![new]).await.unwrap())
         }
         Step::Peer(user, peer, what, seq) => {
             let (user, peer, seq) = (nth_user(*user), nth_user(*peer), Seq::new(*seq).unwrap());
@@ -1099,7 +1105,7 @@ async fn a_backup_of_a_log_in_use_is_whole() {
         let log = Arc::clone(&log);
         tokio::spawn(async move {
             for seq in 1..=300 {
-                log.append(vec![message("alice", "bob", seq, &"x".repeat(2_000))]).await.unwrap();
+                append(&*log, vec![message("alice", "bob", seq, &"x".repeat(2_000))]).await.unwrap();
             }
         })
     };
@@ -1276,5 +1282,95 @@ async fn what_was_counted_is_right_after_counting_was_off() {
     assert!(error.contains("looking up what is stored for 2 accounts"), "{error}");
     // 8 to 17 of the 20 before, and 10 more.
     assert_eq!(usage(true).await, Ok(vec![(30 - 17) * one, 0]));
+    assert_eq!(verified(folder.path()).problems, [""; 0]);
+}
+
+/// While the file is written the journal takes more, and a reader finds it; a crash meanwhile loses nothing.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_journal_goes_on_while_the_file_is_written() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::default());
+    let log = Arc::new(open_on(folder.path(), &disk));
+    let mut last = with_journal(&log).await;
+    let length = || fs::metadata(folder.path().join("log.redb")).unwrap().len();
+    let mut reads = 0;
+    for round in 0..20_u64 {
+        let before = length();
+        disk.stall_file(Some(folder.path().join("log.redb")));
+        log.advance(advance(last));
+        let flushing = {
+            let log = Arc::clone(&log);
+            tokio::spawn(async move { log.flush().await })
+        };
+        disk.wait_for_a_stall();
+        for _ in 0..20 + round {
+            last += 1;
+            log.append_in_place(vec![message("alice", "bob", last, "meanwhile")]).await.unwrap();
+        }
+        log.advance(advance(last));
+        assert!(!flushing.is_finished());
+        assert_eq!(log.head(), Position(last));
+        // redb lets nobody read while a file that grows is synced.
+        if length() == before {
+            reads += 1;
+            let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+            assert_eq!(page.entries.len() as u64, last);
+            assert_eq!(log.delivered(&inbox("bob")).await.unwrap().position, Position(last));
+        }
+        let copy = crashed(folder.path());
+        assert_eq!(open(copy.path()).head(), Position(last));
+        disk.stall_file(None);
+        flushing.await.unwrap().unwrap();
+        let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+        assert_eq!(page.entries.len() as u64, last);
+        assert_eq!(log.delivered(&inbox("bob")).await.unwrap().position, Position(last));
+        let copy = crashed(folder.path());
+        assert_eq!(open(copy.path()).head(), Position(last));
+    }
+    assert!(reads > 0);
+    drop(log);
+    assert_eq!(verified(folder.path()).problems, [""; 0]);
+    fs::remove_file(folder.path().join("log.journal")).unwrap();
+    assert_eq!(open(folder.path()).head(), Position(last));
+}
+
+/// The file cannot be written while the journal goes on: what the journal took is there, and the file gets it when it can be.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_file_that_is_full_beside_a_journal_loses_nothing() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::default());
+    let log = Arc::new(open_on(folder.path(), &disk));
+    let mut last = with_journal(&log).await;
+    // Room in the journal, and none in the file.
+    for _ in 0..40 {
+        last += 1;
+        log.append_in_place(vec![message("alice", "bob", last, &"x".repeat(5_000))]).await.unwrap();
+    }
+    log.flush().await.unwrap();
+    for _ in 0..20 {
+        last += 1;
+        log.append_in_place(vec![message("alice", "bob", last, &"x".repeat(5_000))]).await.unwrap();
+    }
+    log.advance(advance(last));
+    disk.stall_file(Some(folder.path().join("log.redb")));
+    let flushing = {
+        let log = Arc::clone(&log);
+        tokio::spawn(async move { log.flush().await })
+    };
+    disk.wait_for_a_stall();
+    last += 1;
+    log.append_in_place(vec![message("alice", "bob", last, "meanwhile")]).await.unwrap();
+    log.advance(advance(last));
+    disk.fail_stalled();
+    disk.stall_file(None);
+    assert!(flushing.await.unwrap().is_err());
+    let refused = log.append_in_place(vec![message("alice", "bob", last + 1, "later")]).await;
+    assert!(refused.is_err(), "{refused:?}: nobody knows what the file has");
+    drop(log);
+    let log = open(folder.path());
+    assert_eq!(log.head(), Position(last));
+    let page = log.read(&inbox("bob"), Position(0), EVERYTHING).await.unwrap();
+    assert_eq!(page.entries.len() as u64, last);
+    drop(log);
     assert_eq!(verified(folder.path()).problems, [""; 0]);
 }

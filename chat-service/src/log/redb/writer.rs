@@ -1,10 +1,12 @@
-//! The writer: the one thread that changes the file and the journal, and the queue to it.
+//! The writer, which changes the file and the journal; its thread, and the queue to it.
 //!
 //! Whatever waits when a commit begins shares it. Batches of new entries go to the journal; the file gets them, with the notes that lie in
-//! memory, after [`FILE_DELAY_MAX`], or sooner with something that has to be the file's at once. A batch is checked against the
-//! committed heads and the batches before it, before anything is written, so a refused batch leaves nothing behind. Invariants:
-//! answers are sent after the journal or the file is on disk, and the position of the last entry moves before them; the journal begins
-//! anew only after the file has what was in it.
+//! memory, after [`FILE_DELAY_MAX`], or sooner with something that has to be the file's at once. For that, what the journal has is set
+//! aside, and the journal goes on while the file is written. Whoever may wait for the disk writes to the journal itself
+//! ([`Shared::append_in_place`]); others leave it to the thread. A batch is checked against the committed heads and the batches
+//! before it, before anything is written, so a refused batch leaves nothing behind. Invariants: who writes holds the writer, but for what
+//! the file gets of what was set aside, and that is the thread's; answers are sent after the journal or the file is on disk, and the position
+//! of the last entry moves before them; nothing in the journal is overwritten before the file has it.
 
 use std::collections::VecDeque;
 use std::convert::Infallible;
@@ -64,9 +66,11 @@ pub(super) struct Queue {
 #[derive(Debug, Default)]
 struct Waiting {
     commands: VecDeque<Command>,
+    /// On their way to the file, while others go to the journal.
+    filing: Arc<Notes>,
     /// In the journal, and not in the file.
     journaled: Notes,
-    /// Being written by the commit that is under way.
+    /// Being written by whoever holds the writer.
     writing: Arc<Notes>,
     /// Made since that began.
     notes: Notes,
@@ -112,7 +116,12 @@ enum Target {
     /// To the journal, if it has room.
     Journal,
     File,
+    /// To the file, which gets what the journal has; nothing else does, so the journal goes on meanwhile.
+    FileBesideJournal,
 }
+
+/// What is noted and perhaps not in the file, the earlier first.
+pub(super) type Layers<T> = [T; 4];
 
 impl Queue {
     /// `journaled`: what was noted, and only the journal has.
@@ -144,14 +153,14 @@ impl Queue {
         &self,
         device: &Device,
         at_once: impl FnOnce() -> T,
-    ) -> ([Option<SessionNote>; 3], T) {
+    ) -> (Layers<Option<SessionNote>>, T) {
         let waiting = self.waiting.lock();
         let noted = waiting.layers().map(|notes| notes.sessions.get(device).cloned());
         (noted, at_once())
     }
 
     /// What is in the notes, the earlier first, and what `at_once` returns at the same moment.
-    pub(super) fn noted<T, U>(&self, read: impl Fn(&Notes) -> T, at_once: impl FnOnce() -> U) -> ([T; 3], U) {
+    pub(super) fn noted<T, U>(&self, read: impl Fn(&Notes) -> T, at_once: impl FnOnce() -> U) -> (Layers<T>, U) {
         let waiting = self.waiting.lock();
         (waiting.layers().map(read), at_once())
     }
@@ -182,14 +191,13 @@ impl Queue {
         }
     }
 
-    /// Waits for work. `None` once closed and there is none left. `writes`: what the writer can do, and has to.
-    fn next(&self, writes: Writes) -> Option<Work> {
+    /// Waits for work, or for the end.
+    fn wait(&self, has_failed: bool) {
         let mut waiting = self.waiting.lock();
-        let is_due = loop {
-            let due = waiting.file_due.filter(|_| writes != Writes::Nothing);
-            let is_due = due.is_some_and(|due| due <= Instant::now());
-            if waiting.closed || !waiting.commands.is_empty() || is_due {
-                break is_due;
+        loop {
+            let due = waiting.file_due.filter(|_| !has_failed);
+            if waiting.closed || !waiting.commands.is_empty() || due.is_some_and(|due| due <= Instant::now()) {
+                return;
             }
             match due {
                 Some(due) => {
@@ -198,7 +206,13 @@ impl Queue {
                 }
                 None => self.wake.wait(&mut waiting),
             }
-        };
+        }
+    }
+
+    /// What there is to do; `None` once closed and there is nothing left. `goes_on_beside`: whether the journal can, while the file is written.
+    fn take(&self, writes: Writes, goes_on_beside: bool) -> Option<Work> {
+        let mut waiting = self.waiting.lock();
+        let is_due = waiting.file_due.is_some_and(|due| due <= Instant::now());
         let mut entries = 0;
         let mut commands = Vec::new();
         while entries < COMMIT_ENTRIES_MAX
@@ -209,28 +223,52 @@ impl Queue {
             }
             commands.push(command);
         }
-        let to_journal = writes == Writes::Journal
-            && !is_due
-            && !commands.is_empty()
+        let to = if writes != Writes::Journal {
+            Target::File
+        } else if commands.iter().all(|command| matches!(command, Command::Sync { .. })) {
+            if goes_on_beside { Target::FileBesideJournal } else { Target::File }
+        } else if !is_due
             && commands.iter().all(Command::may_go_to_the_journal)
-            && waiting.notes.may_go_to_the_journal();
-        if to_journal {
-            waiting.writing = Arc::new(std::mem::take(&mut waiting.notes));
-        } else if writes != Writes::Nothing {
-            waiting.file_due = None;
-            let mut all = std::mem::take(&mut waiting.journaled);
-            all.fold(std::mem::take(&mut waiting.notes));
-            waiting.writing = Arc::new(all);
-        }
-        let to = if to_journal { Target::Journal } else { Target::File };
-        let work = Work { commands, notes: Arc::clone(&waiting.writing), to };
-        let done = waiting.closed && work.commands.is_empty() && work.notes.is_empty();
-        (!done).then_some(work)
+            && waiting.notes.may_go_to_the_journal()
+        {
+            Target::Journal
+        } else {
+            Target::File
+        };
+        let notes = match to {
+            _ if writes == Writes::Nothing => Arc::default(),
+            Target::Journal => {
+                waiting.writing = Arc::new(std::mem::take(&mut waiting.notes));
+                Arc::clone(&waiting.writing)
+            }
+            Target::File | Target::FileBesideJournal => {
+                waiting.file_due = None;
+                let mut all = std::mem::take(&mut waiting.journaled);
+                all.fold(std::mem::take(&mut waiting.notes));
+                let layer =
+                    if to == Target::File { &mut waiting.writing } else { &mut waiting.filing };
+                *layer = Arc::new(all);
+                Arc::clone(layer)
+            }
+        };
+        let done = waiting.closed && commands.is_empty() && notes.is_empty();
+        (!done).then_some(Work { commands, notes, to })
     }
 
-    /// The file is to get what only the journal has, some time.
-    fn file_is_due(&self) {
-        self.waiting.lock().be_due_in(FILE_DELAY_MAX);
+    /// For a record of the journal: what can be written with new entries.
+    fn take_notes(&self) -> Arc<Notes> {
+        let mut waiting = self.waiting.lock();
+        if waiting.notes.may_go_to_the_journal() {
+            waiting.writing = Arc::new(std::mem::take(&mut waiting.notes));
+        }
+        Arc::clone(&waiting.writing)
+    }
+
+    /// The file is to get what only the journal has, after a delay or before.
+    fn file_is_due_in(&self, delay: Duration) {
+        if self.waiting.lock().be_due_in(delay) {
+            self.wake.notify_one();
+        }
     }
 
     /// The notes of a [`Work`] that was for the journal, and those that only the journal has: for the file, which gets all of it now.
@@ -242,7 +280,13 @@ impl Queue {
         Arc::clone(&waiting.writing)
     }
 
-    /// Where the notes of the last [`Work`] are now.
+    /// The file has the notes that were on their way to it beside the journal.
+    fn filed(&self) {
+        let filed = std::mem::take(&mut self.waiting.lock().filing);
+        drop(filed);
+    }
+
+    /// Where the notes are that the holder of the writer had.
     fn written(&self, notes: Noted) {
         let mut waiting = self.waiting.lock();
         let written = std::mem::take(&mut waiting.writing);
@@ -263,7 +307,11 @@ impl Queue {
     /// The notes of the last [`Work`] are to be written again, some time.
     fn not_written(&self) {
         self.written(Noted::Nowhere);
-        self.waiting.lock().file_due = Some(Instant::now() + RETRY_DELAY);
+        let mut waiting = self.waiting.lock();
+        let mut notes = Arc::unwrap_or_clone(std::mem::take(&mut waiting.filing));
+        notes.fold(std::mem::take(&mut waiting.journaled));
+        waiting.journaled = notes;
+        waiting.file_due = Some(Instant::now() + RETRY_DELAY);
     }
 }
 
@@ -277,24 +325,34 @@ enum Noted {
 
 impl Waiting {
     /// What is not in the file, the earlier first.
-    fn layers(&self) -> [&Notes; 3] {
-        [&self.journaled, &self.writing, &self.notes]
+    fn layers(&self) -> Layers<&Notes> {
+        [&self.filing, &self.journaled, &self.writing, &self.notes]
     }
 
-    /// Whether that was news.
+    /// Whether that is sooner than it was.
     fn be_due_in(&mut self, delay: Duration) -> bool {
-        let is_news = self.file_due.is_none();
-        self.file_due.get_or_insert_with(|| Instant::now() + delay);
-        is_news
+        if delay == FILE_DELAY_MAX && self.file_due.is_some() {
+            return false;
+        }
+        let due = Instant::now() + delay;
+        let is_sooner = self.file_due.is_none_or(|earlier| due < earlier);
+        if is_sooner {
+            self.file_due = Some(due);
+        }
+        is_sooner
     }
 }
 
 impl Command {
     /// Whether it is about new entries alone, none of which changes what the file has.
     fn may_go_to_the_journal(&self) -> bool {
-        let only_adds = |new: &NewEntry| new.seq != Seq::FIRST && !matches!(new.body, Body::Unsend { .. });
-        matches!(self, Self::Append { batch, .. } if batch.iter().all(only_adds))
+        matches!(self, Self::Append { batch, .. } if only_adds(batch))
     }
+}
+
+/// Whether these change nothing of what the file has.
+fn only_adds(batch: &[NewEntry]) -> bool {
+    batch.iter().all(|new| new.seq != Seq::FIRST && !matches!(new.body, Body::Unsend { .. }))
 }
 
 /// What the writer can do.
@@ -326,6 +384,48 @@ impl Shared {
         let (answer, answered) = oneshot::channel();
         self.queue.push(Command::Append { batch, answer, room });
         answered.await.unwrap_or_else(|_| Err(AppendError::Unknown("the log's writer has ended".to_owned())))
+    }
+
+    /// The same; the caller's thread waits for the disk.
+    pub(super) async fn append_in_place(&self, batch: Arc<Vec<NewEntry>>) -> Result<Vec<Position>, AppendError> {
+        match self.append_to_journal(&batch) {
+            Some(appended) => appended,
+            None => self.append(batch).await,
+        }
+    }
+
+    /// `None` if it is not certain that the journal can take them: nothing was done.
+    fn append_to_journal(&self, batch: &[NewEntry]) -> Option<Result<Vec<Position>, AppendError>> {
+        if batch.is_empty() || !only_adds(batch) {
+            return None;
+        }
+        let mut writer = self.writer.lock();
+        let writer = writer.as_mut()?;
+        let _failing = Failing(self, "a writer panicked");
+        if writer.writes() != Writes::Journal || !self.index.has_room() {
+            return None;
+        }
+        let staged = writer.check(std::iter::once(batch)).ok()?;
+        let notes = self.queue.take_notes();
+        let written = writer.write_to_journal(staged, &notes);
+        // The queue's own notes are then the only ones.
+        drop(notes);
+        match written {
+            Ok(Ok(outcomes)) => {
+                self.queue.written(outcomes.noted);
+                let appended = outcomes.batches.into_iter().next();
+                appended.map(|appended| appended.map(|positions| positions.map(Position).collect()))
+            }
+            Ok(Err(_no_room)) => {
+                self.queue.written(Noted::Nowhere);
+                None
+            }
+            Err(fault) => {
+                self.queue.written(Noted::Nowhere);
+                self.fail(fault.reason.clone());
+                Some(Err(fault.append_error()))
+            }
+        }
     }
 
     /// Returns when everything noted before is on disk.
@@ -409,19 +509,30 @@ impl Fault {
 }
 
 pub(super) fn start(
-    shared: Arc<Shared>,
+    shared: &Arc<Shared>,
     opener: Opener,
     journal: Journal,
     stored: Position,
     tail: Tail,
 ) -> Result<JoinHandle<()>, OpenError> {
-    let ending = Ending(Arc::clone(&shared));
+    let ending = Ending(Arc::clone(shared));
     let folder = opener.folder().to_owned();
+    let heads = FxHashMap::default();
+    let writer = Writer {
+        shared: Arc::clone(shared),
+        opener,
+        journal,
+        noted: Vec::new(),
+        stored,
+        tail,
+        heads,
+        is_file_first: false,
+    };
+    *shared.writer.lock() = Some(writer);
     let run = move || {
         // Owned by the thread, so that it is dropped when the thread ends, by a panic too.
-        let _ending = ending;
-        let heads = FxHashMap::default();
-        Writer { shared, opener, journal, noted: Vec::new(), stored, tail, heads, is_file_first: false }.run();
+        let ending = ending;
+        run(&ending.0);
     };
     let started = thread::Builder::new().name("log-writer".to_owned()).spawn(run);
     started.map_err(|error| OpenError::Io { file: folder, reason: format!("no thread to write it: {error}") })
@@ -432,15 +543,28 @@ struct Ending(Arc<Shared>);
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        if thread::panicking() {
-            self.0.fail("the log's writer panicked".to_owned());
-        }
+        drop(Failing(&self.0, "the log's writer panicked"));
         self.0.queue.close();
+        // It has the log itself.
+        drop(self.0.writer.lock().take());
         self.0.queue.waiting.lock().commands.clear();
     }
 }
 
-struct Writer {
+/// A log whose writer panicked takes nothing more.
+struct Failing<'a>(&'a Shared, &'static str);
+
+impl Drop for Failing<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.fail(self.1.to_owned());
+        }
+    }
+}
+
+/// What it takes to write. There is one, and who holds it writes.
+#[derive(Debug)]
+pub(super) struct Writer {
     shared: Arc<Shared>,
     opener: Opener,
     journal: Journal,
@@ -456,38 +580,103 @@ struct Writer {
     heads: FxHashMap<Key, ConversationHead>,
 }
 
+/// What of the journal the file is about to get.
+struct SetAside {
+    pending: Pending,
+    /// Position of the last entry.
+    last: Position,
+}
+
+/// What the writer's thread does.
+fn run(shared: &Shared) {
+    shared.queue.file_is_due_in(FILE_DELAY_MAX);
+    loop {
+        shared.queue.wait(shared.failure().is_some());
+        let mut held = shared.writer.lock();
+        let Some(writer) = held.as_mut() else { return };
+        let Some(work) = shared.queue.take(writer.writes(), writer.journal.can_set_aside()) else { break };
+        if let Some(reason) = shared.failure() {
+            refuse(work.commands, &Fault { reason: reason.to_owned(), full: false, stored: Stored::Nothing });
+            continue;
+        }
+        let written = if work.to == Target::FileBesideJournal {
+            let aside = writer.set_aside();
+            drop(held);
+            let written = shared.write_beside_the_journal(&aside, &work.notes);
+            held = shared.writer.lock();
+            let Some(writer) = held.as_mut() else { return };
+            written.map(|()| writer.filed(&aside))
+        } else {
+            writer.write(&work)
+        };
+        let Some(writer) = held.as_mut() else { return };
+        let Work { commands, notes, to } = work;
+        // The queue's own notes are then the only ones.
+        drop(notes);
+        match written {
+            Ok(outcomes) => {
+                if to == Target::FileBesideJournal {
+                    shared.queue.filed();
+                } else {
+                    shared.queue.written(outcomes.noted);
+                }
+                answer(commands, outcomes);
+            }
+            Err(fault) => {
+                shared.queue.not_written();
+                refuse(commands, &writer.settle(fault));
+                if shared.queue.is_closed() {
+                    return;
+                }
+            }
+        }
+    }
+    let mut held = shared.writer.lock();
+    if let Some(writer) = held.as_mut()
+        && writer.writes() != Writes::Nothing
+        && let Err(fault) = writer.write_to_file(&[], &Notes::default(), Staged::none(shared.head()))
+    {
+        tracing::warn!(reason = %fault.reason, "the journal keeps messages for the next start: the log's file could not be written");
+    }
+}
+
+impl Shared {
+    /// Gives the file what was set aside, and notes.
+    fn write_beside_the_journal(&self, aside: &SetAside, notes: &Notes) -> Result<(), Fault> {
+        if aside.pending.is_empty() && notes.is_empty() {
+            return Ok(());
+        }
+        let write = || -> Result<WriteTransaction, ReadError> {
+            let transaction = self.begin_write()?;
+            insert_pending(&transaction, &aside.pending)?;
+            write_notes(&transaction, notes)?;
+            Ok(transaction)
+        };
+        let transaction = write().map_err(|error| Fault::before_commit(&error))?;
+        transaction.commit().map_err(Fault::in_commit)
+    }
+
+    fn begin_write(&self) -> Result<WriteTransaction, ReadError> {
+        let database = self.database.read();
+        let mut transaction = database.as_ref().ok_or_else(|| self.closed())?.begin_write()?;
+        transaction.set_durability(Durability::Immediate)?;
+        transaction.set_quick_repair(true);
+        Ok(transaction)
+    }
+}
+
 impl Writer {
-    fn run(mut self) {
-        self.shared.queue.file_is_due();
-        while let Some(work) = self.shared.queue.next(self.writes()) {
-            if let Some(reason) = self.shared.failure() {
-                refuse(work.commands, &Fault { reason: reason.to_owned(), full: false, stored: Stored::Nothing });
-                continue;
-            }
-            match self.write(&work) {
-                Ok(outcomes) => {
-                    let Work { commands, notes, .. } = work;
-                    // The queue's own notes are then the only ones.
-                    drop(notes);
-                    self.shared.queue.written(outcomes.noted);
-                    answer(commands, outcomes);
-                }
-                Err(fault) => {
-                    let Work { commands, notes, .. } = work;
-                    drop(notes);
-                    self.shared.queue.not_written();
-                    refuse(commands, &self.settle(fault));
-                    if self.shared.queue.is_closed() {
-                        return;
-                    }
-                }
-            }
-        }
-        if self.writes() != Writes::Nothing
-            && let Err(fault) = self.write_to_file(&[], &Notes::default(), Staged::none(self.shared.head()))
-        {
-            tracing::warn!(reason = %fault.reason, "the journal keeps messages for the next start: the log's file could not be written");
-        }
+    fn set_aside(&mut self) -> SetAside {
+        self.journal.set_aside();
+        SetAside { pending: self.shared.pending(), last: self.shared.head() }
+    }
+
+    /// The file has it.
+    fn filed(&mut self, aside: &SetAside) -> Outcomes {
+        self.stored = aside.last;
+        self.shared.pending.write().remove(&aside.pending);
+        self.journal.forget_set_aside();
+        Outcomes { batches: Vec::new(), noted: Noted::InFile, wiped: Ok(()) }
     }
 
     fn writes(&self) -> Writes {
@@ -506,16 +695,17 @@ impl Writer {
             Command::Sync { .. } | Command::Remove { .. } | Command::Commit { .. } => None,
         });
         let staged = self.check(batches).map_err(|error| Fault::before_commit(&error))?;
-        match work.to {
+        let staged = match work.to {
             Target::Journal => match self.write_to_journal(staged, &work.notes)? {
-                Ok(outcomes) => Ok(outcomes),
-                Err(staged) => {
-                    let notes = self.shared.queue.notes_for_the_file();
-                    self.write_to_file(&work.commands, &notes, staged)
-                }
+                Ok(outcomes) => return Ok(outcomes),
+                Err(staged) => staged,
             },
-            Target::File => self.write_to_file(&work.commands, &work.notes, staged),
-        }
+            Target::File | Target::FileBesideJournal => {
+                return self.write_to_file(&work.commands, &work.notes, staged);
+            }
+        };
+        let notes = self.shared.queue.notes_for_the_file();
+        self.write_to_file(&work.commands, &notes, staged)
     }
 
     /// Gives the batches back if the journal has no room for them.
@@ -546,7 +736,8 @@ impl Writer {
             });
             self.tail = tail;
         }
-        self.shared.queue.file_is_due();
+        let delay = if self.journal.is_half_full() { Duration::ZERO } else { FILE_DELAY_MAX };
+        self.shared.queue.file_is_due_in(delay);
         Ok(Ok(Outcomes { batches: self.stored(staged), noted: Noted::InJournal, wiped: Ok(()) }))
     }
 
@@ -567,7 +758,7 @@ impl Writer {
         if staged.entries.is_empty() && notes.is_empty() && pending.is_empty() && !others {
             return Ok(Outcomes { batches: staged.outcomes, noted: Noted::InFile, wiped: Ok(()) });
         }
-        let transaction = self.begin().map_err(before_commit)?;
+        let transaction = self.shared.begin_write().map_err(before_commit)?;
         forget(&transaction, shredded.flatten()).map_err(before_commit)?;
         insert_pending(&transaction, &pending).map_err(before_commit)?;
         let mut tail = self.tail.clone();
@@ -598,14 +789,6 @@ impl Writer {
         self.shared.index.add(&staged.posted);
         self.shared.committed_up_to(staged.last);
         staged.outcomes
-    }
-
-    fn begin(&self) -> Result<WriteTransaction, ReadError> {
-        let database = self.shared.database.read();
-        let mut transaction = database.as_ref().ok_or_else(|| self.shared.closed())?.begin_write()?;
-        transaction.set_durability(Durability::Immediate)?;
-        transaction.set_quick_repair(true);
-        Ok(transaction)
     }
 
     /// After a fault: goes on if the disk was full and it is certain that nothing was stored, else the log has failed.
