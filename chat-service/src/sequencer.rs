@@ -1,12 +1,14 @@
-//! The sequencer: the one task that numbers messages and writes them to the log.
+//! The sequencer: the one thread that numbers messages and writes them to the log.
 //!
 //! While one batch is being written the next one gathers in the queue: a lone message commits at once, and under load batches grow by
 //! themselves. What is committed goes to the announcer, which answers the senders and puts the messages on the bus while the next batch is
-//! already on its way to the disk. Invariant: nothing is answered as stored, and nothing is announced, before the log has it on disk.
+//! already on its way to the disk; a few messages are announced in place, because another task is reached later. Invariants: nothing is
+//! answered as stored, and nothing is announced, before the log has it on disk; batches are announced in the order of the log.
 
 use std::fmt::Write;
 use std::future::Future;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Instant, SystemTime, UNIX_EPOCH};
 
 use broker::Announcer;
@@ -37,6 +39,8 @@ pub const SUBMISSIONS_MAX: usize = 4_096;
 const BATCH_MESSAGES_MAX: usize = 4_096;
 /// Committed batches that may wait for the announcer.
 const COMMITTED_BATCHES_MAX: usize = 4;
+/// Messages that are announced before the next batch is taken, if no other batch waits for it.
+const ANNOUNCED_IN_PLACE_MAX: usize = 16;
 /// Conversations whose last entry is kept in memory; when it is full all are forgotten and read again.
 const HEADS_MAX: usize = 200_000;
 /// Accounts whose usage is kept in memory; when it is full all are forgotten and asked again.
@@ -99,7 +103,7 @@ pub struct Parts<L> {
     pub head: watch::Sender<Position>,
 }
 
-/// Numbers and writes until `shutdown`, and then what the queue still holds.
+/// Numbers and writes until `shutdown`, and then what the queue still holds. For a thread of its own: it waits for the disk.
 pub async fn run<L: Log>(
     parts: Parts<L>,
     mut queue: mpsc::Receiver<Vec<Submission>>,
@@ -109,7 +113,17 @@ pub async fn run<L: Log>(
     let mut shutdown = std::pin::pin!(shutdown);
     let mut open = true;
     let (committed, to_announce) = mpsc::channel(COMMITTED_BATCHES_MAX);
-    let announcing = tokio::spawn(announce(to_announce, announcer.clone(), Arc::clone(&metrics), presence, head));
+    let under_way = Arc::new(AtomicUsize::new(0));
+    let announcing = || Announcing {
+        announcer: announcer.clone(),
+        metrics: Arc::clone(&metrics),
+        presence: Arc::clone(&presence),
+        head: head.clone(),
+        every: [Down::Inbox.filter(), Down::Sent.filter()],
+        live: Live::default(),
+    };
+    let mut in_place = announcing();
+    let announcing = tokio::spawn(announce(to_announce, announcing(), Arc::clone(&under_way)));
     let beginnings = Beginnings::new(new_conversations_per_hour);
     let mut known = Known { quotas, blocks, beginnings, ..Known::default() };
     let mut gathered: Vec<Vec<Submission>> = Vec::new();
@@ -132,9 +146,13 @@ pub async fn run<L: Log>(
             if batch.is_empty() {
                 break;
             }
-            if let Some(done) = write(&*log, &mut known, batch, &announcer, &metrics).await
-                && committed.send(done).await.is_err()
-            {
+            let Some(done) = write(&*log, &mut known, batch, &announcer, &metrics).await else { continue };
+            if done.answers.len() <= ANNOUNCED_IN_PLACE_MAX && under_way.load(Ordering::Acquire) == 0 {
+                in_place.announce(done);
+                continue;
+            }
+            under_way.fetch_add(1, Ordering::Relaxed);
+            if committed.send(done).await.is_err() {
                 tracing::error!("the announcer has ended");
                 return;
             }
@@ -190,7 +208,7 @@ async fn write<L: Log>(
             return Some(Committed { sends, answers, plan, positions: Vec::new() });
         }
         let began = Instant::now();
-        match log.append(Arc::clone(&plan.entries)).await {
+        match log.append_in_place(Arc::clone(&plan.entries)).await {
             Ok(positions) => {
                 metrics.commit_seconds.observe(began.elapsed().as_secs_f64());
                 metrics.commit_messages.observe(f64::from(u32::try_from(positions.len()).unwrap_or(u32::MAX)));
@@ -373,18 +391,35 @@ fn refuse_all(
     complete(outcomes);
 }
 
-/// Answers senders and puts messages on the bus, batch after batch in the order of the log.
-async fn announce<L: Log>(
-    mut committed: mpsc::Receiver<Committed>,
+/// What it takes to announce.
+struct Announcing<L> {
     announcer: Announcer,
     metrics: Arc<Metrics>,
     presence: Arc<Presence<L>>,
     head: watch::Sender<Position>,
+    /// Every inbox, and what everybody sends.
+    every: [String; 2],
+    live: Live,
+}
+
+/// Announces batch after batch, in their order. `under_way`: so many are not announced yet.
+async fn announce<L: Log>(
+    mut committed: mpsc::Receiver<Committed>,
+    mut announcing: Announcing<L>,
+    under_way: Arc<AtomicUsize>,
 ) {
-    let (every_inbox, every_sent) = (Down::Inbox.filter(), Down::Sent.filter());
-    let mut live = Live::default();
-    while let Some(Committed { sends, answers, plan, positions }) = committed.recv().await {
-        let observed = [&every_inbox, &every_sent].map(|filter| announcer.has_subscribers(filter));
+    while let Some(batch) = committed.recv().await {
+        announcing.announce(batch);
+        under_way.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl<L: Log> Announcing<L> {
+    /// Answers senders and puts messages on the bus.
+    fn announce(&mut self, committed: Committed) {
+        let Self { announcer, metrics, presence, head: log_head, every, live } = self;
+        let Committed { sends, answers, plan, positions } = committed;
+        let observed = [&every[0], &every[1]].map(|filter| announcer.has_subscribers(filter));
         let mut messages = Vec::with_capacity(positions.len());
         let mut outcomes = Vec::with_capacity(answers.len());
         live.users = None;
@@ -392,7 +427,7 @@ async fn announce<L: Log>(
             let head = match decision {
                 Decision::Append(index) => {
                     let entry = &plan.entries[*index];
-                    live.push(&mut messages, &announcer, &observed, entry, positions[*index], answer.received_at());
+                    live.push(&mut messages, announcer, &observed, entry, positions[*index], answer.received_at());
                     ConversationHead { seq: entry.seq, at: entry.at }
                 }
                 Decision::SameAsNew(index) => {
@@ -419,8 +454,8 @@ async fn announce<L: Log>(
                     };
                     let id = send.id.as_ref().map(|id| id.as_str());
                     refusal::count_and_tell(
-                        &announcer,
-                        &metrics,
+                        announcer,
+                        metrics,
                         send.from.as_str(),
                         !can_answer,
                         code,
@@ -460,7 +495,7 @@ async fn announce<L: Log>(
             presence.met(&entry.from, &entry.to);
         }
         if let Some(last) = positions.last() {
-            head.send_replace(*last);
+            log_head.send_replace(*last);
         }
     }
 }

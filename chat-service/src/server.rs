@@ -12,8 +12,7 @@ use broker::{Announcer, Broker};
 use chat_protocol::UserId;
 use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::{mpsc, watch};
-use tokio::task::JoinHandle;
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::acme::Acme;
 use crate::admin;
@@ -70,7 +69,8 @@ pub struct Server {
     telling: Telling,
     webhooks: Webhooks<RedbLog>,
     committed: watch::Receiver<Position>,
-    sequencing: JoinHandle<()>,
+    /// Says when it has ended.
+    sequencing: oneshot::Receiver<()>,
     drain: watch::Sender<bool>,
     mqtt: TcpListener,
     http: TcpListener,
@@ -136,7 +136,15 @@ impl Server {
             presence: Arc::clone(&presence),
             head,
         };
-        let sequencing = tokio::spawn(sequencer::run(parts, submissions, told(draining)));
+        let (ended, sequencing) = oneshot::channel();
+        let runtime = tokio::runtime::Handle::current();
+        let sequencer = std::thread::Builder::new().name("sequencer".to_owned());
+        let sequence = move || {
+            runtime.block_on(sequencer::run(parts, submissions, told(draining)));
+            // Whoever does not wait any more does not need it.
+            ended.send(()).unwrap_or(());
+        };
+        sequencer.spawn(sequence).context("no thread for the sequencer")?;
         let receipts = Arc::new(Receipts::new(Arc::clone(&log), announcer.clone()));
         let typing = Arc::new(TypingRelay::new(Arc::clone(&log), announcer.clone()));
         let requests = Requests::new(requests::Parts {

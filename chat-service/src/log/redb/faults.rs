@@ -9,7 +9,9 @@ use std::sync::atomic::Ordering;
 use proptest::prelude::*;
 
 use super::disk::{Disk, FaultyDisk, Operation, Recorder};
-use super::tests::{EVERYTHING, Reopened, SMALL, append, at, compare, inbox, message, phone, sent_at, steps, user, verified};
+use super::tests::{
+    EVERYTHING, Reopened, SMALL, append, at, compare, inbox, message, phone, sent_at, steps, user, verified,
+};
 use super::*;
 use crate::log::Side;
 

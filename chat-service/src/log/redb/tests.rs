@@ -708,9 +708,12 @@ async fn reads_beside_the_journal_have_no_gaps() {
         })
     };
     for seq in 1..=1_500 {
-        append(&*log, vec![message("alice", "bob", seq, &"some words ".repeat(1 + usize::try_from(seq % 30).unwrap()))])
-            .await
-            .unwrap();
+        append(
+            &*log,
+            vec![message("alice", "bob", seq, &"some words ".repeat(1 + usize::try_from(seq % 30).unwrap()))],
+        )
+        .await
+        .unwrap();
         if seq % 3 == 0 {
             log.advance(advance(seq));
         }

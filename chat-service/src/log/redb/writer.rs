@@ -245,8 +245,7 @@ impl Queue {
                 waiting.file_due = None;
                 let mut all = std::mem::take(&mut waiting.journaled);
                 all.fold(std::mem::take(&mut waiting.notes));
-                let layer =
-                    if to == Target::File { &mut waiting.writing } else { &mut waiting.filing };
+                let layer = if to == Target::File { &mut waiting.writing } else { &mut waiting.filing };
                 *layer = Arc::new(all);
                 Arc::clone(layer)
             }
