@@ -707,6 +707,21 @@ async fn reads_beside_the_journal_have_no_gaps() {
             }
         })
     };
+    // Every session is the file's at once: it is written most of the time.
+    let sessions = {
+        let (log, done) = (Arc::clone(&log), Arc::clone(&done));
+        let laptop = Device { user: user("alice"), ..phone() };
+        tokio::spawn(async move {
+            for to in 0.. {
+                log.put_session(&laptop, at(to)).await.unwrap();
+                assert_eq!(log.session(&laptop).await.unwrap(), Some(at(to)));
+                if done.load(std::sync::atomic::Ordering::SeqCst) {
+                    return to;
+                }
+            }
+            0
+        })
+    };
     for seq in 1..=1_500 {
         append(
             &*log,
@@ -722,6 +737,7 @@ async fn reads_beside_the_journal_have_no_gaps() {
     while let Some(reads) = readers.join_next().await {
         assert!(reads.unwrap() > 0);
     }
+    assert!(sessions.await.unwrap() > 10);
     removing.await.unwrap();
 }
 
