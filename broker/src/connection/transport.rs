@@ -111,6 +111,7 @@ where
                 *turn = Turn::None;
             }
             self.coming.take_if(|_| !is_coming);
+            self.engine.rest();
             Poll::Pending
         }
     }
