@@ -87,7 +87,7 @@ impl End {
     }
 }
 
-struct Connection<S: Service, T> {
+pub(crate) struct Connection<S: Service, T> {
     shared: Arc<Shared<S>>,
     number: ConnectionNumber,
     io: T,
@@ -149,72 +149,62 @@ struct Connection<S: Service, T> {
     coming: Option<Box<Turn>>,
 }
 
-/// A future that serves one connection until it ends.
-pub(crate) fn run<S, T>(
-    shared: Arc<Shared<S>>,
-    number: ConnectionNumber,
-    io: T,
-    peer: Peer,
-) -> impl Future<Output = ()> + Send
-where
-    S: Service,
-    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let now = Instant::now();
-    let deadline = now + shared.limits.connect_timeout;
-    // On the heap: the task's future would have it, and what it is made of, several times over.
-    let connection = Box::new(Connection {
-        engine: Engine::new(&shared.limits),
-        mailbox: Arc::new(shared.mailbox()),
-        rights_seen: shared.rights(),
-        connect_bytes_left: shared.limits.connect_bytes,
-        shared,
-        number,
-        io,
-        peer,
-        packets: VecDeque::new(),
-        early: Vec::new(),
-        out_at: 0,
-        needs_flush: false,
-        cut: false,
-        session: None,
-        pending: VecDeque::new(),
-        first_token: 0,
-        unsent: Vec::new(),
-        held: VecDeque::new(),
-        waiting: None,
-        reading: None,
-        page: None,
-        unwritten: Vec::new(),
-        heard_at: now,
-        wrote_at: now,
-        deaf: false,
-        deadline: Some(deadline),
-        retry_at: None,
-        bus_retry_at: None,
-        recheck: false,
-        timer: Box::pin(tokio::time::sleep_until(deadline.into())),
-        timer_at: deadline,
-        taken_over: None,
-        busy: false,
-        dry: false,
-        read_in_turn: 0,
-        pace: None,
-        paused_until: None,
-        told_at: None,
-        stopping: false,
-        end: None,
-        coming: Some(Box::default()),
-    });
-    connection.live()
-}
-
 impl<S, T> Connection<S, T>
 where
     S: Service,
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    async fn live(mut self: Box<Self>) {
+    pub(crate) fn new(shared: Arc<Shared<S>>, number: ConnectionNumber, io: T, peer: Peer) -> Box<Self> {
+        let now = Instant::now();
+        let deadline = now + shared.limits.connect_timeout;
+        // On the heap: the task's future would have it, and what it is made of, several times over.
+        Box::new(Self {
+            engine: Engine::new(&shared.limits),
+            mailbox: Arc::new(shared.mailbox()),
+            rights_seen: shared.rights(),
+            connect_bytes_left: shared.limits.connect_bytes,
+            shared,
+            number,
+            io,
+            peer,
+            packets: VecDeque::new(),
+            early: Vec::new(),
+            out_at: 0,
+            needs_flush: false,
+            cut: false,
+            session: None,
+            pending: VecDeque::new(),
+            first_token: 0,
+            unsent: Vec::new(),
+            held: VecDeque::new(),
+            waiting: None,
+            reading: None,
+            page: None,
+            unwritten: Vec::new(),
+            heard_at: now,
+            wrote_at: now,
+            deaf: false,
+            deadline: Some(deadline),
+            retry_at: None,
+            bus_retry_at: None,
+            recheck: false,
+            timer: Box::pin(tokio::time::sleep_until(deadline.into())),
+            timer_at: deadline,
+            taken_over: None,
+            busy: false,
+            dry: false,
+            read_in_turn: 0,
+            pace: None,
+            paused_until: None,
+            told_at: None,
+            stopping: false,
+            end: None,
+            coming: Some(Box::default()),
+        })
+    }
+
+    /// Serves it until it ends.
+    pub(crate) async fn live(mut self: Box<Self>) {
         // The guard leaves no trace of the connection behind, even if a bug makes the task panic.
         let mut departure = Departure {
             shared: Arc::clone(&self.shared),
@@ -225,7 +215,7 @@ where
             bound: Vec::new(),
         };
         let end = self.serve(&mut departure).await;
-        self.depart(end, &mut departure).await;
+        Box::pin(self.depart(end, &mut departure)).await;
     }
 
     async fn serve(&mut self, departure: &mut Departure<S>) -> End {
@@ -247,7 +237,11 @@ where
                 self.give_turn(turn);
             }
             self.publish_held();
-            self.handle_packets(departure).await;
+            loop {
+                let Some(working) = self.handle_packets(departure) else { break };
+                let (_, turn) = working.await;
+                self.give_turn(turn);
+            }
             if self.packets.is_empty() && self.packets.capacity() > 0 {
                 PACKETS.set(std::mem::take(&mut self.packets));
             }
@@ -426,19 +420,19 @@ where
 
     // ---- packets -------------------------------------------------------------------------------------------------------
 
-    /// What takes time is rare, and has its state on the heap: here every connection would have room for it all along.
-    async fn handle_packets(&mut self, departure: &mut Departure<S>) {
+    /// Works off the packets, up to one that takes time: the work on that is given back. It lies on the heap, for every connection would have
+    /// room for it all along, and it is rare.
+    fn handle_packets<'a>(
+        &'a mut self,
+        departure: &'a mut Departure<S>,
+    ) -> Option<Pin<Box<impl Future<Output = ((), Turn)> + Send + 'a>>> {
         let mut advanced = false;
         let mut delivered = 0;
+        let mut slow = None;
         while let Some(packet) = self.take_packet() {
             match packet {
-                Incoming::Connect(connect) => {
-                    let (turns, turn) = self.take_turn();
-                    let (_, turn) = Box::pin(turns.work(turn, self.connect(*connect, departure))).await;
-                    self.give_turn(turn);
-                }
                 Incoming::Publish(publish) => self.publish(publish),
-                Incoming::Puback(packet_id) | Incoming::Pubcomp(packet_id) => {
+                Incoming::Puback(packet_id) | Incoming::Pubcomp(packet_id) | Incoming::Pubrec(packet_id, false) => {
                     advanced |= self.acknowledged(packet_id, &mut delivered);
                 }
                 Incoming::Pubrec(packet_id, true) => {
@@ -447,48 +441,18 @@ where
                     }
                     self.engine.pubrel(packet_id);
                 }
-                Incoming::Pubrec(packet_id, false) => {
-                    advanced |= self.acknowledged(packet_id, &mut delivered);
-                }
                 Incoming::Pubrel(packet_id, known) => self.engine.pubcomp(packet_id, known),
                 Incoming::Repeated { .. } => {}
-                Incoming::Subscribe { packet_id, filters, identifier } => {
-                    let shared_without_own = |one: &Filter| one.no_local && filter::shared(&one.filter).is_some();
-                    if identifier == Some(0) {
-                        // [MQTT-3.8.2.1.2]
-                        self.engine
-                            .disconnect(DisconnectReasonCode::ProtocolError, "a subscription identifier is not 0");
-                    } else if filters.iter().any(shared_without_own) {
-                        // [MQTT-3.8.3-4]
-                        let sentence = "a shared subscription cannot be no-local";
-                        self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
-                    } else {
-                        let (turns, turn) = self.take_turn();
-                        let subscribing = self.subscribe(packet_id, filters, identifier, departure);
-                        let (_, turn) = Box::pin(turns.work(turn, subscribing)).await;
-                        self.give_turn(turn);
-                    }
-                }
-                Incoming::Unsubscribe { packet_id, filters } => {
-                    let (turns, turn) = self.take_turn();
-                    let unsubscribing = self.unsubscribe(packet_id, &filters, departure);
-                    let (_, turn) = Box::pin(turns.work(turn, unsubscribing)).await;
-                    self.give_turn(turn);
-                }
                 Incoming::Pingreq => self.engine.pingresp(),
-                Incoming::Disconnect { with_will, session_expiry_s } => {
-                    let (turns, turn) = self.take_turn();
-                    let (_, turn) = Box::pin(turns.work(turn, self.disconnect(session_expiry_s))).await;
-                    self.give_turn(turn);
-                    self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
-                }
-                Incoming::Auth(authentication) => {
-                    let (turns, turn) = self.take_turn();
-                    let authenticating = self.authenticate_again(&authentication, departure);
-                    let (_, turn) = Box::pin(turns.work(turn, authenticating)).await;
-                    self.give_turn(turn);
-                }
                 Incoming::Overfull(overfull) => self.refuse_overfull(overfull),
+                Incoming::Connect(_)
+                | Incoming::Subscribe { .. }
+                | Incoming::Unsubscribe { .. }
+                | Incoming::Disconnect { .. }
+                | Incoming::Auth(_) => {
+                    slow = Some(packet);
+                    break;
+                }
             }
         }
         if advanced {
@@ -496,6 +460,43 @@ where
         }
         if delivered > 0 {
             self.shared.service.observe(Observation::Delivered(delivered));
+        }
+        let packet = slow?;
+        let (turns, turn) = self.take_turn();
+        Some(Box::pin(turns.work(turn, self.take_time(packet, departure))))
+    }
+
+    /// Works off one that takes time.
+    async fn take_time(&mut self, packet: Incoming, departure: &mut Departure<S>) {
+        match packet {
+            Incoming::Connect(connect) => self.connect(*connect, departure).await,
+            Incoming::Subscribe { packet_id, filters, identifier } => {
+                let shared_without_own = |one: &Filter| one.no_local && filter::shared(&one.filter).is_some();
+                if identifier == Some(0) {
+                    // [MQTT-3.8.2.1.2]
+                    self.engine.disconnect(DisconnectReasonCode::ProtocolError, "a subscription identifier is not 0");
+                } else if filters.iter().any(shared_without_own) {
+                    // [MQTT-3.8.3-4]
+                    let sentence = "a shared subscription cannot be no-local";
+                    self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
+                } else {
+                    self.subscribe(packet_id, filters, identifier, departure).await;
+                }
+            }
+            Incoming::Unsubscribe { packet_id, filters } => self.unsubscribe(packet_id, &filters, departure).await,
+            Incoming::Disconnect { with_will, session_expiry_s } => {
+                self.disconnect(session_expiry_s).await;
+                self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
+            }
+            Incoming::Auth(authentication) => self.authenticate_again(&authentication, departure).await,
+            Incoming::Publish(_)
+            | Incoming::Puback(_)
+            | Incoming::Pubrec(..)
+            | Incoming::Pubrel(..)
+            | Incoming::Pubcomp(_)
+            | Incoming::Pingreq
+            | Incoming::Overfull(_)
+            | Incoming::Repeated { .. } => {}
         }
     }
 
