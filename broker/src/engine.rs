@@ -368,12 +368,12 @@ pub(crate) struct Engine {
     /// The connection ends once `out` is written.
     pub(crate) closing: bool,
     /// PUBLISH packets sent that nobody has counted yet.
-    pub(crate) messages_sent: u64,
+    pub(crate) messages_sent: u32,
     /// The limit that the client has just overstepped.
-    pub(crate) overstepped: Option<&'static str>,
-    user_properties_max: usize,
+    pub(crate) overstepped: Option<Overstepped>,
+    user_properties_max: u32,
     /// Bytes of the packet that is being read.
-    packet_bytes: usize,
+    packet_bytes: u32,
     problem_information: bool,
     connected: bool,
     /// CONNECT is not there yet.
@@ -390,9 +390,33 @@ pub(crate) struct Engine {
     reserved: Vec<u16>,
     /// The packet identifier that was given away last.
     last_packet_id: u16,
-    /// Topics that have an alias towards the client: 1, 2, 3, …
-    aliases: Vec<Box<str>>,
-    aliases_max: usize,
+    /// Few clients take any.
+    aliases: Option<Box<Aliases>>,
+}
+
+/// A limit, by the name of its setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Overstepped {
+    ConnectBytes,
+    PacketBytes,
+    ReceiveMaximum,
+}
+
+impl Overstepped {
+    pub(crate) fn limit(self) -> &'static str {
+        match self {
+            Self::ConnectBytes => "connect_bytes",
+            Self::PacketBytes => "packet_bytes",
+            Self::ReceiveMaximum => "receive_maximum",
+        }
+    }
+}
+
+/// Topic aliases towards the client.
+struct Aliases {
+    /// The first has 1, the next 2, and so on.
+    topics: Vec<Box<str>>,
+    max: usize,
 }
 
 /// The types of packets that are told apart here.
@@ -437,7 +461,10 @@ impl Engine {
             closing: false,
             messages_sent: 0,
             overstepped: None,
-            user_properties_max: if limits.user_properties == 0 { usize::MAX } else { limits.user_properties },
+            user_properties_max: match limits.user_properties {
+                0 => u32::MAX,
+                most => u32::try_from(most).unwrap_or(u32::MAX),
+            },
             packet_bytes: 0,
             problem_information: true,
             connected: false,
@@ -448,8 +475,7 @@ impl Engine {
             awaiting_puback: VecDeque::new(),
             reserved: Vec::new(),
             last_packet_id: 0,
-            aliases: Vec::new(),
-            aliases_max: 0,
+            aliases: None,
         }
     }
 
@@ -495,7 +521,7 @@ impl Engine {
                 }
                 Err(Malformed::TooLong) => {
                     // Nobody is connected who could be told.
-                    self.overstepped = Some("connect_bytes");
+                    self.overstepped = Some(Overstepped::ConnectBytes);
                     self.closing = true;
                     break;
                 }
@@ -506,8 +532,8 @@ impl Engine {
             };
             let received = &bytes[taken..taken + len];
             taken += len;
-            self.packet_bytes += len;
-            let packet_bytes = self.packet_bytes;
+            self.packet_bytes = self.packet_bytes.saturating_add(u32::try_from(len).unwrap_or(u32::MAX));
+            let packet_bytes = usize::try_from(self.packet_bytes).unwrap_or(usize::MAX);
             let is_whole = self.framing.is_between_packets();
             if is_whole {
                 self.packet_bytes = 0;
@@ -563,7 +589,7 @@ impl Engine {
 
     /// Takes what the protocol engine has read; `true` if it was a CONNECT.
     fn take_packet(&mut self, packet: Packet, packets: &mut VecDeque<Incoming>) -> bool {
-        let packet = if user_properties(&packet) > self.user_properties_max {
+        let packet = if user_properties(&packet) > usize::try_from(self.user_properties_max).unwrap_or(usize::MAX) {
             Some(Incoming::Overfull(self.overfull(&packet)))
         } else {
             self.incoming(packet)
@@ -602,7 +628,7 @@ impl Engine {
             }
             self.gathered.extend_from_slice(received);
             if self.gathered.len() > usize::try_from(self.agreed.packet_bytes_max).unwrap_or(usize::MAX) {
-                self.overstepped = Some("packet_bytes");
+                self.overstepped = Some(Overstepped::PacketBytes);
                 self.fault = Some(MqttError::PacketTooLarge);
             } else if is_whole {
                 let puback = std::mem::take(&mut self.gathered);
@@ -641,7 +667,9 @@ impl Engine {
             _ => self.long_puback(plain::body(packet)),
         };
         let packet_id = match read {
-            Ok(Puback { user_properties, .. }) if user_properties > self.user_properties_max => {
+            Ok(Puback { user_properties, .. })
+                if user_properties > usize::try_from(self.user_properties_max).unwrap_or(usize::MAX) =>
+            {
                 packets.push_back(Incoming::Overfull(Overfull::Other));
                 return;
             }
@@ -698,7 +726,7 @@ impl Engine {
     fn judge_receive_maximum(&mut self) {
         let under_way = self.unanswered_plain + self.inner.as_ref().map_or(0, |inner| inner.unanswered());
         if under_way > usize::from(self.agreed.receive_maximum) && self.is_v5() {
-            self.overstepped = Some("receive_maximum");
+            self.overstepped = Some(Overstepped::ReceiveMaximum);
             self.fault.get_or_insert(MqttError::ReceiveMaximumExceeded);
         }
     }
@@ -720,8 +748,8 @@ impl Engine {
             }
             Event::NotifyError(error) => {
                 self.overstepped = match error {
-                    MqttError::PacketTooLarge => Some("packet_bytes"),
-                    MqttError::ReceiveMaximumExceeded => Some("receive_maximum"),
+                    MqttError::PacketTooLarge => Some(Overstepped::PacketBytes),
+                    MqttError::ReceiveMaximumExceeded => Some(Overstepped::ReceiveMaximum),
                     _ => self.overstepped,
                 };
                 self.fault.get_or_insert(error);
@@ -825,7 +853,8 @@ impl Engine {
                         Property::RequestProblemInformation(value) => self.problem_information = value.val() != 0,
                         Property::RequestResponseInformation(value) => request_response_information = value.val() != 0,
                         Property::TopicAliasMaximum(value) if !self.takes_no_aliases => {
-                            self.aliases_max = usize::from(value.val().min(TOPIC_ALIASES_SENT_MAX));
+                            let max = usize::from(value.val().min(TOPIC_ALIASES_SENT_MAX));
+                            self.aliases = Some(Box::new(Aliases { topics: Vec::new(), max }));
                         }
                         Property::MaximumPacketSize(bytes) => {
                             self.agreed.sent_bytes_max = bytes.val();
@@ -1200,8 +1229,11 @@ impl Engine {
                 plain::put_publish_properties(properties, message, alias.map(|(alias, _)| alias));
                 plain::put_publish(&mut self.out, topic, message, packet_id, Some(properties), bytes_max)
             });
-            if put.is_err() && alias.is_some_and(|(_, is_known)| !is_known) {
-                self.aliases.pop();
+            if put.is_err()
+                && alias.is_some_and(|(_, is_known)| !is_known)
+                && let Some(aliases) = &mut self.aliases
+            {
+                aliases.topics.pop();
             }
             put.map_err(too_long)?;
         } else {
@@ -1276,15 +1308,16 @@ impl Engine {
 
     /// The alias of a topic, and whether the client knows it already; a new one if there is room.
     fn alias(&mut self, topic: &str) -> Option<(u16, bool)> {
-        if self.aliases_max == 0 || topic.len() < ALIASED_TOPIC_BYTES_MIN {
+        let Aliases { topics, max } = self.aliases.as_deref_mut()?;
+        if topic.len() < ALIASED_TOPIC_BYTES_MIN {
             return None;
         }
-        let found = self.aliases.iter().position(|known| **known == *topic);
+        let found = topics.iter().position(|known| **known == *topic);
         let at = match found {
             Some(at) => at,
-            None if self.aliases.len() < self.aliases_max => {
-                self.aliases.push(topic.into());
-                self.aliases.len() - 1
+            None if topics.len() < *max => {
+                topics.push(topic.into());
+                topics.len() - 1
             }
             None => return None,
         };
@@ -1922,7 +1955,10 @@ mod tests {
             assert!(engine.gathered.len() <= most);
             fed(&mut engine, &bytes);
         }
-        assert_eq!((engine.fault, engine.overstepped), (Some(MqttError::PacketTooLarge), Some("packet_bytes")));
+        assert_eq!(
+            (engine.fault, engine.overstepped),
+            (Some(MqttError::PacketTooLarge), Some(Overstepped::PacketBytes))
+        );
     }
 
     #[test]
@@ -1935,7 +1971,7 @@ mod tests {
             assert_eq!(engine.fault, None);
             fed(&mut engine, &publish(4, qos, with_property));
             assert_eq!(engine.fault, Some(MqttError::ReceiveMaximumExceeded));
-            assert_eq!(engine.overstepped, Some("receive_maximum"));
+            assert_eq!(engine.overstepped, Some(Overstepped::ReceiveMaximum));
         }
         // What is answered makes room.
         let mut engine = connected(Some(&[]), 2);

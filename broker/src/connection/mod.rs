@@ -55,7 +55,7 @@ thread_local! {
 
 /// What was read from the log, for a topic.
 type Read = (Arc<str>, Result<Page, ServiceError>);
-type Reading = Pin<Box<dyn Future<Output = Result<Page, ServiceError>> + Send>>;
+type Reading = Pin<Box<dyn Future<Output = Read> + Send>>;
 type Waiting = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// A publish that was not answered yet, in the order of arrival.
@@ -109,7 +109,7 @@ pub(crate) struct Connection<S: Service, T> {
     /// Publishes that wait for room on the bus of ordinary messages, and those behind them.
     held: VecDeque<Publish>,
     waiting: Option<Waiting>,
-    reading: Option<(Arc<str>, Reading)>,
+    reading: Option<Reading>,
     page: Option<Box<Read>>,
     /// QoS 0 deliveries that count as delivered once they are written.
     unwritten: Vec<(Arc<str>, Position)>,
@@ -118,17 +118,13 @@ pub(crate) struct Connection<S: Service, T> {
     wrote_at: Instant,
     /// Nothing was read from it when that was looked at last.
     deaf: bool,
-    deadline: Option<Instant>,
-    retry_at: Option<Instant>,
-    bus_retry_at: Option<Instant>,
+    moments: Option<Box<Moments>>,
     /// Rights have changed.
     recheck: bool,
     /// How often they had when this connection was looked at last.
     rights_seen: u64,
     timer: Pin<Box<Sleep>>,
     timer_at: Instant,
-    /// The session's next connection is there, and waits until then for what this one has read and done.
-    taken_over: Option<Instant>,
     /// There is more to do at once than was done.
     busy: bool,
     /// The socket had nothing more to read.
@@ -137,16 +133,39 @@ pub(crate) struct Connection<S: Service, T> {
     read_in_turn: u32,
     /// How fast it may go; known when its user is.
     pace: Option<Pace>,
-    /// Until then the first of `packets` waits, which was paid for.
-    paused_until: Option<Instant>,
-    told_at: Option<Instant>,
-    /// Bytes that may still be read before a CONNECT was accepted.
-    connect_bytes_left: u32,
     /// The server stops: what was published is still answered, nothing more is read.
     stopping: bool,
     end: Option<End>,
     /// It has no session yet, or is still sent what it missed first: it is served in turns, after those who are there.
-    coming: Option<Box<Turn>>,
+    coming: Option<Box<Coming>>,
+}
+
+/// What matters to somebody who comes.
+struct Coming {
+    turn: Turn,
+    /// When there has to be a session.
+    connect_by: Instant,
+    /// Bytes that may still be read before that.
+    bytes_left: u32,
+}
+
+/// Moments that matter to few.
+#[derive(Default)]
+struct Moments {
+    /// When the log is read again.
+    retry_at: Option<Instant>,
+    /// When there may be room on the bus of ordinary messages.
+    bus_retry_at: Option<Instant>,
+    /// The session's next connection is there, and waits until then for what this one has read and done.
+    taken_over: Option<Instant>,
+    /// Until then the first of `packets` waits, which was paid for.
+    paused_until: Option<Instant>,
+    /// When the client was last told that its QoS 0 publishes go nowhere.
+    told_at: Option<Instant>,
+}
+
+impl Moments {
+    const NONE: Self = Self { retry_at: None, bus_retry_at: None, taken_over: None, paused_until: None, told_at: None };
 }
 
 impl<S, T> Connection<S, T>
@@ -162,7 +181,11 @@ where
             engine: Engine::new(&shared.limits),
             mailbox: Arc::new(shared.mailbox()),
             rights_seen: shared.rights(),
-            connect_bytes_left: shared.limits.connect_bytes,
+            coming: Some(Box::new(Coming {
+                turn: Turn::None,
+                connect_by: deadline,
+                bytes_left: shared.limits.connect_bytes,
+            })),
             shared,
             number,
             io,
@@ -184,22 +207,16 @@ where
             heard_at: now,
             wrote_at: now,
             deaf: false,
-            deadline: Some(deadline),
-            retry_at: None,
-            bus_retry_at: None,
+            moments: None,
             recheck: false,
             timer: Box::pin(tokio::time::sleep_until(deadline.into())),
             timer_at: deadline,
-            taken_over: None,
             busy: false,
             dry: false,
             read_in_turn: 0,
             pace: None,
-            paused_until: None,
-            told_at: None,
             stopping: false,
             end: None,
-            coming: Some(Box::default()),
         })
     }
 
@@ -249,7 +266,8 @@ where
             self.answer_pending();
             self.deliver();
             self.on_time();
-            if self.taken_over.is_some_and(|until| self.dry || Instant::now() >= until) && self.end.is_none() {
+            if self.moments().taken_over.is_some_and(|until| self.dry || Instant::now() >= until) && self.end.is_none()
+            {
                 self.engine.disconnect(
                     DisconnectReasonCode::SessionTakenOver,
                     "another connection of this user has the same client identifier",
@@ -281,14 +299,23 @@ where
     }
 
     fn take_turn(&mut self) -> (Turns, Turn) {
-        (self.shared.turns.clone(), self.coming.as_deref_mut().map(std::mem::take).unwrap_or_default())
+        let own = self.coming.as_deref_mut().map(|coming| std::mem::take(&mut coming.turn));
+        (self.shared.turns.clone(), own.unwrap_or_default())
     }
 
     /// Whoever comes goes on in this turn; for others it is over.
     fn give_turn(&mut self, turn: Turn) {
-        if let Some(own) = self.coming.as_deref_mut() {
-            *own = turn;
+        if let Some(coming) = self.coming.as_deref_mut() {
+            coming.turn = turn;
         }
+    }
+
+    fn moments(&self) -> &Moments {
+        self.moments.as_deref().unwrap_or(&Moments::NONE)
+    }
+
+    fn moments_mut(&mut self) -> &mut Moments {
+        self.moments.get_or_insert_default()
     }
 
     // ---- deadlines -----------------------------------------------------------------------------------------------------
@@ -301,13 +328,12 @@ where
             // It could not be heard, and that was not its doing; or it is only now that it can be.
             self.heard_at = now;
         }
-        if let Some(retry_at) = self.retry_at
-            && now >= retry_at
-        {
-            self.retry_at = None;
+        if self.moments().retry_at.is_some_and(|retry_at| now >= retry_at) {
+            self.moments_mut().retry_at = None;
             self.deliver();
         }
-        if self.session.is_none() && self.deadline.is_some_and(|deadline| now >= deadline) {
+        let connect_by = self.coming.as_deref().filter(|_| self.session.is_none()).map(|coming| coming.connect_by);
+        if connect_by.is_some_and(|connect_by| now >= connect_by) {
             tracing::debug!(peer = %self.peer, "no CONNECT in time");
             self.limited("connect_timeout_ms");
             self.end.get_or_insert(End::Closed);
@@ -328,16 +354,8 @@ where
             self.engine.disconnect(DisconnectReasonCode::NotAuthorized, "what proved who you are has expired");
             return;
         }
-        let connect_by = if self.session.is_none() { self.deadline } else { None };
-        let waits = [
-            connect_by,
-            silent_until,
-            expires_at,
-            self.retry_at,
-            self.bus_retry_at,
-            self.taken_over,
-            self.paused_until,
-        ];
+        let Moments { retry_at, bus_retry_at, taken_over, paused_until, told_at: _ } = *self.moments();
+        let waits = [connect_by, silent_until, expires_at, retry_at, bus_retry_at, taken_over, paused_until];
         let next = waits.into_iter().flatten().min();
         match next {
             // Hearing from a client moves its deadline on: the timer is only set anew when it fires, or for something earlier.
@@ -369,7 +387,7 @@ where
     fn is_paused(&self) -> bool {
         !self.unsent.is_empty()
             || !self.held.is_empty()
-            || self.paused_until.is_some()
+            || self.moments().paused_until.is_some()
             || self.pending.len() >= PENDING_READING_MAX
     }
 
@@ -411,7 +429,7 @@ where
         }
         match mail.ending {
             Some(Ending::TakenOver) => {
-                self.taken_over.get_or_insert(Instant::now() + TAKEOVER_READ_TIMEOUT);
+                self.moments_mut().taken_over.get_or_insert(Instant::now() + TAKEOVER_READ_TIMEOUT);
             }
             Some(Ending::Shutdown) => self.stopping = true,
             None => {}
@@ -508,11 +526,13 @@ where
                 self.packets.clear();
             }
             let packet = self.packets.front()?;
-            if let Some(until) = self.paused_until {
+            if let Some(moments) = &mut self.moments
+                && let Some(until) = moments.paused_until
+            {
                 if Instant::now() < until {
                     return None;
                 }
-                self.paused_until = None;
+                moments.paused_until = None;
                 return self.packets.pop_front();
             }
             let (Some(pace), Some(cost)) = (&mut self.pace, packet.cost()) else { return self.packets.pop_front() };
@@ -521,7 +541,7 @@ where
                 Verdict::Pass => return self.packets.pop_front(),
                 Verdict::Wait { until, limit } => {
                     self.limited(limit);
-                    self.paused_until = Some(until);
+                    self.moments_mut().paused_until = Some(until);
                     return None;
                 }
                 Verdict::Refuse { limit } => {

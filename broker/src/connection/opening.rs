@@ -45,7 +45,7 @@ where
     pub(super) async fn authenticate_again(&mut self, authentication: &Authentication, departure: &mut Departure<S>) {
         let Some(session) = &mut self.session else { return };
         match &session.authentication_method {
-            Some(method) if *method == authentication.method => {}
+            Some(method) if **method == *authentication.method => {}
             Some(_) => {
                 // [MQTT-4.12.1-1]
                 let sentence = "the authentication method is that of CONNECT";
@@ -179,8 +179,8 @@ where
         };
         let stored = self.shared.service.load_session(&key).await.map_err(unavailable)?;
         let receiver = Receiver::new(Arc::clone(&self.mailbox), Arc::new(identity), true);
-        let mut session = Session::new(key.clone(), receiver, expiry_s, usize::from(window.max(1)));
-        session.authentication_method = connect.authentication.map(|authentication| authentication.method);
+        let mut session = Session::new(key.clone(), receiver, expiry_s, window.max(1));
+        session.authentication_method = connect.authentication.map(|authentication| authentication.method.into());
         let stored_expiry_s = stored.as_ref().map(|record| record.expiry_s);
         if stored.is_some() && connect.clean_start {
             self.shared.service.delete_session(&session.key).await.map_err(unavailable)?;
@@ -240,7 +240,6 @@ where
             response_information: response.as_deref(),
             publishes_per_s: self.shared.limits.publishes_told(),
         });
-        self.deadline = None;
         self.timer_at = Instant::now();
         Ok(())
     }
