@@ -31,7 +31,7 @@ pub(crate) struct Slot {
     pub(crate) topic: Arc<str>,
     pub(crate) qos: u8,
     /// Of the subscriptions that it is read for.
-    pub(crate) identifiers: Vec<u32>,
+    pub(crate) identifiers: Box<[u32]>,
     pub(crate) stream: DurableStream,
 }
 
@@ -40,7 +40,7 @@ pub(crate) struct Slot {
 pub(crate) struct LiveTopic {
     pub(crate) name: Arc<str>,
     pub(crate) qos: u8,
-    pub(crate) identifiers: Vec<u32>,
+    pub(crate) identifiers: Box<[u32]>,
 }
 
 /// A bound topic that the subscriptions ask for.
@@ -378,7 +378,7 @@ mod tests {
         assert_eq!(session.take_resend("inbox", Position(3)), Some(13));
         assert_eq!(session.take_passed("inbox", Position(3)).collect::<Vec<_>>(), [11]);
         let stream = DurableStream::new(Position(0), Position(0));
-        session.slots.push(Slot { topic: "inbox".into(), qos: 1, identifiers: Vec::new(), stream });
+        session.slots.push(Slot { topic: "inbox".into(), qos: 1, identifiers: Box::default(), stream });
         assert_eq!(session.take_unread().collect::<Vec<_>>(), [12]);
         assert_eq!(session.resend, [resend("inbox", 5, 15)]);
     }
@@ -390,7 +390,7 @@ mod tests {
             let mut log = before;
             let mut wire: VecDeque<Option<u64>> = VecDeque::new();
             let mut slots: Vec<Slot> = ["inbox", "sent"]
-                .map(|topic| Slot { topic: topic.into(), qos: 1, identifiers: Vec::new(), stream: DurableStream::new(Position(0), Position(0)) })
+                .map(|topic| Slot { topic: topic.into(), qos: 1, identifiers: Box::default(), stream: DurableStream::new(Position(0), Position(0)) })
                 .into();
             let mut bus_seen = Position(0);
             let mut read: Option<(usize, u64, usize)> = None;

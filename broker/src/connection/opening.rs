@@ -113,7 +113,8 @@ where
             password: connect.password.as_deref(),
             authentication: connect.authentication.as_ref(),
         };
-        let identity = self.shared.service.connect(asked).await?;
+        // The same name is kept once.
+        let identity = Identity { client_id: Arc::clone(&client_id), ..self.shared.service.connect(asked).await? };
         if let Some(will) = &connect.will
             && let Err(refusal) = self.judge_will(&identity, will)
         {

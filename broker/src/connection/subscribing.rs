@@ -161,7 +161,7 @@ where
         let after = self.shared.last_ordinary();
         let subscription = OrdinarySubscription::new(record, after, &session.receiver);
         if self.shared.subscriptions.subscribe(&record.filter, self.number.0, subscription)? {
-            departure.ordinary.push(record.filter.clone());
+            push_few(&mut departure.ordinary, record.filter.clone());
         }
         Ok(())
     }
@@ -249,13 +249,14 @@ where
         for Wanted { topic, qos, identifiers } in wanted {
             if !departure.bound.contains(&topic.name) {
                 self.shared.registry.subscribe(&topic.name, self.number, &self.mailbox);
-                departure.bound.push(Arc::clone(&topic.name));
+                push_few(&mut departure.bound, Arc::clone(&topic.name));
                 if topic.keeping == Keeping::Live {
                     let subscriber = Subscriber { mailbox: Arc::clone(&self.mailbox) };
                     self.shared.service.subscribed(&session.key.user, &topic.name, subscriber);
                 }
             }
             if topic.keeping == Keeping::Live {
+                let identifiers = identifiers.into();
                 push_few(&mut session.live_topics, LiveTopic { name: topic.name, qos, identifiers });
             } else if session.is_new_stream(&topic) {
                 let stored = cursors.iter().find(|(name, _)| *name == topic.name).map(|(_, position)| *position);
@@ -264,10 +265,11 @@ where
                     None => self.shared.service.start(&session.key.user, &topic.name).await?,
                 };
                 let stream = DurableStream::new(after, self.shared.service.head());
+                let identifiers = identifiers.into();
                 push_few(&mut session.slots, Slot { topic: topic.name, qos, identifiers, stream });
             } else if let Some(slot) = session.slot(&topic.name) {
                 slot.qos = qos;
-                slot.identifiers = identifiers;
+                slot.identifiers = identifiers.into();
             }
         }
         Ok(())
