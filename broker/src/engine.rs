@@ -3,12 +3,13 @@
 //! Bytes go in by [`Engine::feed`], packets come out; answers are encoded into [`Engine::out`]. Everything particular to that crate lives
 //! in this file: it reports a fault as an event beside the packets; it stores sent packets for sessions (bounded by the window here);
 //! it would answer a repeated QoS 2 PUBLISH with PUBREC although the first is not stored yet (suppressed here, because PUBREC means stored).
-//! It reserves memory by the length that a packet announces, and panics at a Topic Alias Maximum of 0: so a CONNECT is gathered here first, and
-//! looked at in `connect_packet`. It cannot begin in the middle of a QoS 2 exchange: see [`Engine::release_again`].
+//! It reserves memory by the length that a packet announces, so a CONNECT is gathered here first. It panics at a CONNECT with a Topic Alias
+//! Maximum of 0, and never sees one: what can be read is read here. It cannot begin in the middle of a QoS 2 exchange: see
+//! [`Engine::release_again`].
 //!
 //! A message at QoS 1 would cost it a dozen allocations. So once a client is connected its ordinary PUBLISH and PUBACK packets are read and
 //! written by [`crate::plain`], and what is under way at QoS 1 is kept here; it never hears of those. Packets that are no part of an exchange
-//! (SUBSCRIBE, PINGREQ, DISCONNECT and the like) change nothing in it, so they pass it by too. What is left to it are PUBLISH packets with
+//! (CONNECT, SUBSCRIBE, PINGREQ, DISCONNECT and the like) change nothing in it, so they pass it by too. What is left to it are PUBLISH packets with
 //! properties and QoS 2, and it is there only for clients that have had one of those: see [`Engine::rest`]. Invariant: a packet
 //! identifier towards the client is in `awaiting_puback`, in `reserved` or in `Inner::sent`, and in one of them only.
 
@@ -31,7 +32,6 @@ use mqtt_protocol_core::mqtt::result_code::{
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
 use crate::completion::Reply;
-use crate::connect_packet;
 use crate::escaped::Escaped;
 use crate::framing::{Framing, Malformed};
 use crate::limits::Limits;
@@ -357,7 +357,7 @@ impl Agreed {
 }
 
 pub(crate) struct Engine {
-    /// There for a CONNECT, and from the first message that needs it.
+    /// There from the first message on that needs it.
     inner: Option<Box<Inner>>,
     agreed: Agreed,
     framing: Framing,
@@ -378,10 +378,8 @@ pub(crate) struct Engine {
     connected: bool,
     /// CONNECT is not there yet.
     connecting: bool,
-    /// What came of the CONNECT, until it is whole: the engine reserves memory by the announced length, and there is something that it cannot
-    /// take. Later, what came of a PUBACK.
+    /// What came of the CONNECT, until it is whole: the engine reserves memory by the announced length. Later, what came of a PUBACK.
     gathered: Vec<u8>,
-    takes_no_aliases: bool,
     /// QoS 1 publishes that `plain` read and that are not answered yet.
     unanswered_plain: usize,
     /// Of messages sent at QoS 1, in their order.
@@ -420,6 +418,7 @@ struct Aliases {
 }
 
 /// The types of packets that are told apart here.
+const CONNECT: u8 = 1;
 const PUBACK: u8 = 4;
 const SUBSCRIBE: u8 = 8;
 const UNSUBSCRIBE: u8 = 10;
@@ -438,6 +437,9 @@ thread_local! {
     static PROPERTIES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Where the protocol's level stands in the body of a CONNECT, behind its name.
+const CONNECT_LEVEL_AT: usize = 6;
+
 /// CONNACK's return code in MQTT 3.1.1.
 const UNACCEPTABLE_PROTOCOL_VERSION: u8 = 1;
 
@@ -446,7 +448,7 @@ impl Engine {
         let mut framing = Framing::new();
         framing.bound(limits.connect_bytes);
         Self {
-            inner: Some(Inner::new(limits.packet_bytes)),
+            inner: None,
             agreed: Agreed {
                 is_v5: false,
                 is_kept: false,
@@ -470,7 +472,6 @@ impl Engine {
             connected: false,
             connecting: true,
             gathered: Vec::new(),
-            takes_no_aliases: false,
             unanswered_plain: 0,
             awaiting_puback: VecDeque::new(),
             reserved: Vec::new(),
@@ -492,7 +493,8 @@ impl Engine {
 
     fn inner(&mut self) -> Result<&mut Inner, MqttError> {
         if self.inner.is_none() {
-            self.inner = Some(self.agreed.inner()?);
+            self.inner =
+                Some(if self.connecting { Inner::new(self.agreed.packet_bytes_max) } else { self.agreed.inner()? });
         }
         self.inner.as_deref_mut().ok_or(MqttError::PacketNotAllowedToSend)
     }
@@ -549,8 +551,16 @@ impl Engine {
                 if !self.framing.is_between_packets() {
                     break;
                 }
-                let mut whole = std::mem::take(&mut self.gathered);
-                self.takes_no_aliases |= connect_packet::raise_topic_alias_maximum(&mut whole);
+                let whole = std::mem::take(&mut self.gathered);
+                if let Some(packet) = read_connect(&whole) {
+                    self.agreed.is_v5 = matches!(packet, Packet::V5_0Connect(_));
+                    if self.take_packet(packet, packets) {
+                        self.connecting = false;
+                        self.framing.bound(u32::MAX);
+                        break;
+                    }
+                    continue;
+                }
                 Some(whole)
             } else {
                 None
@@ -562,12 +572,11 @@ impl Engine {
             if let Some(inner) = &self.inner {
                 self.agreed.is_v5 = inner.core.get_protocol_version() == Version::V5_0;
             }
-            let mut connect = false;
             for event in events {
                 match event {
                     Event::NotifyPacketReceived(packet) => {
                         self.note_unanswered(&packet);
-                        connect |= self.take_packet(packet, packets);
+                        self.take_packet(packet, packets);
                     }
                     Event::RequestSendPacket { packet: Packet::V3_1_1Pubrec(_) | Packet::V5_0Pubrec(_), .. } => {
                         packets.push_back(Incoming::Repeated { bytes: packet_bytes });
@@ -577,11 +586,6 @@ impl Engine {
                     Event::RequestSendPacket { packet: Packet::V3_1_1Connack(_), .. } => {}
                     other => self.on_event(other),
                 }
-            }
-            if connect {
-                self.connecting = false;
-                self.framing.bound(u32::MAX);
-                break;
             }
         }
         taken
@@ -852,7 +856,7 @@ impl Engine {
                         Property::ReceiveMaximum(value) => receive_maximum = Some(value.val()),
                         Property::RequestProblemInformation(value) => self.problem_information = value.val() != 0,
                         Property::RequestResponseInformation(value) => request_response_information = value.val() != 0,
-                        Property::TopicAliasMaximum(value) if !self.takes_no_aliases => {
+                        Property::TopicAliasMaximum(value) if value.val() > 0 => {
                             let max = usize::from(value.val().min(TOPIC_ALIASES_SENT_MAX));
                             self.aliases = Some(Box::new(Aliases { topics: Vec::new(), max }));
                         }
@@ -1090,14 +1094,15 @@ impl Engine {
                 .reason_code(ConnectReasonCode::Success)
                 .props(properties)
                 .build()
-                .and_then(|packet| self.send(packet.into()))
+                .and_then(|packet| self.send_alone(&packet.into()))
         } else {
             v3_1_1::Connack::builder()
                 .session_present(accepted.session_present)
                 .return_code(ConnectReturnCode::Accepted)
                 .build()
-                .and_then(|packet| self.send(packet.into()))
+                .and_then(|packet| self.send_alone(&packet.into()))
         };
+        // The protocol engine is there already if the session had something under way, and takes this as said.
         self.must(sent);
     }
 
@@ -1629,11 +1634,22 @@ impl Engine {
     }
 }
 
+fn whole<T: Into<Packet>>(parsed: Result<(T, usize), MqttError>, body: &[u8]) -> Option<Packet> {
+    parsed.ok().filter(|(_, bytes)| *bytes == body.len()).map(|(packet, _)| packet.into())
+}
+
+/// Reads a whole CONNECT; `None` if it is something else, or not as it should be.
+fn read_connect(packet: &[u8]) -> Option<Packet> {
+    let body = plain::body(packet);
+    match (packet.first()? >> 4, body.get(CONNECT_LEVEL_AT)?) {
+        (CONNECT, 4) => whole(v3_1_1::Connect::parse(body), body),
+        (CONNECT, 5) => whole(v5_0::Connect::parse(body), body),
+        _ => None,
+    }
+}
+
 /// Reads one whole packet that is no part of an exchange; `None` if it is another, or not as it should be.
 fn read_alone(packet: &[u8], is_v5: bool) -> Option<Packet> {
-    fn whole<T: Into<Packet>>(parsed: Result<(T, usize), MqttError>, body: &[u8]) -> Option<Packet> {
-        parsed.ok().filter(|(_, bytes)| *bytes == body.len()).map(|(packet, _)| packet.into())
-    }
     let body = plain::body(packet);
     match (packet.first()? >> 4, is_v5) {
         (SUBSCRIBE, false) => whole(v3_1_1::Subscribe::parse(body), body),
@@ -1828,6 +1844,14 @@ mod tests {
 
     /// Properties of the CONNECT: `None` for MQTT 3.1.1.
     fn connected(properties: Option<&[u8]>, receive_maximum: u16) -> Engine {
+        let mut engine = connecting(properties, receive_maximum);
+        engine.accept(&accepted());
+        engine.out.clear();
+        engine
+    }
+
+    /// The CONNECT is not answered yet.
+    fn connecting(properties: Option<&[u8]>, receive_maximum: u16) -> Engine {
         let limits = Limits { receive_maximum, ..Limits::default() };
         let mut engine = Engine::new(&limits);
         let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', if properties.is_some() { 5 } else { 4 }, 2, 0, 60];
@@ -1840,8 +1864,6 @@ mod tests {
         packet.append(&mut body);
         let packets = fed(&mut engine, &packet);
         assert!(matches!(packets[..], [Incoming::Connect(_)]), "{packets:?}");
-        engine.accept(&accepted());
-        engine.out.clear();
         engine
     }
 
@@ -2207,5 +2229,60 @@ mod tests {
             assert_eq!(is_there(&[&subscribe[..1], &subscribe[1..]]), (true, false));
             assert_eq!(is_there(&[&packet(0x34, &[&[0, 1, b't', 0, 7], none])]), (true, true), "QoS 2");
         }
+    }
+
+    #[test]
+    fn what_was_taken_before_the_connection_is_not_taken_again() {
+        for properties in [None, Some(&[][..])] {
+            let mut engine = connecting(properties, 10);
+            engine.restore_qos2_received(HashSet::from([7]));
+            engine.accept(&accepted());
+            assert!(!engine.closing && engine.out.starts_with(&[0x20]));
+            engine.out.clear();
+            engine.rest();
+            let publish = |id| packet(0x3c, &[&[0, 1, b't', 0, id], if properties.is_some() { &[0] } else { &[] }]);
+            assert!(matches!(fed(&mut engine, &publish(7))[..], [Incoming::Repeated { .. }]));
+            assert_eq!(engine.out, [0x50, 2, 0, 7]);
+            assert!(matches!(fed(&mut engine, &[0x62, 2, 0, 7])[..], [Incoming::Pubrel(7, true)]));
+            engine.pubcomp(7, true);
+            assert!(matches!(fed(&mut engine, &publish(7))[..], [Incoming::Publish(_)]));
+            assert_eq!((engine.fault, engine.closing), (None, false));
+        }
+    }
+
+    /// The protocol engine would panic at it.
+    #[test]
+    fn a_topic_alias_maximum_of_0_is_none() {
+        for maximum in [0, 1] {
+            let mut engine = connected(Some(&[0x22, 0, maximum]), 10);
+            let mut lengths = Vec::new();
+            for _ in 0..2 {
+                engine.out.clear();
+                engine.publish(message(0)).expect("it is sent");
+                lengths.push(engine.out.len());
+            }
+            let has_alias = lengths[1] < lengths[0];
+            assert_eq!(has_alias, maximum > 0, "{lengths:?}");
+            sent(&mut engine, 2);
+            assert!(engine.inner.is_some() && !engine.closing);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_connect_is_answered() {
+        let connect = |level: u8, properties: &[u8], end: &[u8]| {
+            let mut engine = Engine::new(&Limits::default());
+            let body = [&[0, 4, b'M', b'Q', b'T', b'T', level, 2, 0, 60], properties, &[0, 1, b'c'], end].concat();
+            let packets = fed(&mut engine, &packet(0x10, &[&body]));
+            engine.disconnect_for_fault();
+            (packets.len(), engine.out.first().copied(), engine.closing)
+        };
+        assert_eq!(connect(4, &[], &[]), (1, None, true));
+        assert_eq!(connect(5, &[0], &[]), (1, Some(0x20), true));
+        // More than belongs to it, authentication data without a method, and a property that is none.
+        assert_eq!(connect(4, &[], &[0]), (0, None, true));
+        assert_eq!(connect(5, &[0], &[0]), (0, Some(0x20), true));
+        assert_eq!(connect(5, &[4, 0x16, 0, 1, b'x'], &[]), (0, Some(0x20), true));
+        assert_eq!(connect(5, &[1, 0xff], &[]), (0, Some(0x20), true));
     }
 }

@@ -25,7 +25,7 @@ use tokio::time::Sleep;
 
 use self::ending::Departure;
 use crate::broker::Shared;
-use crate::engine::{Engine, Filter, Incoming, Publish};
+use crate::engine::{Engine, Incoming, Publish};
 use crate::mailbox::{Ending, Mail, Mailbox};
 use crate::rate::{Pace, Verdict};
 use crate::registry::ConnectionNumber;
@@ -33,7 +33,6 @@ use crate::service::{
     BoundPublish, Observation, Page, Peer, Position, PublishOutcome, Refusal, RefusalCode, Service, ServiceError,
 };
 use crate::session::{Queued, Session};
-use crate::topics::filter;
 use crate::turns::{Turn, Turns};
 
 /// Bytes read at once, into one buffer a thread.
@@ -57,6 +56,8 @@ thread_local! {
 type Read = (Arc<str>, Result<Page, ServiceError>);
 type Reading = Pin<Box<dyn Future<Output = Read> + Send>>;
 type Waiting = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// Work on a packet that takes time.
+type Working<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
 /// A publish that was not answered yet, in the order of arrival.
 struct Pending {
@@ -481,41 +482,20 @@ where
         }
         let packet = slow?;
         let (turns, turn) = self.take_turn();
-        Some(Box::pin(turns.work(turn, self.take_time(packet, departure))))
-    }
-
-    /// Works off one that takes time.
-    async fn take_time(&mut self, packet: Incoming, departure: &mut Departure<S>) {
-        match packet {
-            Incoming::Connect(connect) => self.connect(*connect, departure).await,
+        // Each has as much room as it needs: that of a CONNECT is many times that of the others.
+        let work: Working<'a> = match packet {
+            Incoming::Connect(connect) => Box::pin(self.connect(*connect, departure)),
             Incoming::Subscribe { packet_id, filters, identifier } => {
-                let shared_without_own = |one: &Filter| one.no_local && filter::shared(&one.filter).is_some();
-                if identifier == Some(0) {
-                    // [MQTT-3.8.2.1.2]
-                    self.engine.disconnect(DisconnectReasonCode::ProtocolError, "a subscription identifier is not 0");
-                } else if filters.iter().any(shared_without_own) {
-                    // [MQTT-3.8.3-4]
-                    let sentence = "a shared subscription cannot be no-local";
-                    self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
-                } else {
-                    self.subscribe(packet_id, filters, identifier, departure).await;
-                }
+                Box::pin(self.subscribe(packet_id, filters, identifier, departure))
             }
-            Incoming::Unsubscribe { packet_id, filters } => self.unsubscribe(packet_id, &filters, departure).await,
+            Incoming::Unsubscribe { packet_id, filters } => Box::pin(self.unsubscribe(packet_id, filters, departure)),
+            Incoming::Auth(authentication) => Box::pin(self.authenticate_again(authentication, departure)),
             Incoming::Disconnect { with_will, session_expiry_s } => {
-                self.disconnect(session_expiry_s).await;
-                self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
+                Box::pin(self.disconnect(with_will, session_expiry_s))
             }
-            Incoming::Auth(authentication) => self.authenticate_again(&authentication, departure).await,
-            Incoming::Publish(_)
-            | Incoming::Puback(_)
-            | Incoming::Pubrec(..)
-            | Incoming::Pubrel(..)
-            | Incoming::Pubcomp(_)
-            | Incoming::Pingreq
-            | Incoming::Overfull(_)
-            | Incoming::Repeated { .. } => {}
-        }
+            _ => return None,
+        };
+        Some(Box::pin(turns.work(turn, work)))
     }
 
     /// The next packet, unless the client went too fast: then the packet waits, and with it what comes after and reading. What can be refused

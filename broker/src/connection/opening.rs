@@ -42,7 +42,7 @@ where
     S: Service,
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    pub(super) async fn authenticate_again(&mut self, authentication: &Authentication, departure: &mut Departure<S>) {
+    pub(super) async fn authenticate_again(&mut self, authentication: Authentication, departure: &mut Departure<S>) {
         let Some(session) = &mut self.session else { return };
         match &session.authentication_method {
             Some(method) if **method == *authentication.method => {}
@@ -58,7 +58,7 @@ where
                 return;
             }
         }
-        match self.shared.service.authenticate_again(&self.peer, &session.identity, authentication).await {
+        match self.shared.service.authenticate_again(&self.peer, &session.identity, &authentication).await {
             Ok(identity) => {
                 self.engine.authenticated_again(&authentication.method);
                 self.take_identity(identity, departure).await;

@@ -35,6 +35,17 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
+        if identifier == Some(0) {
+            // [MQTT-3.8.2.1.2]
+            self.engine.disconnect(DisconnectReasonCode::ProtocolError, "a subscription identifier is not 0");
+            return;
+        }
+        if filters.iter().any(|one| one.no_local && filter::shared(&one.filter).is_some()) {
+            // [MQTT-3.8.3-4]
+            let sentence = "a shared subscription cannot be no-local";
+            self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
+            return;
+        }
         if filters.len() > self.shared.limits.filters_per_packet() {
             self.refuse_too_many(packet_id, filters.len());
             return;
@@ -166,7 +177,7 @@ where
         Ok(())
     }
 
-    pub(super) async fn unsubscribe(&mut self, packet_id: u16, filters: &[String], departure: &mut Departure<S>) {
+    pub(super) async fn unsubscribe(&mut self, packet_id: u16, filters: Vec<String>, departure: &mut Departure<S>) {
         let Some(session) = &mut self.session else {
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
@@ -180,7 +191,7 @@ where
             return;
         }
         let mut existed = Vec::with_capacity(filters.len());
-        for filter in filters {
+        for filter in &filters {
             let at = session.subscriptions.iter().position(|one| one.record.filter == *filter);
             existed.push(at.is_some());
             let Some(at) = at else { continue };
