@@ -21,7 +21,7 @@ use tokio_util::task::TaskTracker;
 use crate::absent::{Absent, AbsentSession, DelayedWill, Due};
 use crate::admission::{Admission, Place};
 use crate::bus::{Bus, BusCounters, BusError, BusMessage, BusOptions, BusSink, Frame};
-use crate::connection;
+use crate::connection::Connection;
 use crate::engine::Will;
 use crate::escaped::Escaped;
 use crate::limits::Limits;
@@ -354,12 +354,14 @@ impl<S: Service> Broker<S> {
         T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
         let number = ConnectionNumber(self.shared.next_connection.fetch_add(1, Ordering::Relaxed));
-        let shared = Arc::clone(&self.shared);
+        let (shared, address) = (Arc::clone(&self.shared), peer.address);
+        // On the heap, and before there is a task: that would have room for it several times over.
+        let connection = Connection::new(Arc::clone(&self.shared), number, io, peer);
         self.shared.tasks.spawn(async move {
-            let service = Arc::clone(&shared.service);
-            let run = std::panic::AssertUnwindSafe(connection::run(shared, number, io, peer.clone()));
-            if run.catch_unwind().await.is_err() {
-                service.observe(Observation::Panicked);
+            let live = std::panic::AssertUnwindSafe(connection.live());
+            if live.catch_unwind().await.is_err() {
+                shared.service.observe(Observation::Panicked);
+                let peer = Peer { address, certificate: None };
                 tracing::error!(%peer, "a connection's task panicked; the connection is closed, please report this");
             }
             drop(permit);

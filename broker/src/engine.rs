@@ -3,12 +3,15 @@
 //! Bytes go in by [`Engine::feed`], packets come out; answers are encoded into [`Engine::out`]. Everything particular to that crate lives
 //! in this file: it reports a fault as an event beside the packets; it stores sent packets for sessions (bounded by the window here);
 //! it would answer a repeated QoS 2 PUBLISH with PUBREC although the first is not stored yet (suppressed here, because PUBREC means stored).
-//! It reserves memory by the length that a packet announces, and panics at a Topic Alias Maximum of 0: so a CONNECT is gathered here first, and
-//! looked at in `connect_packet`. It cannot begin in the middle of a QoS 2 exchange: see [`Engine::release_again`].
+//! It reserves memory by the length that a packet announces, so a CONNECT is gathered here first. It panics at a CONNECT with a Topic Alias
+//! Maximum of 0, and never sees one: what can be read is read here. It cannot begin in the middle of a QoS 2 exchange: see
+//! [`Engine::release_again`].
 //!
 //! A message at QoS 1 would cost it a dozen allocations. So once a client is connected its ordinary PUBLISH and PUBACK packets are read and
-//! written by [`crate::plain`], and what is under way at QoS 1 is kept here; it never hears of those. Invariant: a packet identifier
-//! towards the client is in `awaiting_puback`, in `reserved` or in `of_inner`, and in one of them only.
+//! written by [`crate::plain`], and what is under way at QoS 1 is kept here; it never hears of those. Packets that are no part of an exchange
+//! (CONNECT, SUBSCRIBE, PINGREQ, DISCONNECT and the like) change nothing in it, so they pass it by too. What is left to it are PUBLISH packets with
+//! properties and QoS 2, and it is there only for clients that have had one of those: see [`Engine::rest`]. Invariant: a packet
+//! identifier towards the client is in `awaiting_puback`, in `reserved` or in `Inner::sent`, and in one of them only.
 
 use std::cell::RefCell;
 use std::collections::{HashSet, VecDeque};
@@ -20,7 +23,7 @@ use mqtt_protocol_core::mqtt::common::Cursor;
 use mqtt_protocol_core::mqtt::connection::{ConnectionOptions, Event};
 use mqtt_protocol_core::mqtt::packet::{
     CorrelationData, GenericPacketTrait, MaximumPacketSize, Packet, Property, Qos, ReasonString, ReceiveMaximum,
-    RetainHandling, SubscriptionIdentifier, TopicAliasMaximum, UserProperty, v3_1_1, v5_0,
+    RetainHandling, SessionExpiryInterval, SubscriptionIdentifier, TopicAliasMaximum, UserProperty, v3_1_1, v5_0,
 };
 use mqtt_protocol_core::mqtt::result_code::{
     AuthReasonCode, ConnectReasonCode, ConnectReturnCode, DisconnectReasonCode, MqttError, PubackReasonCode,
@@ -29,7 +32,6 @@ use mqtt_protocol_core::mqtt::result_code::{
 use mqtt_protocol_core::mqtt::{self, Version, role};
 
 use crate::completion::Reply;
-use crate::connect_packet;
 use crate::escaped::Escaped;
 use crate::framing::{Framing, Malformed};
 use crate::limits::Limits;
@@ -262,8 +264,102 @@ pub(crate) enum Granted {
     Refused(RefusalCode),
 }
 
+/// The protocol engine, and what is under way by it.
+struct Inner {
+    core: mqtt::Connection<role::Server>,
+    /// It has had to do with messages of QoS 2, or with properties, a topic alias perhaps: it knows what nobody else does.
+    has_messages: bool,
+    /// QoS 1 publishes that it read and that are not answered yet, in their order.
+    unanswered_qos1: VecDeque<u16>,
+    /// QoS 2 publishes that wait for their outcome.
+    unanswered_qos2: Vec<u16>,
+    /// QoS 2 publishes that were not released, those that wait among them.
+    unreleased_qos2: HashSet<u16>,
+    /// Packet identifiers of messages sent at QoS 2. At most the window.
+    sent: Vec<u16>,
+}
+
+impl Inner {
+    fn new(packet_bytes_max: u32) -> Box<Self> {
+        // The receive maximum is not among the options, which hold for MQTT 3.1.1 too: a client that cannot be told of one must not be
+        // closed for it. In MQTT 5 it holds from the CONNACK on that names it.
+        let options = ConnectionOptions::new().maximum_packet_size_recv(packet_bytes_max);
+        Box::new(Self {
+            core: mqtt::Connection::with_options(Version::Undetermined, options),
+            has_messages: false,
+            unanswered_qos1: VecDeque::new(),
+            unanswered_qos2: Vec::new(),
+            unreleased_qos2: HashSet::new(),
+            sent: Vec::new(),
+        })
+    }
+
+    /// Publishes of the client that count for its receive maximum.
+    fn unanswered(&self) -> usize {
+        self.unanswered_qos1.len() + self.unreleased_qos2.len()
+    }
+}
+
+/// What of a CONNECT and its CONNACK the protocol engine goes on knowing.
+struct Agreed {
+    is_v5: bool,
+    /// The session outlives its connection: the engine keeps what was sent.
+    is_kept: bool,
+    /// How many messages the client takes at once (MQTT 5).
+    sent_max: Option<u16>,
+    /// The client's Maximum Packet Size.
+    sent_bytes_max: u32,
+    receive_maximum: u16,
+    packet_bytes_max: u32,
+}
+
+impl Agreed {
+    /// What we tell every client of MQTT 5 that it may do.
+    fn told(&self) -> Vec<Property> {
+        let mut properties = Vec::new();
+        push(&mut properties, ReceiveMaximum::new(self.receive_maximum).map(Property::from));
+        push(&mut properties, MaximumPacketSize::new(self.packet_bytes_max).map(Property::from));
+        push(&mut properties, TopicAliasMaximum::new(TOPIC_ALIASES_MAX).map(Property::from));
+        properties
+    }
+
+    /// A protocol engine as it is after CONNECT and CONNACK. It comes to be by such packets, which cross no socket.
+    fn inner(&self) -> Result<Box<Inner>, MqttError> {
+        let mut inner = Inner::new(self.packet_bytes_max);
+        let (connect, connack): (Packet, Packet) = if self.is_v5 {
+            let mut properties = Vec::new();
+            if self.is_kept {
+                push(&mut properties, SessionExpiryInterval::new(1).map(Property::from));
+            }
+            if let Some(most) = self.sent_max {
+                push(&mut properties, ReceiveMaximum::new(most).map(Property::from));
+            }
+            if self.sent_bytes_max != u32::MAX {
+                push(&mut properties, MaximumPacketSize::new(self.sent_bytes_max).map(Property::from));
+            }
+            let connect = v5_0::Connect::builder().client_id("-")?.clean_start(true).props(properties).build()?;
+            let connack = v5_0::Connack::builder().session_present(false).reason_code(ConnectReasonCode::Success);
+            (connect.into(), connack.props(self.told()).build()?.into())
+        } else {
+            let connect = v3_1_1::Connect::builder().client_id("-")?.clean_session(!self.is_kept).build()?;
+            let connack = v3_1_1::Connack::builder().session_present(false).return_code(ConnectReturnCode::Accepted);
+            (connect.into(), connack.build()?.into())
+        };
+        let bytes: Vec<u8> = connect.to_buffers().iter().flat_map(|buffer| buffer.iter().copied()).collect();
+        let mut events = inner.core.recv(&mut Cursor::new(&bytes[..]));
+        events.extend(inner.core.send(connack));
+        let fault = events.iter().find_map(|event| match event {
+            Event::NotifyError(error) => Some(*error),
+            _ => None,
+        });
+        fault.map_or(Ok(inner), Err)
+    }
+}
+
 pub(crate) struct Engine {
-    inner: mqtt::Connection<role::Server>,
+    /// There from the first message on that needs it.
+    inner: Option<Box<Inner>>,
+    agreed: Agreed,
     framing: Framing,
     /// Bytes for the client.
     pub(crate) out: Vec<u8>,
@@ -272,47 +368,63 @@ pub(crate) struct Engine {
     /// The connection ends once `out` is written.
     pub(crate) closing: bool,
     /// PUBLISH packets sent that nobody has counted yet.
-    pub(crate) messages_sent: u64,
+    pub(crate) messages_sent: u32,
     /// The limit that the client has just overstepped.
-    pub(crate) overstepped: Option<&'static str>,
-    user_properties_max: usize,
-    /// QoS 2 publishes that wait for their outcome.
-    unanswered_qos2: Vec<u16>,
-    /// QoS 2 publishes that were not released, those that wait among them.
-    unreleased_qos2: HashSet<u16>,
+    pub(crate) overstepped: Option<Overstepped>,
+    user_properties_max: u32,
     /// Bytes of the packet that is being read.
-    packet_bytes: usize,
-    receive_maximum: u16,
-    packet_bytes_max: u32,
+    packet_bytes: u32,
     problem_information: bool,
     connected: bool,
     /// CONNECT is not there yet.
     connecting: bool,
-    /// What came of the CONNECT, until it is whole: the engine reserves memory by the announced length, and there is something that it cannot
-    /// take. Later, what came of a PUBACK.
+    /// What came of the CONNECT, until it is whole: the engine reserves memory by the announced length. Later, what came of a PUBACK.
     gathered: Vec<u8>,
-    takes_no_aliases: bool,
     /// QoS 1 publishes that `plain` read and that are not answered yet.
     unanswered_plain: usize,
-    /// The same for those that the protocol engine read, in their order.
-    unanswered_of_inner: VecDeque<u16>,
     /// Of messages sent at QoS 1, in their order.
     awaiting_puback: VecDeque<u16>,
     /// Kept for messages that the session's last connection sent. At most the window of it.
     reserved: Vec<u16>,
-    /// Those that the protocol engine knows: of messages at QoS 2. At most the window.
-    of_inner: Vec<u16>,
     /// The packet identifier that was given away last.
     last_packet_id: u16,
-    /// The client's Maximum Packet Size.
-    sent_bytes_max: usize,
-    /// Topics that have an alias towards the client: 1, 2, 3, …
-    aliases: Vec<Box<str>>,
-    aliases_max: usize,
+    /// Few clients take any.
+    aliases: Option<Box<Aliases>>,
 }
 
-/// The type of a PUBACK.
+/// A limit, by the name of its setting.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Overstepped {
+    ConnectBytes,
+    PacketBytes,
+    ReceiveMaximum,
+}
+
+impl Overstepped {
+    pub(crate) fn limit(self) -> &'static str {
+        match self {
+            Self::ConnectBytes => "connect_bytes",
+            Self::PacketBytes => "packet_bytes",
+            Self::ReceiveMaximum => "receive_maximum",
+        }
+    }
+}
+
+/// Topic aliases towards the client.
+struct Aliases {
+    /// The first has 1, the next 2, and so on.
+    topics: Vec<Box<str>>,
+    max: usize,
+}
+
+/// The types of packets that are told apart here.
+const CONNECT: u8 = 1;
 const PUBACK: u8 = 4;
+const SUBSCRIBE: u8 = 8;
+const UNSUBSCRIBE: u8 = 10;
+const PINGREQ: u8 = 12;
+const DISCONNECT: u8 = 14;
+const AUTH: u8 = 15;
 
 /// What of a PUBACK matters here.
 struct Puback {
@@ -325,50 +437,73 @@ thread_local! {
     static PROPERTIES: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
+/// Where the protocol's level stands in the body of a CONNECT, behind its name.
+const CONNECT_LEVEL_AT: usize = 6;
+
 /// CONNACK's return code in MQTT 3.1.1.
 const UNACCEPTABLE_PROTOCOL_VERSION: u8 = 1;
 
 impl Engine {
     pub(crate) fn new(limits: &Limits) -> Self {
-        let packet_bytes_max = limits.packet_bytes;
         let mut framing = Framing::new();
         framing.bound(limits.connect_bytes);
-        // The receive maximum is not among the options, which hold for MQTT 3.1.1 too: a client that cannot be told of one must not be
-        // closed for it. In MQTT 5 it holds from the CONNACK on that names it.
-        let options = ConnectionOptions::new().maximum_packet_size_recv(packet_bytes_max);
         Self {
-            inner: mqtt::Connection::with_options(Version::Undetermined, options),
+            inner: None,
+            agreed: Agreed {
+                is_v5: false,
+                is_kept: false,
+                sent_max: None,
+                sent_bytes_max: u32::MAX,
+                receive_maximum: limits.receive_maximum,
+                packet_bytes_max: limits.packet_bytes,
+            },
             framing,
             out: Vec::new(),
             fault: None,
             closing: false,
             messages_sent: 0,
             overstepped: None,
-            user_properties_max: if limits.user_properties == 0 { usize::MAX } else { limits.user_properties },
-            unanswered_qos2: Vec::new(),
-            unreleased_qos2: HashSet::new(),
+            user_properties_max: match limits.user_properties {
+                0 => u32::MAX,
+                most => u32::try_from(most).unwrap_or(u32::MAX),
+            },
             packet_bytes: 0,
-            receive_maximum: limits.receive_maximum,
-            packet_bytes_max,
             problem_information: true,
             connected: false,
             connecting: true,
             gathered: Vec::new(),
-            takes_no_aliases: false,
             unanswered_plain: 0,
-            unanswered_of_inner: VecDeque::new(),
             awaiting_puback: VecDeque::new(),
             reserved: Vec::new(),
-            of_inner: Vec::new(),
             last_packet_id: 0,
-            sent_bytes_max: usize::MAX,
-            aliases: Vec::new(),
-            aliases_max: 0,
+            aliases: None,
         }
     }
 
     pub(crate) fn is_v5(&self) -> bool {
-        self.inner.get_protocol_version() == Version::V5_0
+        self.agreed.is_v5
+    }
+
+    /// The client has nothing to say now: without messages under way the protocol engine need not be there until it is needed again. Who has
+    /// published something that needs it, or was sent something at QoS 2, will again: there it stays.
+    pub(crate) fn rest(&mut self) {
+        let is_resting = self.connected && self.framing.is_between_packets() && self.fault.is_none() && !self.closing;
+        self.inner.take_if(|inner| is_resting && !inner.has_messages && inner.unanswered() == 0);
+    }
+
+    fn inner(&mut self) -> Result<&mut Inner, MqttError> {
+        if self.inner.is_none() {
+            self.inner =
+                Some(if self.connecting { Inner::new(self.agreed.packet_bytes_max) } else { self.agreed.inner()? });
+        }
+        self.inner.as_deref_mut().ok_or(MqttError::PacketNotAllowedToSend)
+    }
+
+    /// The same for a message.
+    fn inner_for_messages(&mut self) -> Result<&mut Inner, MqttError> {
+        let inner = self.inner()?;
+        inner.has_messages = true;
+        Ok(inner)
     }
 
     /// Takes bytes from the socket; gives the packets in them. Stops after a CONNECT, which has to be answered first, and after
@@ -388,7 +523,7 @@ impl Engine {
                 }
                 Err(Malformed::TooLong) => {
                     // Nobody is connected who could be told.
-                    self.overstepped = Some("connect_bytes");
+                    self.overstepped = Some(Overstepped::ConnectBytes);
                     self.closing = true;
                     break;
                 }
@@ -399,46 +534,49 @@ impl Engine {
             };
             let received = &bytes[taken..taken + len];
             taken += len;
-            self.packet_bytes += len;
-            let packet_bytes = self.packet_bytes;
+            self.packet_bytes = self.packet_bytes.saturating_add(u32::try_from(len).unwrap_or(u32::MAX));
+            let packet_bytes = usize::try_from(self.packet_bytes).unwrap_or(usize::MAX);
             let is_whole = self.framing.is_between_packets();
             if is_whole {
                 self.packet_bytes = 0;
             }
-            if self.connected && self.take_plain(received, begins, is_whole, packets) {
+            if self.connected
+                && (self.take_plain(received, begins, is_whole, packets)
+                    || (begins && is_whole && self.take_alone(received, packets)))
+            {
                 continue;
             }
-            let events = if self.connecting {
+            let gathered = if self.connecting {
                 self.gathered.extend_from_slice(received);
                 if !self.framing.is_between_packets() {
                     break;
                 }
-                let mut whole = std::mem::take(&mut self.gathered);
-                self.takes_no_aliases |= connect_packet::raise_topic_alias_maximum(&mut whole);
-                self.inner.recv(&mut Cursor::new(&whole[..]))
+                let whole = std::mem::take(&mut self.gathered);
+                if let Some(packet) = read_connect(&whole) {
+                    self.agreed.is_v5 = matches!(packet, Packet::V5_0Connect(_));
+                    if self.take_packet(packet, packets) {
+                        self.connecting = false;
+                        self.framing.bound(u32::MAX);
+                        break;
+                    }
+                    continue;
+                }
+                Some(whole)
             } else {
-                self.inner.recv(&mut Cursor::new(received))
+                None
             };
-            let mut connect = false;
+            let events = match self.inner() {
+                Ok(inner) => inner.core.recv(&mut Cursor::new(gathered.as_deref().unwrap_or(received))),
+                Err(error) => vec![Event::NotifyError(error)],
+            };
+            if let Some(inner) = &self.inner {
+                self.agreed.is_v5 = inner.core.get_protocol_version() == Version::V5_0;
+            }
             for event in events {
                 match event {
                     Event::NotifyPacketReceived(packet) => {
                         self.note_unanswered(&packet);
-                        let packet = if user_properties(&packet) > self.user_properties_max {
-                            Some(Incoming::Overfull(self.overfull(&packet)))
-                        } else {
-                            self.incoming(packet)
-                        };
-                        if packet.as_ref().is_some_and(has_malformed_topic) {
-                            // [MQTT-1.5.4-2], [MQTT-4.7.3-1], [MQTT-4.7.3-2]: no NUL, and never empty.
-                            self.fault.get_or_insert(MqttError::MalformedPacket);
-                        } else if packet.as_ref().is_some_and(has_packet_id_0) {
-                            // [MQTT-2.2.1-3]: identifiers are not 0.
-                            self.fault.get_or_insert(MqttError::ProtocolError);
-                        } else if let Some(packet) = packet {
-                            connect |= matches!(packet, Incoming::Connect(_) | Incoming::Overfull(Overfull::Connect));
-                            packets.push_back(packet);
-                        }
+                        self.take_packet(packet, packets);
                     }
                     Event::RequestSendPacket { packet: Packet::V3_1_1Pubrec(_) | Packet::V5_0Pubrec(_), .. } => {
                         packets.push_back(Incoming::Repeated { bytes: packet_bytes });
@@ -449,13 +587,39 @@ impl Engine {
                     other => self.on_event(other),
                 }
             }
-            if connect {
-                self.connecting = false;
-                self.framing.bound(u32::MAX);
-                break;
-            }
         }
         taken
+    }
+
+    /// Takes what the protocol engine has read; `true` if it was a CONNECT.
+    fn take_packet(&mut self, packet: Packet, packets: &mut VecDeque<Incoming>) -> bool {
+        let packet = if user_properties(&packet) > usize::try_from(self.user_properties_max).unwrap_or(usize::MAX) {
+            Some(Incoming::Overfull(self.overfull(&packet)))
+        } else {
+            self.incoming(packet)
+        };
+        if packet.as_ref().is_some_and(has_malformed_topic) {
+            // [MQTT-1.5.4-2], [MQTT-4.7.3-1], [MQTT-4.7.3-2]: no NUL, and never empty.
+            self.fault.get_or_insert(MqttError::MalformedPacket);
+        } else if packet.as_ref().is_some_and(has_packet_id_0) {
+            // [MQTT-2.2.1-3]: identifiers are not 0.
+            self.fault.get_or_insert(MqttError::ProtocolError);
+        } else if let Some(packet) = packet {
+            let is_connect = matches!(packet, Incoming::Connect(_) | Incoming::Overfull(Overfull::Connect));
+            packets.push_back(packet);
+            return is_connect;
+        }
+        false
+    }
+
+    /// Takes a whole packet that is no part of an exchange. `false`: it is the protocol engine's, which judges what is not as it should be.
+    fn take_alone(&mut self, received: &[u8], packets: &mut VecDeque<Incoming>) -> bool {
+        if received.len() > usize::try_from(self.agreed.packet_bytes_max).unwrap_or(usize::MAX) {
+            return false;
+        }
+        let Some(packet) = read_alone(received, self.is_v5()) else { return false };
+        self.take_packet(packet, packets);
+        true
     }
 
     /// Takes an ordinary PUBLISH, and every PUBACK. `false`: the packet, or this part of one, is the protocol engine's.
@@ -467,8 +631,8 @@ impl Engine {
                 return true;
             }
             self.gathered.extend_from_slice(received);
-            if self.gathered.len() > usize::try_from(self.packet_bytes_max).unwrap_or(usize::MAX) {
-                self.overstepped = Some("packet_bytes");
+            if self.gathered.len() > usize::try_from(self.agreed.packet_bytes_max).unwrap_or(usize::MAX) {
+                self.overstepped = Some(Overstepped::PacketBytes);
                 self.fault = Some(MqttError::PacketTooLarge);
             } else if is_whole {
                 let puback = std::mem::take(&mut self.gathered);
@@ -476,7 +640,8 @@ impl Engine {
             }
             return true;
         }
-        if !begins || !is_whole || received.len() > usize::try_from(self.packet_bytes_max).unwrap_or(usize::MAX) {
+        if !begins || !is_whole || received.len() > usize::try_from(self.agreed.packet_bytes_max).unwrap_or(usize::MAX)
+        {
             return false;
         }
         let Some(Plain::Publish { topic, payload, retain, packet_id }) = plain::read(received, self.is_v5()) else {
@@ -506,7 +671,9 @@ impl Engine {
             _ => self.long_puback(plain::body(packet)),
         };
         let packet_id = match read {
-            Ok(Puback { user_properties, .. }) if user_properties > self.user_properties_max => {
+            Ok(Puback { user_properties, .. })
+                if user_properties > usize::try_from(self.user_properties_max).unwrap_or(usize::MAX) =>
+            {
                 packets.push_back(Incoming::Overfull(Overfull::Other));
                 return;
             }
@@ -544,13 +711,16 @@ impl Engine {
 
     /// Counts what the protocol engine has read.
     fn note_unanswered(&mut self, packet: &Packet) {
-        let (qos, packet_id) = match packet {
-            Packet::V3_1_1Publish(publish) => (publish.qos(), publish.packet_id()),
-            Packet::V5_0Publish(publish) => (publish.qos(), publish.packet_id()),
+        let (qos, packet_id, has_properties) = match packet {
+            Packet::V3_1_1Publish(publish) => (publish.qos(), publish.packet_id(), false),
+            Packet::V5_0Publish(publish) => (publish.qos(), publish.packet_id(), !publish.props().is_empty()),
             _ => return,
         };
+        let Some(inner) = &mut self.inner else { return };
+        // One without them is here only because it came in pieces.
+        inner.has_messages |= has_properties || qos == Qos::ExactlyOnce;
         if let (Qos::AtLeastOnce, Some(packet_id)) = (qos, packet_id) {
-            self.unanswered_of_inner.push_back(packet_id);
+            inner.unanswered_qos1.push_back(packet_id);
             // Those of QoS 2 are counted when they are noted.
             self.judge_receive_maximum();
         }
@@ -558,9 +728,9 @@ impl Engine {
 
     /// [MQTT-3.3.4-9]: what we told an MQTT 5 client that it may have under way.
     fn judge_receive_maximum(&mut self) {
-        let under_way = self.unanswered_plain + self.unanswered_of_inner.len() + self.unreleased_qos2.len();
-        if under_way > usize::from(self.receive_maximum) && self.is_v5() {
-            self.overstepped = Some("receive_maximum");
+        let under_way = self.unanswered_plain + self.inner.as_ref().map_or(0, |inner| inner.unanswered());
+        if under_way > usize::from(self.agreed.receive_maximum) && self.is_v5() {
+            self.overstepped = Some(Overstepped::ReceiveMaximum);
             self.fault.get_or_insert(MqttError::ReceiveMaximumExceeded);
         }
     }
@@ -568,37 +738,52 @@ impl Engine {
     fn on_event(&mut self, event: Event) {
         match event {
             Event::RequestSendPacket { packet, .. } => {
-                let unanswered = match &packet {
-                    Packet::V3_1_1Pubrec(pubrec) => self.unanswered_qos2.contains(&pubrec.packet_id()),
-                    Packet::V5_0Pubrec(pubrec) => self.unanswered_qos2.contains(&pubrec.packet_id()),
-                    _ => false,
+                let of_pubrec = match &packet {
+                    Packet::V3_1_1Pubrec(pubrec) => Some(pubrec.packet_id()),
+                    Packet::V5_0Pubrec(pubrec) => Some(pubrec.packet_id()),
+                    _ => None,
                 };
-                if unanswered {
-                    return;
-                }
-                self.closing |= matches!(packet, Packet::V5_0Disconnect(_));
-                for buffer in packet.to_buffers() {
-                    self.out.extend_from_slice(&buffer);
+                let is_unanswered = |packet_id: u16| {
+                    self.inner.as_ref().is_some_and(|inner| inner.unanswered_qos2.contains(&packet_id))
+                };
+                if !of_pubrec.is_some_and(is_unanswered) {
+                    self.put(&packet);
                 }
             }
             Event::NotifyError(error) => {
                 self.overstepped = match error {
-                    MqttError::PacketTooLarge => Some("packet_bytes"),
-                    MqttError::ReceiveMaximumExceeded => Some("receive_maximum"),
+                    MqttError::PacketTooLarge => Some(Overstepped::PacketBytes),
+                    MqttError::ReceiveMaximumExceeded => Some(Overstepped::ReceiveMaximum),
                     _ => self.overstepped,
                 };
                 self.fault.get_or_insert(error);
             }
             Event::RequestClose => self.closing = true,
-            Event::NotifyPacketIdReleased(packet_id) => drop(take(&mut self.of_inner, packet_id)),
+            Event::NotifyPacketIdReleased(packet_id) => {
+                if let Some(inner) = &mut self.inner {
+                    take(&mut inner.sent, packet_id);
+                }
+            }
             Event::NotifyPacketReceived(_) | Event::RequestTimerReset { .. } | Event::RequestTimerCancel(_) => {}
         }
     }
 
     /// Sends a packet of ours. `Err` if the engine refused it; a refusal of ours is never the client's fault.
     fn send(&mut self, packet: Packet) -> Result<(), MqttError> {
+        let needs_inner = matches!(
+            packet,
+            Packet::V3_1_1Pubrec(_)
+                | Packet::V5_0Pubrec(_)
+                | Packet::V3_1_1Pubrel(_)
+                | Packet::V5_0Pubrel(_)
+                | Packet::V3_1_1Pubcomp(_)
+                | Packet::V5_0Pubcomp(_)
+        );
+        if self.inner.is_none() && !needs_inner {
+            return self.send_alone(&packet);
+        }
         let mut result = Ok(());
-        for event in self.inner.send(packet) {
+        for event in self.inner()?.core.send(packet) {
             if let Event::NotifyError(error) = event {
                 result = Err(error);
             } else {
@@ -608,27 +793,57 @@ impl Engine {
         result
     }
 
+    /// The same while the protocol engine is not there, for what is no part of an exchange.
+    fn send_alone(&mut self, packet: &Packet) -> Result<(), MqttError> {
+        if self.is_v5() {
+            if packet.size() > self.sent_bytes_max() {
+                return Err(MqttError::PacketTooLarge);
+            }
+            if self.closing {
+                // Nothing comes behind a DISCONNECT.
+                return Err(MqttError::PacketNotAllowedToSend);
+            }
+        }
+        self.put(packet);
+        Ok(())
+    }
+
+    fn put(&mut self, packet: &Packet) {
+        self.closing |= matches!(packet, Packet::V5_0Disconnect(_));
+        for buffer in packet.to_buffers() {
+            self.out.extend_from_slice(&buffer);
+        }
+    }
+
+    /// The client's Maximum Packet Size.
+    fn sent_bytes_max(&self) -> usize {
+        usize::try_from(self.agreed.sent_bytes_max).unwrap_or(usize::MAX)
+    }
+
     fn incoming(&mut self, packet: Packet) -> Option<Incoming> {
         Some(match packet {
-            Packet::V3_1_1Connect(p) => Incoming::Connect(Box::new(Connect {
-                client_id: p.client_id().to_owned(),
-                clean_start: p.clean_session(),
-                keep_alive_s: p.keep_alive(),
-                user_name: p.user_name().map(str::to_owned),
-                password: p.password().map(<[u8]>::to_vec),
-                session_expiry_s: if p.clean_session() { 0 } else { u32::MAX },
-                receive_maximum: None,
-                request_response_information: false,
-                will: p.will_topic().map(|topic| Will {
-                    topic: topic.to_owned(),
-                    payload: Bytes::copy_from_slice(p.will_payload().unwrap_or_default()),
-                    qos: qos_number(p.will_qos()),
-                    retain: p.will_retain(),
-                    delay_s: 0,
-                    properties: MessageProperties::default(),
-                }),
-                authentication: None,
-            })),
+            Packet::V3_1_1Connect(p) => {
+                self.agreed.is_kept = !p.clean_session();
+                Incoming::Connect(Box::new(Connect {
+                    client_id: p.client_id().to_owned(),
+                    clean_start: p.clean_session(),
+                    keep_alive_s: p.keep_alive(),
+                    user_name: p.user_name().map(str::to_owned),
+                    password: p.password().map(<[u8]>::to_vec),
+                    session_expiry_s: if p.clean_session() { 0 } else { u32::MAX },
+                    receive_maximum: None,
+                    request_response_information: false,
+                    will: p.will_topic().map(|topic| Will {
+                        topic: topic.to_owned(),
+                        payload: Bytes::copy_from_slice(p.will_payload().unwrap_or_default()),
+                        qos: qos_number(p.will_qos()),
+                        retain: p.will_retain(),
+                        delay_s: 0,
+                        properties: MessageProperties::default(),
+                    }),
+                    authentication: None,
+                }))
+            }
             Packet::V5_0Connect(p) => {
                 let mut session_expiry_s = 0;
                 let mut receive_maximum = None;
@@ -641,11 +856,12 @@ impl Engine {
                         Property::ReceiveMaximum(value) => receive_maximum = Some(value.val()),
                         Property::RequestProblemInformation(value) => self.problem_information = value.val() != 0,
                         Property::RequestResponseInformation(value) => request_response_information = value.val() != 0,
-                        Property::TopicAliasMaximum(value) if !self.takes_no_aliases => {
-                            self.aliases_max = usize::from(value.val().min(TOPIC_ALIASES_SENT_MAX));
+                        Property::TopicAliasMaximum(value) if value.val() > 0 => {
+                            let max = usize::from(value.val().min(TOPIC_ALIASES_SENT_MAX));
+                            self.aliases = Some(Box::new(Aliases { topics: Vec::new(), max }));
                         }
                         Property::MaximumPacketSize(bytes) => {
-                            self.sent_bytes_max = usize::try_from(bytes.val()).unwrap_or(usize::MAX);
+                            self.agreed.sent_bytes_max = bytes.val();
                         }
                         Property::AuthenticationMethod(method) => {
                             has_method = true;
@@ -658,6 +874,8 @@ impl Engine {
                         _ => {}
                     }
                 }
+                self.agreed.is_kept = session_expiry_s > 0;
+                self.agreed.sent_max = receive_maximum;
                 if has_data && !has_method {
                     // [MQTT-3.1.2.11.10]: no authentication data without a method.
                     self.fault.get_or_insert(MqttError::ProtocolError);
@@ -718,8 +936,8 @@ impl Engine {
             Packet::V5_0Pubrec(p) => {
                 Incoming::Pubrec(p.packet_id(), p.reason_code().is_none_or(|code| code.is_success()))
             }
-            Packet::V3_1_1Pubrel(p) => Incoming::Pubrel(p.packet_id(), self.unreleased_qos2.remove(&p.packet_id())),
-            Packet::V5_0Pubrel(p) => Incoming::Pubrel(p.packet_id(), self.unreleased_qos2.remove(&p.packet_id())),
+            Packet::V3_1_1Pubrel(p) => Incoming::Pubrel(p.packet_id(), self.released(p.packet_id())),
+            Packet::V5_0Pubrel(p) => Incoming::Pubrel(p.packet_id(), self.released(p.packet_id())),
             Packet::V3_1_1Pubcomp(p) => Incoming::Pubcomp(p.packet_id()),
             Packet::V5_0Pubcomp(p) => Incoming::Pubcomp(p.packet_id()),
             Packet::V3_1_1Subscribe(p) => Incoming::Subscribe {
@@ -834,26 +1052,29 @@ impl Engine {
     fn note_qos2(&mut self, qos: u8, packet_id: Option<u16>) {
         if qos == 2
             && let Some(packet_id) = packet_id
+            && let Some(inner) = &mut self.inner
         {
-            self.unanswered_qos2.push(packet_id);
-            self.unreleased_qos2.insert(packet_id);
+            inner.unanswered_qos2.push(packet_id);
+            inner.unreleased_qos2.insert(packet_id);
             self.judge_receive_maximum();
         }
+    }
+
+    /// A QoS 2 publish is released; `false` if there is none.
+    fn released(&mut self, packet_id: u16) -> bool {
+        self.inner.as_mut().is_some_and(|inner| inner.unreleased_qos2.remove(&packet_id))
     }
 
     /// Accepts the CONNECT.
     pub(crate) fn accept(&mut self, accepted: &Accepted<'_>) {
         self.connected = true;
         let sent = if self.is_v5() {
-            let mut properties = Vec::new();
-            push(&mut properties, ReceiveMaximum::new(self.receive_maximum).map(Property::from));
-            push(&mut properties, MaximumPacketSize::new(self.packet_bytes_max).map(Property::from));
-            push(&mut properties, TopicAliasMaximum::new(TOPIC_ALIASES_MAX).map(Property::from));
+            let mut properties = self.agreed.told();
             if let Some(client_id) = accepted.assigned_client_id {
                 push(&mut properties, mqtt::packet::AssignedClientIdentifier::new(client_id).map(Property::from));
             }
             if let Some(expiry) = accepted.session_expiry_s {
-                push(&mut properties, mqtt::packet::SessionExpiryInterval::new(expiry).map(Property::from));
+                push(&mut properties, SessionExpiryInterval::new(expiry).map(Property::from));
             }
             if let Some(keep_alive) = accepted.keep_alive_s {
                 push(&mut properties, mqtt::packet::ServerKeepAlive::new(keep_alive).map(Property::from));
@@ -873,14 +1094,15 @@ impl Engine {
                 .reason_code(ConnectReasonCode::Success)
                 .props(properties)
                 .build()
-                .and_then(|packet| self.send(packet.into()))
+                .and_then(|packet| self.send_alone(&packet.into()))
         } else {
             v3_1_1::Connack::builder()
                 .session_present(accepted.session_present)
                 .return_code(ConnectReturnCode::Accepted)
                 .build()
-                .and_then(|packet| self.send(packet.into()))
+                .and_then(|packet| self.send_alone(&packet.into()))
         };
+        // The protocol engine is there already if the session had something under way, and takes this as said.
         self.must(sent);
     }
 
@@ -954,7 +1176,7 @@ impl Engine {
     fn is_used(&self, packet_id: u16) -> bool {
         self.awaiting_puback.contains(&packet_id)
             || self.reserved.contains(&packet_id)
-            || self.of_inner.contains(&packet_id)
+            || self.inner.as_ref().is_some_and(|inner| inner.sent.contains(&packet_id))
     }
 
     /// One after the other, so that one that was released is not used again soon. `None` if all are under way.
@@ -1002,7 +1224,7 @@ impl Engine {
     }
 
     fn publish_plain(&mut self, message: &Outgoing<'_>, packet_id: Option<u16>) -> Result<(), NotSent> {
-        let bytes_max = self.sent_bytes_max;
+        let bytes_max = self.sent_bytes_max();
         let too_long = |bytes: usize| if bytes > bytes_max { NotSent::TooLarge } else { NotSent::Closed };
         if self.is_v5() {
             let alias = self.alias(message.topic);
@@ -1012,8 +1234,11 @@ impl Engine {
                 plain::put_publish_properties(properties, message, alias.map(|(alias, _)| alias));
                 plain::put_publish(&mut self.out, topic, message, packet_id, Some(properties), bytes_max)
             });
-            if put.is_err() && alias.is_some_and(|(_, is_known)| !is_known) {
-                self.aliases.pop();
+            if put.is_err()
+                && alias.is_some_and(|(_, is_known)| !is_known)
+                && let Some(aliases) = &mut self.aliases
+            {
+                aliases.topics.pop();
             }
             put.map_err(too_long)?;
         } else {
@@ -1029,10 +1254,11 @@ impl Engine {
     /// Without a topic alias: the protocol engine does not know those that are in use.
     fn publish_qos2(&mut self, message: &Outgoing<'_>, packet_id: u16) -> Result<(), NotSent> {
         take(&mut self.reserved, packet_id);
-        if self.inner.register_packet_id(packet_id).is_err() {
+        let inner = self.inner_for_messages().map_err(|_| NotSent::Closed)?;
+        if inner.core.register_packet_id(packet_id).is_err() {
             return Err(NotSent::Closed);
         }
-        self.of_inner.push(packet_id);
+        inner.sent.push(packet_id);
         let dup = message.again.is_some();
         let built: Result<Packet, MqttError> = if self.is_v5() {
             let mut properties: Vec<Property> = Vec::with_capacity(4);
@@ -1076,25 +1302,27 @@ impl Engine {
                 .map(Into::into)
         };
         built.and_then(|packet| self.send(packet)).map_err(|error| {
-            for event in self.inner.release_packet_id(packet_id) {
-                self.on_event(event);
+            if let Some(inner) = &mut self.inner {
+                let events = inner.core.release_packet_id(packet_id);
+                take(&mut inner.sent, packet_id);
+                events.into_iter().for_each(|event| self.on_event(event));
             }
-            take(&mut self.of_inner, packet_id);
             if error == MqttError::PacketTooLarge { NotSent::TooLarge } else { NotSent::Closed }
         })
     }
 
     /// The alias of a topic, and whether the client knows it already; a new one if there is room.
     fn alias(&mut self, topic: &str) -> Option<(u16, bool)> {
-        if self.aliases_max == 0 || topic.len() < ALIASED_TOPIC_BYTES_MIN {
+        let Aliases { topics, max } = self.aliases.as_deref_mut()?;
+        if topic.len() < ALIASED_TOPIC_BYTES_MIN {
             return None;
         }
-        let found = self.aliases.iter().position(|known| **known == *topic);
+        let found = topics.iter().position(|known| **known == *topic);
         let at = match found {
             Some(at) => at,
-            None if self.aliases.len() < self.aliases_max => {
-                self.aliases.push(topic.into());
-                self.aliases.len() - 1
+            None if topics.len() < *max => {
+                topics.push(topic.into());
+                topics.len() - 1
             }
             None => return None,
         };
@@ -1108,11 +1336,13 @@ impl Engine {
         if !self.framing.is_between_packets() || !take(&mut self.reserved, packet_id) {
             return false;
         }
-        if self.inner.register_packet_id(packet_id).is_err() {
+        let is_v5 = self.is_v5();
+        let Ok(inner) = self.inner_for_messages() else { return false };
+        if inner.core.register_packet_id(packet_id).is_err() {
             return false;
         }
-        self.of_inner.push(packet_id);
-        let sent: Result<Packet, MqttError> = if self.is_v5() {
+        inner.sent.push(packet_id);
+        let sent: Result<Packet, MqttError> = if is_v5 {
             let builder =
                 v5_0::Publish::builder().topic_name("-").map(|b| b.qos(Qos::ExactlyOnce).packet_id(packet_id));
             builder.and_then(|builder| builder.build()).map(Into::into)
@@ -1122,15 +1352,15 @@ impl Engine {
             builder.and_then(|builder| builder.build()).map(Into::into)
         };
         let Ok(packet) = sent else { return false };
-        let events = self.inner.send(packet);
+        let events = inner.core.send(packet);
         if events.iter().any(|event| matches!(event, Event::NotifyError(_))) {
             // It has let go of the packet identifier: keep it for the next try.
-            take(&mut self.of_inner, packet_id);
+            take(&mut inner.sent, packet_id);
             self.reserved.push(packet_id);
             return false;
         }
         let [high, low] = packet_id.to_be_bytes();
-        drop(self.inner.recv(&mut Cursor::new(&[0x50, 2, high, low][..])));
+        drop(inner.core.recv(&mut Cursor::new(&[0x50, 2, high, low][..])));
         self.pubrel(packet_id);
         true
     }
@@ -1145,10 +1375,7 @@ impl Engine {
             // Nothing comes behind a DISCONNECT.
             return;
         }
-        if let Some(at) = self.unanswered_of_inner.iter().position(|of_inner| *of_inner == packet_id) {
-            self.unanswered_of_inner.remove(at);
-            self.tell_inner_of_puback(packet_id);
-        } else {
+        if !self.tell_inner_of_puback(packet_id) {
             self.unanswered_plain = self.unanswered_plain.saturating_sub(1);
         }
         let (reason, told) = match ack {
@@ -1161,21 +1388,27 @@ impl Engine {
         let told = if self.problem_information { told } else { Told::Nothing };
         let is_plain = reason == PubackReasonCode::Success && matches!(told, Told::Nothing | Told::Properties([]));
         let reason = (self.is_v5() && !is_plain).then_some(reason as u8);
-        if !plain::put_puback(&mut self.out, packet_id, reason, told, self.sent_bytes_max) {
+        let bytes_max = self.sent_bytes_max();
+        if !plain::put_puback(&mut self.out, packet_id, reason, told, bytes_max) {
             self.closing = true;
         }
     }
 
-    /// It counts what it has read until it is answered; its answer stays here.
-    fn tell_inner_of_puback(&mut self, packet_id: u16) {
-        let told = if self.is_v5() {
-            v5_0::Puback::builder().packet_id(packet_id).build().map(|packet| self.inner.send(packet.into()))
+    /// It counts what it has read until it is answered; its answer stays here. `false` if it has not read that.
+    fn tell_inner_of_puback(&mut self, packet_id: u16) -> bool {
+        let is_v5 = self.is_v5();
+        let Some(inner) = &mut self.inner else { return false };
+        let Some(at) = inner.unanswered_qos1.iter().position(|read| *read == packet_id) else { return false };
+        inner.unanswered_qos1.remove(at);
+        let told = if is_v5 {
+            v5_0::Puback::builder().packet_id(packet_id).build().map(|packet| inner.core.send(packet.into()))
         } else {
-            v3_1_1::Puback::builder().packet_id(packet_id).build().map(|packet| self.inner.send(packet.into()))
+            v3_1_1::Puback::builder().packet_id(packet_id).build().map(|packet| inner.core.send(packet.into()))
         };
         if let Err(error) = told {
             tracing::debug!(?error, "an answer could not be counted");
         }
+        true
     }
 
     fn put_pubrec(&mut self, packet_id: u16, ack: &Ack<'_>) {
@@ -1183,7 +1416,7 @@ impl Engine {
         let sent = if self.is_v5() {
             if matches!(ack, Ack::Refused { .. }) {
                 // [MQTT-4.3.3-9]: the packet identifier is free.
-                self.unreleased_qos2.remove(&packet_id);
+                self.released(packet_id);
             }
             let mut properties = Vec::new();
             if self.problem_information {
@@ -1226,8 +1459,9 @@ impl Engine {
 
     /// QoS 2 publishes that were answered with PUBREC and not released yet.
     pub(crate) fn qos2_received(&self) -> HashSet<u16> {
-        let mut received = self.unreleased_qos2.clone();
-        for unanswered in &self.unanswered_qos2 {
+        let Some(inner) = &self.inner else { return HashSet::new() };
+        let mut received = inner.unreleased_qos2.clone();
+        for unanswered in &inner.unanswered_qos2 {
             received.remove(unanswered);
         }
         received
@@ -1235,13 +1469,24 @@ impl Engine {
 
     /// The outcome of a QoS 2 publish is known.
     pub(crate) fn on_qos2_taken(&mut self, packet_id: u16) {
-        self.unanswered_qos2.retain(|waiting| *waiting != packet_id);
+        if let Some(inner) = &mut self.inner {
+            inner.unanswered_qos2.retain(|waiting| *waiting != packet_id);
+        }
     }
 
     /// Takes up what [`Engine::qos2_received`] gave in the session's last connection.
     pub(crate) fn restore_qos2_received(&mut self, received: HashSet<u16>) {
-        self.unreleased_qos2.extend(&received);
-        self.inner.restore_qos2_publish_handled(received.into_iter().collect());
+        if received.is_empty() {
+            return;
+        }
+        match self.inner_for_messages() {
+            Ok(inner) => {
+                inner.unreleased_qos2.extend(&received);
+                inner.core.restore_qos2_publish_handled(received.into_iter().collect());
+            }
+            // Without it nothing can be known as sent before.
+            Err(error) => self.must(Err(error)),
+        }
     }
 
     pub(crate) fn pubrel(&mut self, packet_id: u16) {
@@ -1386,6 +1631,37 @@ impl Engine {
             }
             self.closing = true;
         }
+    }
+}
+
+fn whole<T: Into<Packet>>(parsed: Result<(T, usize), MqttError>, body: &[u8]) -> Option<Packet> {
+    parsed.ok().filter(|(_, bytes)| *bytes == body.len()).map(|(packet, _)| packet.into())
+}
+
+/// Reads a whole CONNECT; `None` if it is something else, or not as it should be.
+fn read_connect(packet: &[u8]) -> Option<Packet> {
+    let body = plain::body(packet);
+    match (packet.first()? >> 4, body.get(CONNECT_LEVEL_AT)?) {
+        (CONNECT, 4) => whole(v3_1_1::Connect::parse(body), body),
+        (CONNECT, 5) => whole(v5_0::Connect::parse(body), body),
+        _ => None,
+    }
+}
+
+/// Reads one whole packet that is no part of an exchange; `None` if it is another, or not as it should be.
+fn read_alone(packet: &[u8], is_v5: bool) -> Option<Packet> {
+    let body = plain::body(packet);
+    match (packet.first()? >> 4, is_v5) {
+        (SUBSCRIBE, false) => whole(v3_1_1::Subscribe::parse(body), body),
+        (SUBSCRIBE, true) => whole(v5_0::Subscribe::parse(body), body),
+        (UNSUBSCRIBE, false) => whole(v3_1_1::Unsubscribe::parse(body), body),
+        (UNSUBSCRIBE, true) => whole(v5_0::Unsubscribe::parse(body), body),
+        (PINGREQ, false) => whole(v3_1_1::Pingreq::parse(body), body),
+        (PINGREQ, true) => whole(v5_0::Pingreq::parse(body), body),
+        (DISCONNECT, false) => whole(v3_1_1::Disconnect::parse(body), body),
+        (DISCONNECT, true) => whole(v5_0::Disconnect::parse(body), body),
+        (AUTH, true) => whole(v5_0::Auth::parse(body), body),
+        _ => None,
     }
 }
 
@@ -1550,6 +1826,8 @@ fn suback_code(code: RefusalCode) -> SubackReasonCode {
 
 #[cfg(test)]
 mod tests {
+    use proptest::prelude::*;
+
     use super::*;
 
     fn accepted() -> Accepted<'static> {
@@ -1566,6 +1844,14 @@ mod tests {
 
     /// Properties of the CONNECT: `None` for MQTT 3.1.1.
     fn connected(properties: Option<&[u8]>, receive_maximum: u16) -> Engine {
+        let mut engine = connecting(properties, receive_maximum);
+        engine.accept(&accepted());
+        engine.out.clear();
+        engine
+    }
+
+    /// The CONNECT is not answered yet.
+    fn connecting(properties: Option<&[u8]>, receive_maximum: u16) -> Engine {
         let limits = Limits { receive_maximum, ..Limits::default() };
         let mut engine = Engine::new(&limits);
         let mut body = vec![0, 4, b'M', b'Q', b'T', b'T', if properties.is_some() { 5 } else { 4 }, 2, 0, 60];
@@ -1578,8 +1864,6 @@ mod tests {
         packet.append(&mut body);
         let packets = fed(&mut engine, &packet);
         assert!(matches!(packets[..], [Incoming::Connect(_)]), "{packets:?}");
-        engine.accept(&accepted());
-        engine.out.clear();
         engine
     }
 
@@ -1693,7 +1977,10 @@ mod tests {
             assert!(engine.gathered.len() <= most);
             fed(&mut engine, &bytes);
         }
-        assert_eq!((engine.fault, engine.overstepped), (Some(MqttError::PacketTooLarge), Some("packet_bytes")));
+        assert_eq!(
+            (engine.fault, engine.overstepped),
+            (Some(MqttError::PacketTooLarge), Some(Overstepped::PacketBytes))
+        );
     }
 
     #[test]
@@ -1706,7 +1993,7 @@ mod tests {
             assert_eq!(engine.fault, None);
             fed(&mut engine, &publish(4, qos, with_property));
             assert_eq!(engine.fault, Some(MqttError::ReceiveMaximumExceeded));
-            assert_eq!(engine.overstepped, Some("receive_maximum"));
+            assert_eq!(engine.overstepped, Some(Overstepped::ReceiveMaximum));
         }
         // What is answered makes room.
         let mut engine = connected(Some(&[]), 2);
@@ -1787,5 +2074,215 @@ mod tests {
         assert!((1..=2).all(|packet_id| !engine.is_used(packet_id)));
         sent(&mut engine, 1);
         assert_eq!(engine.out.len(), 26);
+    }
+
+    /// What happens to a connection, at its client's or ours.
+    #[derive(Clone, Debug)]
+    enum Step {
+        Subscribe(Vec<u8>),
+        Unsubscribe,
+        Pingreq,
+        Authenticate,
+        /// As it is, or with the user property a=b.
+        Publish(u8, bool),
+        /// With a topic alias, and with the topic or without.
+        Aliased(bool),
+        Acknowledge,
+        Pubrel,
+        Send(u8),
+        /// PUBACK, PUBREC or PUBCOMP, for this packet identifier.
+        Answer(u8, u16),
+        Disconnect,
+        /// DISCONNECT with this reason.
+        Leave(u8),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let filters = prop_oneof![
+            9 => Just(vec![0, 1, b't', 1]),
+            1 => prop::collection::vec(any::<u8>(), 0..9),
+        ];
+        prop_oneof![
+            4 => filters.prop_map(Step::Subscribe),
+            2 => Just(Step::Unsubscribe),
+            3 => Just(Step::Pingreq),
+            1 => Just(Step::Authenticate),
+            3 => (0_u8..3, any::<bool>()).prop_map(|(qos, with_property)| Step::Publish(qos, with_property)),
+            1 => any::<bool>().prop_map(Step::Aliased),
+            3 => Just(Step::Acknowledge),
+            1 => Just(Step::Pubrel),
+            3 => (0_u8..3).prop_map(Step::Send),
+            3 => (prop_oneof![Just(0x40), Just(0x50), Just(0x70)], 1_u16..9).prop_map(|(kind, id)| Step::Answer(kind, id)),
+            1 => Just(Step::Disconnect),
+            1 => (0_u8..5).prop_map(Step::Leave),
+        ]
+    }
+
+    fn packet(first: u8, parts: &[&[u8]]) -> Vec<u8> {
+        let body = parts.concat();
+        [&[first, u8::try_from(body.len()).expect("short")], &body[..]].concat()
+    }
+
+    /// Takes the step, with bytes in pieces or not; what came of it.
+    fn take_step(engine: &mut Engine, step: &Step, number: u16, in_pieces: bool) -> Vec<Incoming> {
+        let none: &[u8] = if engine.is_v5() { &[0] } else { &[] };
+        let id = &number.to_be_bytes()[..];
+        let bytes = match step {
+            Step::Subscribe(filters) => packet(0x82, &[id, none, filters]),
+            Step::Unsubscribe => packet(0xa2, &[id, none, &[0, 1, b't']]),
+            Step::Pingreq => vec![0xc0, 0],
+            Step::Authenticate => packet(0xf0, &[&[0x19, 4, 0x15, 0, 1, b'm']]),
+            Step::Publish(qos, with_property) => {
+                let property = [7, 0x26, 0, 1, b'a', 0, 1, b'b'];
+                let properties = if engine.is_v5() && *with_property { &property } else { none };
+                let id = if *qos == 0 { &[] } else { id };
+                packet(0x30 | qos << 1, &[&[0, 1, b't'], id, properties, b"x"])
+            }
+            Step::Aliased(with_topic) => {
+                let topic: &[u8] = if *with_topic { &[0, 1, b't'] } else { &[0, 0] };
+                packet(0x30, &[topic, &[3, 0x23, 0, 5], b"x"])
+            }
+            Step::Pubrel => packet(0x62, &[id]),
+            Step::Answer(kind, id) => packet(*kind, &[&id.to_be_bytes()]),
+            Step::Leave(reason) => match reason {
+                0 => vec![0xe0, 0],
+                reason => packet(0xe0, &[&[*reason]]),
+            },
+            Step::Acknowledge | Step::Send(_) | Step::Disconnect => Vec::new(),
+        };
+        match step {
+            Step::Acknowledge => {
+                let is_qos2 = engine.inner.as_ref().is_some_and(|inner| inner.unanswered_qos2.contains(&(number - 1)));
+                engine.acknowledge(number - 1, if is_qos2 { 2 } else { 1 }, &STORED);
+            }
+            Step::Send(qos) => drop(engine.publish(message(*qos))),
+            Step::Disconnect => engine.disconnect(DisconnectReasonCode::ServerBusy, "busy"),
+            _ => {}
+        }
+        let mut packets = VecDeque::new();
+        let (begin, end) = bytes.split_at(if in_pieces { bytes.len().min(1) } else { 0 });
+        for bytes in [begin, end] {
+            engine.feed(bytes, &mut packets);
+        }
+        for packet in &packets {
+            match packet {
+                Incoming::Subscribe { packet_id, filters, .. } => {
+                    engine.suback(*packet_id, &vec![Granted::Qos(1); filters.len()], Some("a reason"));
+                }
+                Incoming::Unsubscribe { packet_id, .. } => engine.unsuback(*packet_id, &[true]),
+                Incoming::Pingreq => engine.pingresp(),
+                Incoming::Auth(authentication) => engine.authenticated_again(&authentication.method),
+                Incoming::Pubrec(packet_id, true) => engine.pubrel(*packet_id),
+                Incoming::Pubrel(packet_id, found) => engine.pubcomp(*packet_id, *found),
+                _ => {}
+            }
+        }
+        if engine.fault.is_some() && !engine.closing {
+            engine.disconnect_for_fault();
+        }
+        packets.into()
+    }
+
+    proptest! {
+        /// One that is never without the protocol engine, and reads everything by it, says the same.
+        #[test]
+        fn an_engine_may_rest_at_any_time(steps in prop::collection::vec(step(), 1..30), of in 0_usize..4) {
+            // Of MQTT 5: a session that is kept, a receive maximum of 2, a maximum packet size of 30.
+            let properties: Option<&[u8]> = [
+                None,
+                Some(&[][..]),
+                Some(&[0x11, 0, 0, 0, 9, 0x21, 0, 2]),
+                Some(&[0x27, 0, 0, 0, 30]),
+            ][of];
+            let (mut resting, mut other) = (connected(properties, 5), connected(properties, 5));
+            for (number, step) in (2..).zip(&steps) {
+                resting.rest();
+                let packets = take_step(&mut resting, step, number, false);
+                let expected = take_step(&mut other, step, number, true);
+                prop_assert_eq!(format!("{packets:?}"), format!("{expected:?}"), "{:?}", step);
+                prop_assert_eq!(&resting.out, &other.out, "{:?}", step);
+                prop_assert_eq!((resting.fault, resting.closing), (other.fault, other.closing), "{:?}", step);
+                if other.closing {
+                    break;
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_protocol_engine_is_there_for_those_who_need_it() {
+        for properties in [None, Some(&[][..])] {
+            let none: &[u8] = if properties.is_some() { &[0] } else { &[] };
+            let is_there = |packets: &[&[u8]]| {
+                let mut engine = connected(properties, 10);
+                for packet in packets {
+                    engine.rest();
+                    fed(&mut engine, packet);
+                }
+                let was_there = engine.inner.is_some();
+                engine.rest();
+                (was_there, engine.inner.is_some())
+            };
+            let subscribe = packet(0x82, &[&[0, 1], none, &[0, 1, b't', 1]]);
+            assert_eq!(is_there(&[&subscribe, &[0xc0, 0], &packet(0x30, &[&[0, 1, b't'], none])]), (false, false));
+            assert_eq!(is_there(&[&[0x82]]), (true, true), "half a packet");
+            assert_eq!(is_there(&[&subscribe[..1], &subscribe[1..]]), (true, false));
+            assert_eq!(is_there(&[&packet(0x34, &[&[0, 1, b't', 0, 7], none])]), (true, true), "QoS 2");
+        }
+    }
+
+    #[test]
+    fn what_was_taken_before_the_connection_is_not_taken_again() {
+        for properties in [None, Some(&[][..])] {
+            let mut engine = connecting(properties, 10);
+            engine.restore_qos2_received(HashSet::from([7]));
+            engine.accept(&accepted());
+            assert!(!engine.closing && engine.out.starts_with(&[0x20]));
+            engine.out.clear();
+            engine.rest();
+            let publish = |id| packet(0x3c, &[&[0, 1, b't', 0, id], if properties.is_some() { &[0] } else { &[] }]);
+            assert!(matches!(fed(&mut engine, &publish(7))[..], [Incoming::Repeated { .. }]));
+            assert_eq!(engine.out, [0x50, 2, 0, 7]);
+            assert!(matches!(fed(&mut engine, &[0x62, 2, 0, 7])[..], [Incoming::Pubrel(7, true)]));
+            engine.pubcomp(7, true);
+            assert!(matches!(fed(&mut engine, &publish(7))[..], [Incoming::Publish(_)]));
+            assert_eq!((engine.fault, engine.closing), (None, false));
+        }
+    }
+
+    /// The protocol engine would panic at it.
+    #[test]
+    fn a_topic_alias_maximum_of_0_is_none() {
+        for maximum in [0, 1] {
+            let mut engine = connected(Some(&[0x22, 0, maximum]), 10);
+            let mut lengths = Vec::new();
+            for _ in 0..2 {
+                engine.out.clear();
+                engine.publish(message(0)).expect("it is sent");
+                lengths.push(engine.out.len());
+            }
+            let has_alias = lengths[1] < lengths[0];
+            assert_eq!(has_alias, maximum > 0, "{lengths:?}");
+            sent(&mut engine, 2);
+            assert!(engine.inner.is_some() && !engine.closing);
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_connect_is_answered() {
+        let connect = |level: u8, properties: &[u8], end: &[u8]| {
+            let mut engine = Engine::new(&Limits::default());
+            let body = [&[0, 4, b'M', b'Q', b'T', b'T', level, 2, 0, 60], properties, &[0, 1, b'c'], end].concat();
+            let packets = fed(&mut engine, &packet(0x10, &[&body]));
+            engine.disconnect_for_fault();
+            (packets.len(), engine.out.first().copied(), engine.closing)
+        };
+        assert_eq!(connect(4, &[], &[]), (1, None, true));
+        assert_eq!(connect(5, &[0], &[]), (1, Some(0x20), true));
+        // More than belongs to it, authentication data without a method, and a property that is none.
+        assert_eq!(connect(4, &[], &[0]), (0, None, true));
+        assert_eq!(connect(5, &[0], &[0]), (0, Some(0x20), true));
+        assert_eq!(connect(5, &[4, 0x16, 0, 1, b'x'], &[]), (0, Some(0x20), true));
+        assert_eq!(connect(5, &[1, 0xff], &[]), (0, Some(0x20), true));
     }
 }

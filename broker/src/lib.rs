@@ -10,7 +10,6 @@ pub mod admission;
 mod broker;
 pub mod bus;
 pub mod completion;
-mod connect_packet;
 mod connection;
 mod engine;
 pub mod escaped;

@@ -108,6 +108,9 @@ struct Inner {
     user: Option<Arc<str>>,
     /// From the first message on that has to be counted: few connections have any.
     queue: Option<Arc<SessionQueue>>,
+    hold: Hold,
+    /// From the moment on that somebody waits for [`Mailbox::settle`].
+    on_settled: Option<Arc<Notify>>,
 }
 
 impl Inner {
@@ -167,19 +170,11 @@ pub(crate) struct Mailbox {
     inner: Mutex<Inner>,
     waker: AtomicWaker,
     queues: Arc<Queues>,
-    hold: Mutex<Hold>,
-    on_settled: Notify,
 }
 
 impl Mailbox {
     pub(crate) fn new(queues: Arc<Queues>) -> Self {
-        Self {
-            inner: Mutex::default(),
-            waker: AtomicWaker::new(),
-            queues,
-            hold: Mutex::default(),
-            on_settled: Notify::new(),
-        }
+        Self { inner: Mutex::default(), waker: AtomicWaker::new(), queues }
     }
 
     /// Whose it is: before anything comes that waits on their account.
@@ -257,12 +252,12 @@ impl Mailbox {
 
     /// Whether nobody else works on the session: its next connection waits for this one, though not for ever.
     pub(crate) fn holds(&self) -> bool {
-        *self.hold.lock() != Hold::GivenUp
+        self.inner.lock().hold != Hold::GivenUp
     }
 
     /// The connection begins to give back what it knows of its session, which takes no time. `false` if the next one has not waited for that.
     pub(crate) fn begin_to_settle(&self) -> bool {
-        let mut hold = self.hold.lock();
+        let hold = &mut self.inner.lock().hold;
         if *hold == Hold::Own {
             *hold = Hold::Settling;
         }
@@ -271,21 +266,28 @@ impl Mailbox {
 
     /// The connection has given back what it knew of its session.
     pub(crate) fn settle(&self) {
-        *self.hold.lock() = Hold::Settled;
-        self.on_settled.notify_waiters();
+        let on_settled = {
+            let mut inner = self.inner.lock();
+            inner.hold = Hold::Settled;
+            inner.on_settled.take()
+        };
+        if let Some(on_settled) = on_settled {
+            on_settled.notify_waiters();
+        }
     }
 
     /// Whether it has.
     pub(crate) fn is_settled(&self) -> bool {
-        *self.hold.lock() == Hold::Settled
+        self.inner.lock().hold == Hold::Settled
     }
 
     /// Returns once [`Mailbox::settle`] was called.
     async fn settled(&self) {
-        let mut told = std::pin::pin!(self.on_settled.notified());
+        let on_settled = Arc::clone(self.inner.lock().on_settled.get_or_insert_default());
+        let mut told = std::pin::pin!(on_settled.notified());
         // Listening first: a call between the look and the wait is not missed.
         told.as_mut().enable();
-        if *self.hold.lock() != Hold::Settled {
+        if !self.is_settled() {
             told.await;
         }
     }
@@ -296,7 +298,7 @@ impl Mailbox {
             return true;
         }
         {
-            let mut hold = self.hold.lock();
+            let hold = &mut self.inner.lock().hold;
             if *hold == Hold::Own {
                 *hold = Hold::GivenUp;
                 return false;

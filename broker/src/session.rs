@@ -31,7 +31,7 @@ pub(crate) struct Slot {
     pub(crate) topic: Arc<str>,
     pub(crate) qos: u8,
     /// Of the subscriptions that it is read for.
-    pub(crate) identifiers: Vec<u32>,
+    pub(crate) identifiers: Box<[u32]>,
     pub(crate) stream: DurableStream,
 }
 
@@ -40,7 +40,7 @@ pub(crate) struct Slot {
 pub(crate) struct LiveTopic {
     pub(crate) name: Arc<str>,
     pub(crate) qos: u8,
-    pub(crate) identifiers: Vec<u32>,
+    pub(crate) identifiers: Box<[u32]>,
 }
 
 /// A bound topic that the subscriptions ask for.
@@ -113,7 +113,7 @@ impl UnderWay {
 struct InFlight {
     packet_id: u16,
     target: Target,
-    bytes: usize,
+    bytes: u32,
 }
 
 pub(crate) struct Session {
@@ -122,7 +122,7 @@ pub(crate) struct Session {
     /// The session as ordinary messages see it.
     pub(crate) receiver: Arc<Receiver>,
     /// What CONNECT agreed on, if it asked for extended authentication.
-    pub(crate) authentication_method: Option<String>,
+    pub(crate) authentication_method: Option<Box<str>>,
     pub(crate) expiry_s: u32,
     pub(crate) silence_max: Option<Duration>,
     /// Few have one.
@@ -136,15 +136,15 @@ pub(crate) struct Session {
     /// What the last connection had in flight: the same messages go out under the same packet identifiers [MQTT-4.4.0-1].
     pub(crate) resend: Vec<Resend>,
     in_flight: VecDeque<InFlight>,
-    in_flight_bytes: usize,
-    window: usize,
+    in_flight_bytes: u32,
+    window: u16,
 }
 
 /// Payload bytes that may be in flight to one client.
-const IN_FLIGHT_BYTES_MAX: usize = 256 * 1024;
+const IN_FLIGHT_BYTES_MAX: u32 = 256 * 1024;
 
 impl Session {
-    pub(crate) fn new(key: SessionKey, receiver: Arc<Receiver>, expiry_s: u32, window: usize) -> Self {
+    pub(crate) fn new(key: SessionKey, receiver: Arc<Receiver>, expiry_s: u32, window: u16) -> Self {
         Self {
             key,
             identity: receiver.identity(),
@@ -175,14 +175,16 @@ impl Session {
     }
 
     pub(crate) fn has_room(&self) -> bool {
-        self.in_flight.len() < self.window && self.in_flight_bytes < IN_FLIGHT_BYTES_MAX
+        self.in_flight.len() < usize::from(self.window) && self.in_flight_bytes < IN_FLIGHT_BYTES_MAX
     }
 
     pub(crate) fn sent(&mut self, packet_id: u16, mut target: Target, bytes: usize) {
         if let Target::Ordinary(ordinary) = &mut target {
             ordinary.on_sent();
         }
-        self.in_flight_bytes += bytes;
+        // One message is at most 256 MiB, and none is sent while there are more bytes than may be.
+        let bytes = u32::try_from(bytes).unwrap_or(IN_FLIGHT_BYTES_MAX);
+        self.in_flight_bytes = self.in_flight_bytes.saturating_add(bytes);
         self.in_flight.push_back(InFlight { packet_id, target, bytes });
     }
 
@@ -190,7 +192,7 @@ impl Session {
     pub(crate) fn acknowledged(&mut self, packet_id: u16) -> Option<Target> {
         let at = self.in_flight.iter().position(|sent| sent.packet_id == packet_id)?;
         let sent = self.in_flight.remove(at)?;
-        self.in_flight_bytes -= sent.bytes;
+        self.in_flight_bytes = self.in_flight_bytes.saturating_sub(sent.bytes);
         if self.in_flight.is_empty() {
             self.in_flight.shrink_to(0);
         }
@@ -376,7 +378,7 @@ mod tests {
         assert_eq!(session.take_resend("inbox", Position(3)), Some(13));
         assert_eq!(session.take_passed("inbox", Position(3)).collect::<Vec<_>>(), [11]);
         let stream = DurableStream::new(Position(0), Position(0));
-        session.slots.push(Slot { topic: "inbox".into(), qos: 1, identifiers: Vec::new(), stream });
+        session.slots.push(Slot { topic: "inbox".into(), qos: 1, identifiers: Box::default(), stream });
         assert_eq!(session.take_unread().collect::<Vec<_>>(), [12]);
         assert_eq!(session.resend, [resend("inbox", 5, 15)]);
     }
@@ -388,7 +390,7 @@ mod tests {
             let mut log = before;
             let mut wire: VecDeque<Option<u64>> = VecDeque::new();
             let mut slots: Vec<Slot> = ["inbox", "sent"]
-                .map(|topic| Slot { topic: topic.into(), qos: 1, identifiers: Vec::new(), stream: DurableStream::new(Position(0), Position(0)) })
+                .map(|topic| Slot { topic: topic.into(), qos: 1, identifiers: Box::default(), stream: DurableStream::new(Position(0), Position(0)) })
                 .into();
             let mut bus_seen = Position(0);
             let mut read: Option<(usize, u64, usize)> = None;

@@ -46,9 +46,8 @@ enum Mode {
     Live,
     /// The log has to be read after `queued`.
     Behind,
-    /// A read is under way, begun when the log ended at `head`. `again`: something was missed meanwhile. `stale`: what it brings may have
-    /// changed meanwhile.
-    Reading { again: bool, stale: bool, head: Position },
+    /// A read is under way. `again`: something was missed meanwhile. `stale`: what it brings may have changed meanwhile.
+    Reading { again: bool, stale: bool },
 }
 
 #[derive(Debug)]
@@ -70,7 +69,7 @@ pub(crate) struct DurableStream {
     reported: Position,
     /// Messages up to here were waiting when the subscription began.
     backlog_end: Position,
-    /// In [`Mode::Live`]: no message up to here is still to come.
+    /// In [`Mode::Live`]: no message up to here is still to come. In [`Mode::Reading`]: where the log ended when that began.
     complete: Position,
 }
 
@@ -124,13 +123,14 @@ impl DurableStream {
         if self.mode != Mode::Behind || !self.ready.is_empty() {
             return None;
         }
-        self.mode = Mode::Reading { again: false, stale: false, head };
+        self.mode = Mode::Reading { again: false, stale: false };
+        self.complete = head;
         Some(self.queued)
     }
 
     /// The page that a read brought.
     pub(crate) fn on_page(&mut self, page: Page) {
-        let Mode::Reading { again, stale, head } = self.mode else { return };
+        let Mode::Reading { again, stale } = self.mode else { return };
         if stale {
             self.held.clear();
             self.mode = Mode::Behind;
@@ -143,7 +143,7 @@ impl DurableStream {
         }
         if page.end && !again {
             self.mode = Mode::Live;
-            self.complete = self.queued.max(head);
+            self.complete = self.queued.max(self.complete);
         } else {
             self.mode = Mode::Behind;
         }
@@ -170,7 +170,7 @@ impl DurableStream {
             // The next read will see it: it was committed before it was announced.
             Mode::Behind => {}
             Mode::Reading { .. } if self.held.len() < READY_MESSAGES_MAX => self.held.push(message),
-            Mode::Reading { stale, head, .. } => self.mode = Mode::Reading { again: true, stale, head },
+            Mode::Reading { stale, .. } => self.mode = Mode::Reading { again: true, stale },
         }
     }
 

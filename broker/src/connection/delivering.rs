@@ -37,7 +37,7 @@ where
             Err(error) => {
                 tracing::error!(%error, topic = %slot.topic, "the log could not be read; trying again");
                 slot.stream.on_read_failed();
-                self.retry_at = Some(Instant::now() + READ_RETRY);
+                self.moments_mut().retry_at = Some(Instant::now() + READ_RETRY);
             }
         }
     }
@@ -84,7 +84,8 @@ where
                 Err(NotSent::Closed) => return,
             }
         }
-        if has_room && self.reading.is_none() && self.retry_at.is_none() {
+        let waits = self.reading.is_some() || self.moments.as_ref().is_some_and(|moments| moments.retry_at.is_some());
+        if has_room && !waits {
             let window_has_room = session.has_room();
             for slot in &mut session.slots {
                 if slot.qos > 0 && !window_has_room {
@@ -96,9 +97,10 @@ where
                 let reading = async move {
                     let _turn = shared.reads.acquire().await;
                     let limit = ReadLimit { messages: PAGE_MESSAGES, bytes: PAGE_BYTES };
-                    shared.service.read(&user, &topic, after, limit).await
+                    let page = shared.service.read(&user, &topic, after, limit).await;
+                    (topic, page)
                 };
-                self.reading = Some((Arc::clone(&slot.topic), Box::pin(reading)));
+                self.reading = Some(Box::pin(reading));
                 break;
             }
         }
@@ -109,7 +111,7 @@ where
         }
         let messages_sent = std::mem::take(&mut self.engine.messages_sent);
         if messages_sent > 0 {
-            self.shared.service.observe(Observation::MessagesSent(messages_sent));
+            self.shared.service.observe(Observation::MessagesSent(u64::from(messages_sent)));
         }
         if self.engine.out.is_empty() && !self.unwritten.is_empty() {
             self.on_all_written();

@@ -57,7 +57,13 @@ where
     S: Service,
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    pub(super) async fn disconnect(&mut self, session_expiry_s: Option<u32>) {
+    /// The client says DISCONNECT.
+    pub(super) async fn disconnect(&mut self, with_will: bool, session_expiry_s: Option<u32>) {
+        self.change_expiry(session_expiry_s).await;
+        self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
+    }
+
+    async fn change_expiry(&mut self, session_expiry_s: Option<u32>) {
         let holds = self.mailbox.holds();
         let Some(session) = &mut self.session else { return };
         let Some(expiry_s) = session_expiry_s else { return };

@@ -25,7 +25,7 @@ use tokio::time::Sleep;
 
 use self::ending::Departure;
 use crate::broker::Shared;
-use crate::engine::{Engine, Filter, Incoming, Publish};
+use crate::engine::{Engine, Incoming, Publish};
 use crate::mailbox::{Ending, Mail, Mailbox};
 use crate::rate::{Pace, Verdict};
 use crate::registry::ConnectionNumber;
@@ -33,7 +33,6 @@ use crate::service::{
     BoundPublish, Observation, Page, Peer, Position, PublishOutcome, Refusal, RefusalCode, Service, ServiceError,
 };
 use crate::session::{Queued, Session};
-use crate::topics::filter;
 use crate::turns::{Turn, Turns};
 
 /// Bytes read at once, into one buffer a thread.
@@ -55,8 +54,10 @@ thread_local! {
 
 /// What was read from the log, for a topic.
 type Read = (Arc<str>, Result<Page, ServiceError>);
-type Reading = Pin<Box<dyn Future<Output = Result<Page, ServiceError>> + Send>>;
+type Reading = Pin<Box<dyn Future<Output = Read> + Send>>;
 type Waiting = Pin<Box<dyn Future<Output = ()> + Send>>;
+/// Work on a packet that takes time.
+type Working<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
 /// A publish that was not answered yet, in the order of arrival.
 struct Pending {
@@ -87,7 +88,7 @@ impl End {
     }
 }
 
-struct Connection<S: Service, T> {
+pub(crate) struct Connection<S: Service, T> {
     shared: Arc<Shared<S>>,
     number: ConnectionNumber,
     io: T,
@@ -109,7 +110,7 @@ struct Connection<S: Service, T> {
     /// Publishes that wait for room on the bus of ordinary messages, and those behind them.
     held: VecDeque<Publish>,
     waiting: Option<Waiting>,
-    reading: Option<(Arc<str>, Reading)>,
+    reading: Option<Reading>,
     page: Option<Box<Read>>,
     /// QoS 0 deliveries that count as delivered once they are written.
     unwritten: Vec<(Arc<str>, Position)>,
@@ -118,17 +119,13 @@ struct Connection<S: Service, T> {
     wrote_at: Instant,
     /// Nothing was read from it when that was looked at last.
     deaf: bool,
-    deadline: Option<Instant>,
-    retry_at: Option<Instant>,
-    bus_retry_at: Option<Instant>,
+    moments: Option<Box<Moments>>,
     /// Rights have changed.
     recheck: bool,
     /// How often they had when this connection was looked at last.
     rights_seen: u64,
     timer: Pin<Box<Sleep>>,
     timer_at: Instant,
-    /// The session's next connection is there, and waits until then for what this one has read and done.
-    taken_over: Option<Instant>,
     /// There is more to do at once than was done.
     busy: bool,
     /// The socket had nothing more to read.
@@ -137,76 +134,39 @@ struct Connection<S: Service, T> {
     read_in_turn: u32,
     /// How fast it may go; known when its user is.
     pace: Option<Pace>,
-    /// Until then the first of `packets` waits, which was paid for.
-    paused_until: Option<Instant>,
-    told_at: Option<Instant>,
-    /// Bytes that may still be read before a CONNECT was accepted.
-    connect_bytes_left: u32,
     /// The server stops: what was published is still answered, nothing more is read.
     stopping: bool,
     end: Option<End>,
     /// It has no session yet, or is still sent what it missed first: it is served in turns, after those who are there.
-    coming: Option<Box<Turn>>,
+    coming: Option<Box<Coming>>,
 }
 
-/// A future that serves one connection until it ends.
-pub(crate) fn run<S, T>(
-    shared: Arc<Shared<S>>,
-    number: ConnectionNumber,
-    io: T,
-    peer: Peer,
-) -> impl Future<Output = ()> + Send
-where
-    S: Service,
-    T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
-{
-    let now = Instant::now();
-    let deadline = now + shared.limits.connect_timeout;
-    // On the heap: the task's future would have it, and what it is made of, several times over.
-    let connection = Box::new(Connection {
-        engine: Engine::new(&shared.limits),
-        mailbox: Arc::new(shared.mailbox()),
-        rights_seen: shared.rights(),
-        connect_bytes_left: shared.limits.connect_bytes,
-        shared,
-        number,
-        io,
-        peer,
-        packets: VecDeque::new(),
-        early: Vec::new(),
-        out_at: 0,
-        needs_flush: false,
-        cut: false,
-        session: None,
-        pending: VecDeque::new(),
-        first_token: 0,
-        unsent: Vec::new(),
-        held: VecDeque::new(),
-        waiting: None,
-        reading: None,
-        page: None,
-        unwritten: Vec::new(),
-        heard_at: now,
-        wrote_at: now,
-        deaf: false,
-        deadline: Some(deadline),
-        retry_at: None,
-        bus_retry_at: None,
-        recheck: false,
-        timer: Box::pin(tokio::time::sleep_until(deadline.into())),
-        timer_at: deadline,
-        taken_over: None,
-        busy: false,
-        dry: false,
-        read_in_turn: 0,
-        pace: None,
-        paused_until: None,
-        told_at: None,
-        stopping: false,
-        end: None,
-        coming: Some(Box::default()),
-    });
-    connection.live()
+/// What matters to somebody who comes.
+struct Coming {
+    turn: Turn,
+    /// When there has to be a session.
+    connect_by: Instant,
+    /// Bytes that may still be read before that.
+    bytes_left: u32,
+}
+
+/// Moments that matter to few.
+#[derive(Default)]
+struct Moments {
+    /// When the log is read again.
+    retry_at: Option<Instant>,
+    /// When there may be room on the bus of ordinary messages.
+    bus_retry_at: Option<Instant>,
+    /// The session's next connection is there, and waits until then for what this one has read and done.
+    taken_over: Option<Instant>,
+    /// Until then the first of `packets` waits, which was paid for.
+    paused_until: Option<Instant>,
+    /// When the client was last told that its QoS 0 publishes go nowhere.
+    told_at: Option<Instant>,
+}
+
+impl Moments {
+    const NONE: Self = Self { retry_at: None, bus_retry_at: None, taken_over: None, paused_until: None, told_at: None };
 }
 
 impl<S, T> Connection<S, T>
@@ -214,7 +174,55 @@ where
     S: Service,
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    async fn live(mut self: Box<Self>) {
+    pub(crate) fn new(shared: Arc<Shared<S>>, number: ConnectionNumber, io: T, peer: Peer) -> Box<Self> {
+        let now = Instant::now();
+        let deadline = now + shared.limits.connect_timeout;
+        // On the heap: the task's future would have it, and what it is made of, several times over.
+        Box::new(Self {
+            engine: Engine::new(&shared.limits),
+            mailbox: Arc::new(shared.mailbox()),
+            rights_seen: shared.rights(),
+            coming: Some(Box::new(Coming {
+                turn: Turn::None,
+                connect_by: deadline,
+                bytes_left: shared.limits.connect_bytes,
+            })),
+            shared,
+            number,
+            io,
+            peer,
+            packets: VecDeque::new(),
+            early: Vec::new(),
+            out_at: 0,
+            needs_flush: false,
+            cut: false,
+            session: None,
+            pending: VecDeque::new(),
+            first_token: 0,
+            unsent: Vec::new(),
+            held: VecDeque::new(),
+            waiting: None,
+            reading: None,
+            page: None,
+            unwritten: Vec::new(),
+            heard_at: now,
+            wrote_at: now,
+            deaf: false,
+            moments: None,
+            recheck: false,
+            timer: Box::pin(tokio::time::sleep_until(deadline.into())),
+            timer_at: deadline,
+            busy: false,
+            dry: false,
+            read_in_turn: 0,
+            pace: None,
+            stopping: false,
+            end: None,
+        })
+    }
+
+    /// Serves it until it ends.
+    pub(crate) async fn live(mut self: Box<Self>) {
         // The guard leaves no trace of the connection behind, even if a bug makes the task panic.
         let mut departure = Departure {
             shared: Arc::clone(&self.shared),
@@ -225,7 +233,7 @@ where
             bound: Vec::new(),
         };
         let end = self.serve(&mut departure).await;
-        self.depart(end, &mut departure).await;
+        Box::pin(self.depart(end, &mut departure)).await;
     }
 
     async fn serve(&mut self, departure: &mut Departure<S>) -> End {
@@ -247,7 +255,11 @@ where
                 self.give_turn(turn);
             }
             self.publish_held();
-            self.handle_packets(departure).await;
+            loop {
+                let Some(working) = self.handle_packets(departure) else { break };
+                let (_, turn) = working.await;
+                self.give_turn(turn);
+            }
             if self.packets.is_empty() && self.packets.capacity() > 0 {
                 PACKETS.set(std::mem::take(&mut self.packets));
             }
@@ -255,7 +267,8 @@ where
             self.answer_pending();
             self.deliver();
             self.on_time();
-            if self.taken_over.is_some_and(|until| self.dry || Instant::now() >= until) && self.end.is_none() {
+            if self.moments().taken_over.is_some_and(|until| self.dry || Instant::now() >= until) && self.end.is_none()
+            {
                 self.engine.disconnect(
                     DisconnectReasonCode::SessionTakenOver,
                     "another connection of this user has the same client identifier",
@@ -287,14 +300,23 @@ where
     }
 
     fn take_turn(&mut self) -> (Turns, Turn) {
-        (self.shared.turns.clone(), self.coming.as_deref_mut().map(std::mem::take).unwrap_or_default())
+        let own = self.coming.as_deref_mut().map(|coming| std::mem::take(&mut coming.turn));
+        (self.shared.turns.clone(), own.unwrap_or_default())
     }
 
     /// Whoever comes goes on in this turn; for others it is over.
     fn give_turn(&mut self, turn: Turn) {
-        if let Some(own) = self.coming.as_deref_mut() {
-            *own = turn;
+        if let Some(coming) = self.coming.as_deref_mut() {
+            coming.turn = turn;
         }
+    }
+
+    fn moments(&self) -> &Moments {
+        self.moments.as_deref().unwrap_or(&Moments::NONE)
+    }
+
+    fn moments_mut(&mut self) -> &mut Moments {
+        self.moments.get_or_insert_default()
     }
 
     // ---- deadlines -----------------------------------------------------------------------------------------------------
@@ -307,13 +329,12 @@ where
             // It could not be heard, and that was not its doing; or it is only now that it can be.
             self.heard_at = now;
         }
-        if let Some(retry_at) = self.retry_at
-            && now >= retry_at
-        {
-            self.retry_at = None;
+        if self.moments().retry_at.is_some_and(|retry_at| now >= retry_at) {
+            self.moments_mut().retry_at = None;
             self.deliver();
         }
-        if self.session.is_none() && self.deadline.is_some_and(|deadline| now >= deadline) {
+        let connect_by = self.coming.as_deref().filter(|_| self.session.is_none()).map(|coming| coming.connect_by);
+        if connect_by.is_some_and(|connect_by| now >= connect_by) {
             tracing::debug!(peer = %self.peer, "no CONNECT in time");
             self.limited("connect_timeout_ms");
             self.end.get_or_insert(End::Closed);
@@ -334,16 +355,8 @@ where
             self.engine.disconnect(DisconnectReasonCode::NotAuthorized, "what proved who you are has expired");
             return;
         }
-        let connect_by = if self.session.is_none() { self.deadline } else { None };
-        let waits = [
-            connect_by,
-            silent_until,
-            expires_at,
-            self.retry_at,
-            self.bus_retry_at,
-            self.taken_over,
-            self.paused_until,
-        ];
+        let Moments { retry_at, bus_retry_at, taken_over, paused_until, told_at: _ } = *self.moments();
+        let waits = [connect_by, silent_until, expires_at, retry_at, bus_retry_at, taken_over, paused_until];
         let next = waits.into_iter().flatten().min();
         match next {
             // Hearing from a client moves its deadline on: the timer is only set anew when it fires, or for something earlier.
@@ -375,7 +388,7 @@ where
     fn is_paused(&self) -> bool {
         !self.unsent.is_empty()
             || !self.held.is_empty()
-            || self.paused_until.is_some()
+            || self.moments().paused_until.is_some()
             || self.pending.len() >= PENDING_READING_MAX
     }
 
@@ -417,7 +430,7 @@ where
         }
         match mail.ending {
             Some(Ending::TakenOver) => {
-                self.taken_over.get_or_insert(Instant::now() + TAKEOVER_READ_TIMEOUT);
+                self.moments_mut().taken_over.get_or_insert(Instant::now() + TAKEOVER_READ_TIMEOUT);
             }
             Some(Ending::Shutdown) => self.stopping = true,
             None => {}
@@ -426,19 +439,19 @@ where
 
     // ---- packets -------------------------------------------------------------------------------------------------------
 
-    /// What takes time is rare, and has its state on the heap: here every connection would have room for it all along.
-    async fn handle_packets(&mut self, departure: &mut Departure<S>) {
+    /// Works off the packets, up to one that takes time: the work on that is given back. It lies on the heap, for every connection would have
+    /// room for it all along, and it is rare.
+    fn handle_packets<'a>(
+        &'a mut self,
+        departure: &'a mut Departure<S>,
+    ) -> Option<Pin<Box<impl Future<Output = ((), Turn)> + Send + 'a>>> {
         let mut advanced = false;
         let mut delivered = 0;
+        let mut slow = None;
         while let Some(packet) = self.take_packet() {
             match packet {
-                Incoming::Connect(connect) => {
-                    let (turns, turn) = self.take_turn();
-                    let (_, turn) = Box::pin(turns.work(turn, self.connect(*connect, departure))).await;
-                    self.give_turn(turn);
-                }
                 Incoming::Publish(publish) => self.publish(publish),
-                Incoming::Puback(packet_id) | Incoming::Pubcomp(packet_id) => {
+                Incoming::Puback(packet_id) | Incoming::Pubcomp(packet_id) | Incoming::Pubrec(packet_id, false) => {
                     advanced |= self.acknowledged(packet_id, &mut delivered);
                 }
                 Incoming::Pubrec(packet_id, true) => {
@@ -447,48 +460,18 @@ where
                     }
                     self.engine.pubrel(packet_id);
                 }
-                Incoming::Pubrec(packet_id, false) => {
-                    advanced |= self.acknowledged(packet_id, &mut delivered);
-                }
                 Incoming::Pubrel(packet_id, known) => self.engine.pubcomp(packet_id, known),
                 Incoming::Repeated { .. } => {}
-                Incoming::Subscribe { packet_id, filters, identifier } => {
-                    let shared_without_own = |one: &Filter| one.no_local && filter::shared(&one.filter).is_some();
-                    if identifier == Some(0) {
-                        // [MQTT-3.8.2.1.2]
-                        self.engine
-                            .disconnect(DisconnectReasonCode::ProtocolError, "a subscription identifier is not 0");
-                    } else if filters.iter().any(shared_without_own) {
-                        // [MQTT-3.8.3-4]
-                        let sentence = "a shared subscription cannot be no-local";
-                        self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
-                    } else {
-                        let (turns, turn) = self.take_turn();
-                        let subscribing = self.subscribe(packet_id, filters, identifier, departure);
-                        let (_, turn) = Box::pin(turns.work(turn, subscribing)).await;
-                        self.give_turn(turn);
-                    }
-                }
-                Incoming::Unsubscribe { packet_id, filters } => {
-                    let (turns, turn) = self.take_turn();
-                    let unsubscribing = self.unsubscribe(packet_id, &filters, departure);
-                    let (_, turn) = Box::pin(turns.work(turn, unsubscribing)).await;
-                    self.give_turn(turn);
-                }
                 Incoming::Pingreq => self.engine.pingresp(),
-                Incoming::Disconnect { with_will, session_expiry_s } => {
-                    let (turns, turn) = self.take_turn();
-                    let (_, turn) = Box::pin(turns.work(turn, self.disconnect(session_expiry_s))).await;
-                    self.give_turn(turn);
-                    self.end.get_or_insert(if with_will { End::ClientWithWill } else { End::Client });
-                }
-                Incoming::Auth(authentication) => {
-                    let (turns, turn) = self.take_turn();
-                    let authenticating = self.authenticate_again(&authentication, departure);
-                    let (_, turn) = Box::pin(turns.work(turn, authenticating)).await;
-                    self.give_turn(turn);
-                }
                 Incoming::Overfull(overfull) => self.refuse_overfull(overfull),
+                Incoming::Connect(_)
+                | Incoming::Subscribe { .. }
+                | Incoming::Unsubscribe { .. }
+                | Incoming::Disconnect { .. }
+                | Incoming::Auth(_) => {
+                    slow = Some(packet);
+                    break;
+                }
             }
         }
         if advanced {
@@ -497,6 +480,22 @@ where
         if delivered > 0 {
             self.shared.service.observe(Observation::Delivered(delivered));
         }
+        let packet = slow?;
+        let (turns, turn) = self.take_turn();
+        // Each has as much room as it needs: that of a CONNECT is many times that of the others.
+        let work: Working<'a> = match packet {
+            Incoming::Connect(connect) => Box::pin(self.connect(*connect, departure)),
+            Incoming::Subscribe { packet_id, filters, identifier } => {
+                Box::pin(self.subscribe(packet_id, filters, identifier, departure))
+            }
+            Incoming::Unsubscribe { packet_id, filters } => Box::pin(self.unsubscribe(packet_id, filters, departure)),
+            Incoming::Auth(authentication) => Box::pin(self.authenticate_again(authentication, departure)),
+            Incoming::Disconnect { with_will, session_expiry_s } => {
+                Box::pin(self.disconnect(with_will, session_expiry_s))
+            }
+            _ => return None,
+        };
+        Some(Box::pin(turns.work(turn, work)))
     }
 
     /// The next packet, unless the client went too fast: then the packet waits, and with it what comes after and reading. What can be refused
@@ -507,11 +506,13 @@ where
                 self.packets.clear();
             }
             let packet = self.packets.front()?;
-            if let Some(until) = self.paused_until {
+            if let Some(moments) = &mut self.moments
+                && let Some(until) = moments.paused_until
+            {
                 if Instant::now() < until {
                     return None;
                 }
-                self.paused_until = None;
+                moments.paused_until = None;
                 return self.packets.pop_front();
             }
             let (Some(pace), Some(cost)) = (&mut self.pace, packet.cost()) else { return self.packets.pop_front() };
@@ -520,7 +521,7 @@ where
                 Verdict::Pass => return self.packets.pop_front(),
                 Verdict::Wait { until, limit } => {
                     self.limited(limit);
-                    self.paused_until = Some(until);
+                    self.moments_mut().paused_until = Some(until);
                     return None;
                 }
                 Verdict::Refuse { limit } => {

@@ -42,10 +42,10 @@ where
     S: Service,
     T: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    pub(super) async fn authenticate_again(&mut self, authentication: &Authentication, departure: &mut Departure<S>) {
+    pub(super) async fn authenticate_again(&mut self, authentication: Authentication, departure: &mut Departure<S>) {
         let Some(session) = &mut self.session else { return };
         match &session.authentication_method {
-            Some(method) if *method == authentication.method => {}
+            Some(method) if **method == *authentication.method => {}
             Some(_) => {
                 // [MQTT-4.12.1-1]
                 let sentence = "the authentication method is that of CONNECT";
@@ -58,7 +58,7 @@ where
                 return;
             }
         }
-        match self.shared.service.authenticate_again(&self.peer, &session.identity, authentication).await {
+        match self.shared.service.authenticate_again(&self.peer, &session.identity, &authentication).await {
             Ok(identity) => {
                 self.engine.authenticated_again(&authentication.method);
                 self.take_identity(identity, departure).await;
@@ -113,7 +113,8 @@ where
             password: connect.password.as_deref(),
             authentication: connect.authentication.as_ref(),
         };
-        let identity = self.shared.service.connect(asked).await?;
+        // The same name is kept once.
+        let identity = Identity { client_id: Arc::clone(&client_id), ..self.shared.service.connect(asked).await? };
         if let Some(will) = &connect.will
             && let Err(refusal) = self.judge_will(&identity, will)
         {
@@ -179,8 +180,8 @@ where
         };
         let stored = self.shared.service.load_session(&key).await.map_err(unavailable)?;
         let receiver = Receiver::new(Arc::clone(&self.mailbox), Arc::new(identity), true);
-        let mut session = Session::new(key.clone(), receiver, expiry_s, usize::from(window.max(1)));
-        session.authentication_method = connect.authentication.map(|authentication| authentication.method);
+        let mut session = Session::new(key.clone(), receiver, expiry_s, window.max(1));
+        session.authentication_method = connect.authentication.map(|authentication| authentication.method.into());
         let stored_expiry_s = stored.as_ref().map(|record| record.expiry_s);
         if stored.is_some() && connect.clean_start {
             self.shared.service.delete_session(&session.key).await.map_err(unavailable)?;
@@ -240,7 +241,6 @@ where
             response_information: response.as_deref(),
             publishes_per_s: self.shared.limits.publishes_told(),
         });
-        self.deadline = None;
         self.timer_at = Instant::now();
         Ok(())
     }

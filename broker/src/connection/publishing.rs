@@ -65,8 +65,8 @@ where
         if let Some(packet_id) = packet_id {
             self.tell_refusal(&user, topic, Some(packet_id), &refusal);
             self.push_pending(packet_id, qos, now, Some(PublishOutcome::Refused(refusal)));
-        } else if self.told_at.is_none_or(|at| now >= at + TOLD_INTERVAL) {
-            self.told_at = Some(now);
+        } else if self.moments().told_at.is_none_or(|at| now >= at + TOLD_INTERVAL) {
+            self.moments_mut().told_at = Some(now);
             self.tell_refusal(&user, topic, None, &refusal);
         } else {
             self.shared.service.observe(Observation::Refused(refusal.code));
@@ -75,10 +75,12 @@ where
 
     /// Publishes what had no room on the bus, as far as there is some now.
     pub(super) fn publish_held(&mut self) {
-        self.bus_retry_at = None;
+        if let Some(moments) = &mut self.moments {
+            moments.bus_retry_at = None;
+        }
         while let Some(publish) = self.held.front() {
             if !self.shared.has_room_for(publish.payload.len()) {
-                self.bus_retry_at = Some(Instant::now() + BUS_RETRY);
+                self.moments_mut().bus_retry_at = Some(Instant::now() + BUS_RETRY);
                 return;
             }
             if let Some(publish) = self.held.pop_front() {

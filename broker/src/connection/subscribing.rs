@@ -35,6 +35,17 @@ where
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
         };
+        if identifier == Some(0) {
+            // [MQTT-3.8.2.1.2]
+            self.engine.disconnect(DisconnectReasonCode::ProtocolError, "a subscription identifier is not 0");
+            return;
+        }
+        if filters.iter().any(|one| one.no_local && filter::shared(&one.filter).is_some()) {
+            // [MQTT-3.8.3-4]
+            let sentence = "a shared subscription cannot be no-local";
+            self.engine.disconnect(DisconnectReasonCode::ProtocolError, sentence);
+            return;
+        }
         if filters.len() > self.shared.limits.filters_per_packet() {
             self.refuse_too_many(packet_id, filters.len());
             return;
@@ -161,12 +172,12 @@ where
         let after = self.shared.last_ordinary();
         let subscription = OrdinarySubscription::new(record, after, &session.receiver);
         if self.shared.subscriptions.subscribe(&record.filter, self.number.0, subscription)? {
-            departure.ordinary.push(record.filter.clone());
+            push_few(&mut departure.ordinary, record.filter.clone());
         }
         Ok(())
     }
 
-    pub(super) async fn unsubscribe(&mut self, packet_id: u16, filters: &[String], departure: &mut Departure<S>) {
+    pub(super) async fn unsubscribe(&mut self, packet_id: u16, filters: Vec<String>, departure: &mut Departure<S>) {
         let Some(session) = &mut self.session else {
             self.engine.fault.get_or_insert(mqtt_protocol_core::mqtt::result_code::MqttError::ProtocolError);
             return;
@@ -180,7 +191,7 @@ where
             return;
         }
         let mut existed = Vec::with_capacity(filters.len());
-        for filter in filters {
+        for filter in &filters {
             let at = session.subscriptions.iter().position(|one| one.record.filter == *filter);
             existed.push(at.is_some());
             let Some(at) = at else { continue };
@@ -249,13 +260,14 @@ where
         for Wanted { topic, qos, identifiers } in wanted {
             if !departure.bound.contains(&topic.name) {
                 self.shared.registry.subscribe(&topic.name, self.number, &self.mailbox);
-                departure.bound.push(Arc::clone(&topic.name));
+                push_few(&mut departure.bound, Arc::clone(&topic.name));
                 if topic.keeping == Keeping::Live {
                     let subscriber = Subscriber { mailbox: Arc::clone(&self.mailbox) };
                     self.shared.service.subscribed(&session.key.user, &topic.name, subscriber);
                 }
             }
             if topic.keeping == Keeping::Live {
+                let identifiers = identifiers.into();
                 push_few(&mut session.live_topics, LiveTopic { name: topic.name, qos, identifiers });
             } else if session.is_new_stream(&topic) {
                 let stored = cursors.iter().find(|(name, _)| *name == topic.name).map(|(_, position)| *position);
@@ -264,10 +276,11 @@ where
                     None => self.shared.service.start(&session.key.user, &topic.name).await?,
                 };
                 let stream = DurableStream::new(after, self.shared.service.head());
+                let identifiers = identifiers.into();
                 push_few(&mut session.slots, Slot { topic: topic.name, qos, identifiers, stream });
             } else if let Some(slot) = session.slot(&topic.name) {
                 slot.qos = qos;
-                slot.identifiers = identifiers;
+                slot.identifiers = identifiers.into();
             }
         }
         Ok(())

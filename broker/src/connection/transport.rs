@@ -2,7 +2,6 @@
 
 use std::cell::Cell;
 use std::pin::Pin;
-use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 use std::time::{Duration, Instant};
 
@@ -43,8 +42,8 @@ where
 {
     /// Waits for anything, and takes in whatever is there.
     pub(super) fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if let Some(turn) = self.coming.as_deref_mut() {
-            ready!(turn.poll(&self.shared.turns, cx));
+        if let Some(coming) = self.coming.as_deref_mut() {
+            ready!(coming.turn.poll(&self.shared.turns, cx));
         }
         let mut progress = std::mem::take(&mut self.busy);
         let take_ordinary = self.session.as_ref().is_some_and(|session| session.queue.is_empty());
@@ -52,10 +51,10 @@ where
             self.on_mail(mail);
             progress = true;
         }
-        if let Some((topic, reading)) = &mut self.reading
+        if let Some(reading) = &mut self.reading
             && let Poll::Ready(page) = reading.as_mut().poll(cx)
         {
-            self.page = Some(Box::new((Arc::clone(topic), page)));
+            self.page = Some(Box::new(page));
             self.reading = None;
             progress = true;
         }
@@ -107,10 +106,11 @@ where
         } else {
             // Whoever has a session and nothing to read from the log is there.
             let is_coming = self.session.is_none() || self.reading.is_some();
-            if let Some(turn) = self.coming.as_deref_mut() {
-                *turn = Turn::None;
+            if let Some(coming) = self.coming.as_deref_mut() {
+                coming.turn = Turn::None;
             }
             self.coming.take_if(|_| !is_coming);
+            self.engine.rest();
             Poll::Pending
         }
     }
@@ -133,9 +133,9 @@ where
             return Poll::Ready(Ok(()));
         }
         READ_BUFFER.with_borrow_mut(|buffer| {
-            let connecting = self.session.is_none();
-            let left =
-                if connecting { usize::try_from(self.connect_bytes_left).unwrap_or(usize::MAX) } else { usize::MAX };
+            let connecting = self.coming.as_deref_mut().filter(|_| self.session.is_none());
+            let left = connecting.as_ref().map_or(u32::MAX, |coming| coming.bytes_left);
+            let left = usize::try_from(left).unwrap_or(usize::MAX);
             let most = buffer.len().min(left);
             if most == 0 {
                 self.shared.service.observe(Observation::Limited("connect_bytes"));
@@ -147,8 +147,8 @@ where
             }
             let bytes = u32::try_from(read.filled().len()).unwrap_or(u32::MAX);
             self.read_in_turn = self.read_in_turn.saturating_add(bytes);
-            if connecting {
-                self.connect_bytes_left = self.connect_bytes_left.saturating_sub(bytes);
+            if let Some(coming) = connecting {
+                coming.bytes_left = coming.bytes_left.saturating_sub(bytes);
             }
             self.feed(read.filled());
             Poll::Ready(Ok(()))
@@ -161,7 +161,7 @@ where
         }
         let taken = self.engine.feed(bytes, &mut self.packets);
         if let Some(limit) = self.engine.overstepped.take() {
-            self.limited(limit);
+            self.limited(limit.limit());
         }
         if taken < bytes.len() && self.engine.fault.is_none() {
             self.early.extend_from_slice(&bytes[taken..]);
