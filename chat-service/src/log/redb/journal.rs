@@ -128,8 +128,10 @@ impl Journal {
         let checksum = self.keys.checksum(&self.buffer[MAGIC.len() + CHECKSUM_BYTES..]);
         self.buffer[MAGIC.len()..MAGIC.len() + CHECKSUM_BYTES].copy_from_slice(&checksum);
         self.used = self.used.max(end);
-        if let Err(error) = self.file.write(self.end, &self.buffer) {
-            // Not all of it was written, so what is there is not whole: up to the next record nothing is written behind it.
+        if let Err(error) = self.file.write(self.end, &self.buffer)
+            && !self.is_there()?
+        {
+            // What is there is not whole: up to the next record nothing is written behind it.
             self.say(&error);
             return Ok(Recorded::NoRoom);
         }
@@ -137,6 +139,13 @@ impl Journal {
         self.end = end;
         self.failing = false;
         Ok(Recorded::Stored)
+    }
+
+    /// Whether the record is there, though it could not be written: what is missing may be as it was before, zeros behind zeros.
+    fn is_there(&self) -> io::Result<bool> {
+        let mut found = vec![0; self.buffer.len()];
+        self.file.read(self.end, &mut found)?;
+        Ok(found == self.buffer)
     }
 
     /// Makes the file at least so long; `false` if it cannot be. What is added is written, because a sync of what has no place on the disk
@@ -495,6 +504,26 @@ mod tests {
             let mut journal = Journal::new(Box::new(file), Keys::new(KEYS), 0..0, LENGTH_MAX).unwrap();
             let is_stored = stored(&mut journal, 1, &[7; 500]);
             assert_eq!(disk.read(0).len(), usize::from(is_stored), "{limit}");
+        }
+    }
+
+    /// What a write that fails leaves out may be there already: zeros behind zeros, or what was there before.
+    #[test]
+    fn what_is_refused_is_not_found_whatever_was_there_before() {
+        let entries = [7; 400];
+        for before in [0, 9] {
+            for notes in [[0; 100], [9; 100]] {
+                for limit in 0..600 {
+                    let disk = OnDisk::new();
+                    fs::write(disk.path(), vec![before; 1_024]).unwrap();
+                    let file = OpenOptions::new().read(true).write(true).open(disk.path()).unwrap();
+                    let file = Limited(FileBackend::new(file).unwrap(), limit);
+                    let mut journal = Journal::new(Box::new(file), Keys::new(KEYS), 0..0, LENGTH_MAX).unwrap();
+                    let is_stored = matches!(journal.append(Position(1), &entries, &notes).unwrap(), Recorded::Stored);
+                    let (found, _) = read(&disk.path(), Keys::new(KEYS), Position(0)).unwrap();
+                    assert_eq!(found.len(), usize::from(is_stored), "{limit}");
+                }
+            }
         }
     }
 
