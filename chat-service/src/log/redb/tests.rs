@@ -1393,3 +1393,80 @@ async fn a_file_that_is_full_beside_a_journal_loses_nothing() {
     drop(log);
     assert_eq!(verified(folder.path()).problems, [""; 0]);
 }
+
+/// A log whose file is being written; what was noted before is on its way there.
+async fn beside_a_commit(folder: &Path, note: impl FnOnce(&RedbLog)) -> (Arc<RedbLog>, Arc<FaultyDisk>, u64) {
+    let disk = Arc::new(FaultyDisk::default());
+    let log = Arc::new(open_on(folder, &disk));
+    let last = with_journal(&log).await;
+    log.put_session(&phone(), at(1)).await.unwrap();
+    disk.stall_file(Some(folder.join("log.redb")));
+    note(&log);
+    let flushing = Arc::clone(&log);
+    tokio::spawn(async move { flushing.flush().await });
+    disk.wait_for_a_stall();
+    (log, disk, last)
+}
+
+/// What was acknowledged before a message was stored does not come again after a crash, also if it is on its way to the file meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_goes_to_the_file_goes_along_with_a_message_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, disk, last) = beside_a_commit(folder.path(), |log| {
+        log.advance(advance(9));
+        log.advance_read(&user("bob"), &user("alice"), Seq::new(5).unwrap());
+        log.note_seen(&user("bob"), 7);
+        log.end_session(&phone(), 8, 100);
+    })
+    .await;
+    log.append_in_place(vec![message("alice", "bob", last + 1, "beside")]).await.unwrap();
+    let copy = crashed(folder.path());
+    disk.stall_file(None);
+    drop(log);
+    let log = open(copy.path());
+    assert_eq!(log.head(), Position(last + 1));
+    assert_eq!(log.delivered(&inbox("bob")).await.unwrap().position, Position(9));
+    let session = log.session(&phone()).await.unwrap().unwrap();
+    assert_eq!((session.cursors, session.ended_at_ms, session.expiry_s), (in_inbox(9), Some(8), 100));
+    assert_eq!(log.peer(&user("bob"), &user("alice")).await.unwrap().unwrap().read, 5);
+    assert_eq!(log.last_seen(&user("bob")).await.unwrap(), Some(7));
+}
+
+/// Nor if somebody waits for something that only the file can have.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_the_file_keeps_nothing_else_from_going_along() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, disk, last) = beside_a_commit(folder.path(), |log| log.note_seen(&user("bob"), 7)).await;
+    let (alice, bob) = (user("alice"), user("bob"));
+    let laptop = Device { user: bob.clone(), client_id: "laptop".into() };
+    let waiting = async {
+        tokio::join!(
+            log.set_blocked(&bob, &alice, Some(3)),
+            log.put_session(&laptop, at(2)),
+            log.hide(&bob, &alice, Seq::FIRST)
+        )
+    };
+    tokio::select! {
+        biased;
+        _ = waiting => panic!("the file is not written"),
+        () = std::future::ready(()) => {}
+    }
+    log.advance(advance(9));
+    log.advance_read(&bob, &alice, Seq::new(5).unwrap());
+    log.append_in_place(vec![message("alice", "bob", last + 1, "beside")]).await.unwrap();
+    let copy = crashed(folder.path());
+    disk.stall_file(None);
+    log.flush().await.unwrap();
+    let whole = crashed(folder.path());
+    drop(log);
+    for (copy, blocked, session, hidden) in [(copy, None, None, 0), (whole, Some(3), Some(at(2)), 1)] {
+        let log = open(copy.path());
+        assert_eq!(log.head(), Position(last + 1));
+        assert_eq!(log.delivered(&inbox("bob")).await.unwrap().position, Position(9));
+        assert_eq!(log.session(&phone()).await.unwrap(), Some(at(9)));
+        assert_eq!(log.session(&laptop).await.unwrap(), session);
+        let peer = log.peer(&bob, &alice).await.unwrap().unwrap();
+        assert_eq!((peer.read, peer.blocked_at_ms), (5, blocked));
+        assert_eq!(log.hidden(&bob, &alice, Seq::FIRST..=Seq::FIRST).await.unwrap().len(), hidden);
+    }
+}
