@@ -1470,3 +1470,38 @@ async fn what_waits_for_the_file_keeps_nothing_else_from_going_along() {
         assert_eq!(log.hidden(&bob, &alice, Seq::FIRST..=Seq::FIRST).await.unwrap().len(), hidden);
     }
 }
+
+/// Whoever writes while the log is closed is refused, or finds everything again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_is_closed_while_somebody_writes_keeps_what_it_took() {
+    for _ in 0..100 {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Arc::new(open(folder.path()));
+        let mut last = with_journal(&log).await;
+        let writing = {
+            let (log, runtime) = (Arc::clone(&log), tokio::runtime::Handle::current());
+            std::thread::spawn(move || {
+                let (mut noted, mut kept) = (0, 0);
+                loop {
+                    if last % 16 == 0 {
+                        log.advance(advance(last));
+                        noted = last;
+                    }
+                    let appended = log.append_in_place(vec![message("alice", "bob", last + 1, "still")]);
+                    if runtime.block_on(appended).is_err() {
+                        return (last, kept);
+                    }
+                    last += 1;
+                    kept = noted;
+                }
+            })
+        };
+        tokio::time::sleep(Duration::from_millis(3)).await;
+        log.close();
+        let (last, kept) = writing.join().unwrap();
+        drop(log);
+        let log = open(folder.path());
+        assert_eq!(log.head(), Position(last));
+        assert!(log.delivered(&inbox("bob")).await.unwrap().position >= Position(kept));
+    }
+}

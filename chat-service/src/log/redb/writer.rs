@@ -410,7 +410,8 @@ impl Shared {
         let mut writer = self.writer.lock();
         let writer = writer.as_mut()?;
         let _failing = Failing(self, "a writer panicked");
-        if writer.writes() != Writes::Journal || !self.index.has_room() {
+        // Closed: the file is about to get the last that is noted.
+        if self.queue.is_closed() || writer.writes() != Writes::Journal || !self.index.has_room() {
             return None;
         }
         let staged = writer.check(std::iter::once(batch)).ok()?;
