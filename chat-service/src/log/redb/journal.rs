@@ -21,6 +21,8 @@ use super::key::Keys;
 const SECTOR_BYTES: usize = 512;
 /// The file grows by so much, so that few syncs have to write its length, too.
 const GROWTH_BYTES: u64 = 256 * 1024;
+/// It goes on in a part of its length at least, while what it has is written to the log's file.
+const ROOM_PART: u64 = 4;
 const MAGIC: &[u8; 8] = b"chat-jnl";
 const CHECKSUM_BYTES: usize = 16;
 /// Magic, checksum, position of the first entry, bytes of entries, and bytes of notes.
@@ -126,8 +128,10 @@ impl Journal {
         let checksum = self.keys.checksum(&self.buffer[MAGIC.len() + CHECKSUM_BYTES..]);
         self.buffer[MAGIC.len()..MAGIC.len() + CHECKSUM_BYTES].copy_from_slice(&checksum);
         self.used = self.used.max(end);
-        if let Err(error) = self.file.write(self.end, &self.buffer) {
-            // Not all of it was written, so what is there is not whole: up to the next record nothing is written behind it.
+        if let Err(error) = self.file.write(self.end, &self.buffer)
+            && !self.is_there()?
+        {
+            // What is there is not whole: up to the next record nothing is written behind it.
             self.say(&error);
             return Ok(Recorded::NoRoom);
         }
@@ -135,6 +139,13 @@ impl Journal {
         self.end = end;
         self.failing = false;
         Ok(Recorded::Stored)
+    }
+
+    /// Whether the record is there, though it could not be written: what is missing may be as it was before, zeros behind zeros.
+    fn is_there(&self) -> io::Result<bool> {
+        let mut found = vec![0; self.buffer.len()];
+        self.file.read(self.end, &mut found)?;
+        Ok(found == self.buffer)
     }
 
     /// Makes the file at least so long; `false` if it cannot be. What is added is written, because a sync of what has no place on the disk
@@ -165,14 +176,14 @@ impl Journal {
     /// Where the next record has to end.
     fn limit(&self) -> u64 {
         match &self.set_aside {
-            Some(aside) if self.begin <= aside.start => aside.start.min(self.length_max),
+            Some(aside) if !aside.is_empty() && self.begin <= aside.start => aside.start.min(self.length_max),
             _ => self.length_max,
         }
     }
 
-    /// Whether it is time to let the log's file have what it has, because it fills.
+    /// Whether it is time to let the log's file have what it has, because its room fills.
     pub(super) fn is_half_full(&self) -> bool {
-        self.end - self.begin >= self.length_max / 2
+        self.end - self.begin >= self.limit().saturating_sub(self.begin) / 2
     }
 
     /// Whether [`Journal::set_aside`] can be called: nothing else is set aside, and there is room beside it.
@@ -185,8 +196,8 @@ impl Journal {
         debug_assert!(self.set_aside.is_none(), "one commit after the other");
         let (before, behind) = (self.begin, self.length_max.saturating_sub(self.end));
         self.set_aside = Some(self.begin..self.end);
-        // The file stays as short as it can.
-        let goes_before = before >= behind || before >= self.end - self.begin;
+        // The file stays short, if there is room for more than what came last: more may come now.
+        let goes_before = before >= behind || before >= (self.end - self.begin).max(self.length_max / ROOM_PART);
         self.begin = if goes_before { 0 } else { self.end };
         self.end = self.begin;
     }
@@ -493,6 +504,64 @@ mod tests {
             let mut journal = Journal::new(Box::new(file), Keys::new(KEYS), 0..0, LENGTH_MAX).unwrap();
             let is_stored = stored(&mut journal, 1, &[7; 500]);
             assert_eq!(disk.read(0).len(), usize::from(is_stored), "{limit}");
+        }
+    }
+
+    /// What a write that fails leaves out may be there already: zeros behind zeros, or what was there before.
+    #[test]
+    fn what_is_refused_is_not_found_whatever_was_there_before() {
+        let entries = [7; 400];
+        for before in [0, 9] {
+            for notes in [[0; 100], [9; 100]] {
+                for limit in 0..600 {
+                    let disk = OnDisk::new();
+                    fs::write(disk.path(), vec![before; 1_024]).unwrap();
+                    let file = OpenOptions::new().read(true).write(true).open(disk.path()).unwrap();
+                    let file = Limited(FileBackend::new(file).unwrap(), limit);
+                    let mut journal = Journal::new(Box::new(file), Keys::new(KEYS), 0..0, LENGTH_MAX).unwrap();
+                    let is_stored = matches!(journal.append(Position(1), &entries, &notes).unwrap(), Recorded::Stored);
+                    let (found, _) = read(&disk.path(), Keys::new(KEYS), Position(0)).unwrap();
+                    assert_eq!(found.len(), usize::from(is_stored), "{limit}");
+                }
+            }
+        }
+    }
+
+    /// A commit that has nothing of the journal's to write keeps no message waiting.
+    #[test]
+    fn there_is_room_beside_nothing() {
+        let disk = OnDisk::new();
+        let mut journal = disk.open(0..0);
+        journal.set_aside();
+        assert!(stored(&mut journal, 1, b"one"));
+        journal.forget_set_aside();
+        journal.set_aside();
+        assert!(stored(&mut journal, 2, &[7; 2_000]), "and not only as much as was written before");
+        assert_eq!(disk.read(0).len(), 2);
+    }
+
+    /// Wherever it goes on, it says in time that the file has to get what it has.
+    #[test]
+    fn it_is_half_full_before_it_is_full() {
+        let disk = OnDisk::new();
+        let mut journal = disk.open(0..0);
+        let mut first = 0;
+        for segment in 0..20 {
+            let mut records = 0;
+            while !journal.is_half_full() {
+                first += 1;
+                records += 1;
+                assert!(stored(&mut journal, first, &[7; 1_100]), "segment {segment}, record {records}");
+            }
+            journal.set_aside();
+            for _ in 0..2 {
+                first += 1;
+                assert!(
+                    stored(&mut journal, first, b"meanwhile"),
+                    "segment {segment}: there is room beside what is set aside"
+                );
+            }
+            journal.forget_set_aside();
         }
     }
 

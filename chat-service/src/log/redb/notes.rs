@@ -65,6 +65,22 @@ impl Notes {
             && self.peers.values().all(|note| note.blocked.is_none())
     }
 
+    /// Takes out what may go there; the rest stays.
+    pub(super) fn take_for_the_journal(&mut self) -> Self {
+        let mut taken = std::mem::take(self);
+        if taken.may_go_to_the_journal() {
+            return taken;
+        }
+        self.hidden = std::mem::take(&mut taken.hidden);
+        self.sessions = taken.sessions.extract_if(|_, note| note.replaced.is_some()).collect();
+        for (key, note) in &mut taken.peers {
+            if note.blocked.is_some() {
+                self.peers.insert(key.clone(), PeerNote { blocked: note.blocked.take(), ..PeerNote::default() });
+            }
+        }
+        taken
+    }
+
     /// Adds them to bytes; only what [`Notes::may_go_to_the_journal`].
     pub(super) fn encode(&self, bytes: &mut Vec<u8>) {
         put_number(bytes, self.delivered.len() as u64);
@@ -363,6 +379,25 @@ mod tests {
             steps.iter().for_each(|step| note(&mut notes, step));
             let replaced = steps.iter().any(|step| matches!(step, Step::Put(..) | Step::Delete));
             prop_assert_eq!(notes.may_go_to_the_journal(), !replaced);
+        }
+
+        #[test]
+        fn what_goes_to_the_journal_and_the_rest_are_all(steps in steps(), read in 0_u64..3, blocked in any::<bool>(), hidden in any::<bool>()) {
+            let mut notes = Notes::default();
+            steps.iter().for_each(|step| note(&mut notes, step));
+            let (me, peer) = (device().user, UserId::parse("alice").unwrap());
+            let blocked = blocked.then_some((Some(3), Position(8)));
+            notes.note_peer(&me, &peer, PeerNote { read, read_at: Position(7 * read.min(1)), blocked });
+            if hidden {
+                notes.hide(&me, &peer, Seq::FIRST, Position(9));
+            }
+            let mut rest = notes.clone();
+            let mut both = rest.take_for_the_journal();
+            prop_assert!(both.may_go_to_the_journal());
+            prop_assert!(rest.delivered.is_empty() && rest.seen.is_empty());
+            prop_assert_eq!(notes.may_go_to_the_journal(), rest.is_empty());
+            both.fold(rest);
+            prop_assert_eq!(both, notes);
         }
 
         #[test]

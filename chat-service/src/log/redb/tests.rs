@@ -773,18 +773,18 @@ async fn a_hole_in_the_journal_is_found() {
             }
         }
     }
-    // An older log.redb beside it is found, too.
+    // An older log.redb beside it is found, too, once something that it lacks is overwritten.
     drop(log);
-    let log = open(folder.path());
+    let log = RedbLog::open(folder.path(), RedbOptions { journal_bytes: 8 * 1024, ..RedbOptions::default() }).unwrap();
     let older = crashed(folder.path());
-    for seq in last + 1..last + 5 {
+    for seq in last + 1..last + 9 {
         append(&log, vec![message("alice", "bob", seq, "later")]).await.unwrap();
         log.flush().await.unwrap();
     }
-    log.append(vec![message("alice", "bob", last + 5, "in the journal")]).await.unwrap();
+    log.append(vec![message("alice", "bob", last + 9, "in the journal")]).await.unwrap();
     fs::copy(folder.path().join("log.journal"), older.path().join("log.journal")).unwrap();
     let error = RedbLog::open(older.path(), RedbOptions::default()).unwrap_err();
-    assert!(matches!(error, OpenError::Behind { last: 9, had: 14, .. }), "{error:?}");
+    assert!(matches!(error, OpenError::Behind { last: 9, had: 18, .. }), "{error:?}");
 }
 
 #[tokio::test]
@@ -1392,4 +1392,116 @@ async fn a_file_that_is_full_beside_a_journal_loses_nothing() {
     assert_eq!(page.entries.len() as u64, last);
     drop(log);
     assert_eq!(verified(folder.path()).problems, [""; 0]);
+}
+
+/// A log whose file is being written; what was noted before is on its way there.
+async fn beside_a_commit(folder: &Path, note: impl FnOnce(&RedbLog)) -> (Arc<RedbLog>, Arc<FaultyDisk>, u64) {
+    let disk = Arc::new(FaultyDisk::default());
+    let log = Arc::new(open_on(folder, &disk));
+    let last = with_journal(&log).await;
+    log.put_session(&phone(), at(1)).await.unwrap();
+    disk.stall_file(Some(folder.join("log.redb")));
+    note(&log);
+    let flushing = Arc::clone(&log);
+    tokio::spawn(async move { flushing.flush().await });
+    disk.wait_for_a_stall();
+    (log, disk, last)
+}
+
+/// What was acknowledged before a message was stored does not come again after a crash, also if it is on its way to the file meanwhile.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_goes_to_the_file_goes_along_with_a_message_beside_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, disk, last) = beside_a_commit(folder.path(), |log| {
+        log.advance(advance(9));
+        log.advance_read(&user("bob"), &user("alice"), Seq::new(5).unwrap());
+        log.note_seen(&user("bob"), 7);
+        log.end_session(&phone(), 8, 100);
+    })
+    .await;
+    log.append_in_place(vec![message("alice", "bob", last + 1, "beside")]).await.unwrap();
+    let copy = crashed(folder.path());
+    disk.stall_file(None);
+    drop(log);
+    let log = open(copy.path());
+    assert_eq!(log.head(), Position(last + 1));
+    assert_eq!(log.delivered(&inbox("bob")).await.unwrap().position, Position(9));
+    let session = log.session(&phone()).await.unwrap().unwrap();
+    assert_eq!((session.cursors, session.ended_at_ms, session.expiry_s), (in_inbox(9), Some(8), 100));
+    assert_eq!(log.peer(&user("bob"), &user("alice")).await.unwrap().unwrap().read, 5);
+    assert_eq!(log.last_seen(&user("bob")).await.unwrap(), Some(7));
+}
+
+/// Nor if somebody waits for something that only the file can have.
+#[tokio::test(flavor = "multi_thread")]
+async fn what_waits_for_the_file_keeps_nothing_else_from_going_along() {
+    let folder = tempfile::tempdir().unwrap();
+    let (log, disk, last) = beside_a_commit(folder.path(), |log| log.note_seen(&user("bob"), 7)).await;
+    let (alice, bob) = (user("alice"), user("bob"));
+    let laptop = Device { user: bob.clone(), client_id: "laptop".into() };
+    let waiting = async {
+        tokio::join!(
+            log.set_blocked(&bob, &alice, Some(3)),
+            log.put_session(&laptop, at(2)),
+            log.hide(&bob, &alice, Seq::FIRST)
+        )
+    };
+    tokio::select! {
+        biased;
+        _ = waiting => panic!("the file is not written"),
+        () = std::future::ready(()) => {}
+    }
+    log.advance(advance(9));
+    log.advance_read(&bob, &alice, Seq::new(5).unwrap());
+    log.append_in_place(vec![message("alice", "bob", last + 1, "beside")]).await.unwrap();
+    let copy = crashed(folder.path());
+    disk.stall_file(None);
+    log.flush().await.unwrap();
+    let whole = crashed(folder.path());
+    drop(log);
+    for (copy, blocked, session, hidden) in [(copy, None, None, 0), (whole, Some(3), Some(at(2)), 1)] {
+        let log = open(copy.path());
+        assert_eq!(log.head(), Position(last + 1));
+        assert_eq!(log.delivered(&inbox("bob")).await.unwrap().position, Position(9));
+        assert_eq!(log.session(&phone()).await.unwrap(), Some(at(9)));
+        assert_eq!(log.session(&laptop).await.unwrap(), session);
+        let peer = log.peer(&bob, &alice).await.unwrap().unwrap();
+        assert_eq!((peer.read, peer.blocked_at_ms), (5, blocked));
+        assert_eq!(log.hidden(&bob, &alice, Seq::FIRST..=Seq::FIRST).await.unwrap().len(), hidden);
+    }
+}
+
+/// Whoever writes while the log is closed is refused, or finds everything again.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_log_that_is_closed_while_somebody_writes_keeps_what_it_took() {
+    for _ in 0..100 {
+        let folder = tempfile::tempdir().unwrap();
+        let log = Arc::new(open(folder.path()));
+        let mut last = with_journal(&log).await;
+        let writing = {
+            let (log, runtime) = (Arc::clone(&log), tokio::runtime::Handle::current());
+            std::thread::spawn(move || {
+                let (mut noted, mut kept) = (0, 0);
+                loop {
+                    if last % 16 == 0 {
+                        log.advance(advance(last));
+                        noted = last;
+                    }
+                    let appended = log.append_in_place(vec![message("alice", "bob", last + 1, "still")]);
+                    if runtime.block_on(appended).is_err() {
+                        return (last, kept);
+                    }
+                    last += 1;
+                    kept = noted;
+                }
+            })
+        };
+        tokio::time::sleep(Duration::from_millis(3)).await;
+        log.close();
+        let (last, kept) = writing.join().unwrap();
+        drop(log);
+        let log = open(folder.path());
+        assert_eq!(log.head(), Position(last));
+        assert!(log.delivered(&inbox("bob")).await.unwrap().position >= Position(kept));
+    }
 }

@@ -68,6 +68,8 @@ struct Waiting {
     commands: VecDeque<Command>,
     /// On their way to the file, while others go to the journal.
     filing: Arc<Notes>,
+    /// What of these the journal does not have: it goes along with the next record there, or a crash meanwhile would take it.
+    goes_along: Notes,
     /// In the journal, and not in the file.
     journaled: Notes,
     /// Being written by whoever holds the writer.
@@ -243,6 +245,9 @@ impl Queue {
             }
             Target::File | Target::FileBesideJournal => {
                 waiting.file_due = None;
+                if to == Target::FileBesideJournal {
+                    waiting.goes_along = waiting.notes.clone().take_for_the_journal();
+                }
                 let mut all = std::mem::take(&mut waiting.journaled);
                 all.fold(std::mem::take(&mut waiting.notes));
                 let layer = if to == Target::File { &mut waiting.writing } else { &mut waiting.filing };
@@ -257,9 +262,9 @@ impl Queue {
     /// For a record of the journal: what can be written with new entries.
     fn take_notes(&self) -> Arc<Notes> {
         let mut waiting = self.waiting.lock();
-        if waiting.notes.may_go_to_the_journal() {
-            waiting.writing = Arc::new(std::mem::take(&mut waiting.notes));
-        }
+        let mut notes = std::mem::take(&mut waiting.goes_along);
+        notes.fold(waiting.notes.take_for_the_journal());
+        waiting.writing = Arc::new(notes);
         Arc::clone(&waiting.writing)
     }
 
@@ -281,7 +286,9 @@ impl Queue {
 
     /// The file has the notes that were on their way to it beside the journal.
     fn filed(&self) {
-        let filed = std::mem::take(&mut self.waiting.lock().filing);
+        let mut waiting = self.waiting.lock();
+        let filed = (std::mem::take(&mut waiting.filing), std::mem::take(&mut waiting.goes_along));
+        drop(waiting);
         drop(filed);
     }
 
@@ -307,6 +314,8 @@ impl Queue {
     fn not_written(&self) {
         self.written(Noted::Nowhere);
         let mut waiting = self.waiting.lock();
+        // It is among those.
+        waiting.goes_along = Notes::default();
         let mut notes = Arc::unwrap_or_clone(std::mem::take(&mut waiting.filing));
         notes.fold(std::mem::take(&mut waiting.journaled));
         waiting.journaled = notes;
@@ -401,7 +410,8 @@ impl Shared {
         let mut writer = self.writer.lock();
         let writer = writer.as_mut()?;
         let _failing = Failing(self, "a writer panicked");
-        if writer.writes() != Writes::Journal || !self.index.has_room() {
+        // Closed: the file is about to get the last that is noted.
+        if self.queue.is_closed() || writer.writes() != Writes::Journal || !self.index.has_room() {
             return None;
         }
         let staged = writer.check(std::iter::once(batch)).ok()?;
