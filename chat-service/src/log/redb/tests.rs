@@ -1505,3 +1505,47 @@ async fn a_log_that_is_closed_while_somebody_writes_keeps_what_it_took() {
         assert!(log.delivered(&inbox("bob")).await.unwrap().position >= Position(kept));
     }
 }
+
+/// redb lets nobody begin to read while a file that grows is synced. Whoever reads waits for that; who writes to the journal does not.
+#[tokio::test(flavor = "multi_thread", worker_threads = 4)]
+async fn a_read_that_waits_for_the_file_keeps_nobody_else_waiting() {
+    let folder = tempfile::tempdir().unwrap();
+    let disk = Arc::new(FaultyDisk::default());
+    let log = Arc::new(open_on(folder.path(), &disk));
+    let mut last = with_journal(&log).await;
+    let length = || fs::metadata(folder.path().join("log.redb")).unwrap().len();
+    let before = length();
+    loop {
+        for _ in 0..80 {
+            last += 1;
+            log.append_in_place(vec![message("alice", "bob", last, &"x".repeat(30_000))]).await.unwrap();
+        }
+        disk.stall_file(Some(folder.path().join("log.redb")));
+        log.note_seen(&user("bob"), last);
+        let flushing = Arc::clone(&log);
+        tokio::spawn(async move { flushing.flush().await });
+        disk.wait_for_a_stall();
+        if length() > before {
+            break;
+        }
+        disk.stall_file(None);
+        log.flush().await.unwrap();
+    }
+    let reading = {
+        let log = Arc::clone(&log);
+        tokio::spawn(async move { log.peer(&user("bob"), &user("alice")).await })
+    };
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    let appending = {
+        let log = Arc::clone(&log);
+        tokio::spawn(async move {
+            log.note_seen(&user("bob"), last + 1);
+            log.append_in_place(vec![message("alice", "bob", last + 1, "meanwhile")]).await
+        })
+    };
+    let appended = tokio::time::timeout(Duration::from_secs(10), appending).await;
+    disk.stall_file(None);
+    appended.expect("it does not wait").unwrap().unwrap();
+    assert!(reading.await.unwrap().unwrap().is_some());
+    assert_eq!(log.last_seen(&user("bob")).await.unwrap(), Some(last + 1));
+}

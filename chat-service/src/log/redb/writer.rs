@@ -76,6 +76,8 @@ struct Waiting {
     writing: Arc<Notes>,
     /// Made since that began.
     notes: Notes,
+    /// How often notes were taken for the file.
+    taken: u64,
     /// When the file is to get the notes, or what only the journal has.
     file_due: Option<Instant>,
     closed: bool,
@@ -154,17 +156,23 @@ impl Queue {
     pub(super) fn noted_session<T>(
         &self,
         device: &Device,
-        at_once: impl FnOnce() -> T,
+        at_once: impl Fn() -> T,
     ) -> (Layers<Option<SessionNote>>, T) {
-        let waiting = self.waiting.lock();
-        let noted = waiting.layers().map(|notes| notes.sessions.get(device).cloned());
-        (noted, at_once())
+        self.noted(|notes| notes.sessions.get(device).cloned(), at_once)
     }
 
-    /// What is in the notes, the earlier first, and what `at_once` returns at the same moment.
-    pub(super) fn noted<T, U>(&self, read: impl Fn(&Notes) -> T, at_once: impl FnOnce() -> U) -> (Layers<T>, U) {
-        let waiting = self.waiting.lock();
-        (waiting.layers().map(read), at_once())
+    /// What is in the notes, the earlier first, and what `at_once` returns at the same moment: the file got no others in between. Nobody waits
+    /// for it, because it may wait for the disk.
+    pub(super) fn noted<T, U>(&self, read: impl Fn(&Notes) -> T, at_once: impl Fn() -> U) -> (Layers<T>, U) {
+        loop {
+            let waiting = self.waiting.lock();
+            let (noted, taken) = (waiting.layers().map(&read), waiting.taken);
+            drop(waiting);
+            let read = at_once();
+            if self.waiting.lock().taken == taken {
+                return (noted, read);
+            }
+        }
     }
 
     /// The writer writes what is there, and ends.
@@ -245,6 +253,7 @@ impl Queue {
             }
             Target::File | Target::FileBesideJournal => {
                 waiting.file_due = None;
+                waiting.taken += 1;
                 if to == Target::FileBesideJournal {
                     waiting.goes_along = waiting.notes.clone().take_for_the_journal();
                 }
@@ -278,6 +287,7 @@ impl Queue {
     /// The notes of a [`Work`] that was for the journal, and those that only the journal has: for the file, which gets all of it now.
     fn notes_for_the_file(&self) -> Arc<Notes> {
         let mut waiting = self.waiting.lock();
+        waiting.taken += 1;
         let mut all = std::mem::take(&mut waiting.journaled);
         all.fold(Arc::unwrap_or_clone(std::mem::take(&mut waiting.writing)));
         waiting.writing = Arc::new(all);
