@@ -60,7 +60,7 @@ pub struct RedbOptions {
     pub flush_entries: usize,
     /// Whether [`Log::usage`] can be asked. Counting costs the index some µs an entry.
     pub counts_usage: bool,
-    /// Bytes of the journal. Once it is full, or after half a second, the log's file gets what is in it. 0: there is none, and every commit is the file's.
+    /// Bytes of the journal. Once it is half full, or after half a second, the log's file gets what is in it. 0: there is none, and every commit is the file's.
     pub journal_bytes: u64,
 }
 

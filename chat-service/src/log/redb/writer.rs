@@ -349,6 +349,7 @@ impl Waiting {
 
     /// Whether that is sooner than it was.
     fn be_due_in(&mut self, delay: Duration) -> bool {
+        // What is not urgent does not come before the next attempt at a full disk either.
         if delay == FILE_DELAY_MAX && self.file_due.is_some() {
             return false;
         }
@@ -419,7 +420,7 @@ impl Shared {
         }
         let mut writer = self.writer.lock();
         let writer = writer.as_mut()?;
-        let _failing = Failing(self, "a writer panicked");
+        let _failing = Failing(self);
         // Closed: the file is about to get the last that is noted.
         if self.queue.is_closed() || writer.writes() != Writes::Journal || !self.index.has_room() {
             return None;
@@ -562,7 +563,7 @@ struct Ending(Arc<Shared>);
 
 impl Drop for Ending {
     fn drop(&mut self) {
-        drop(Failing(&self.0, "the log's writer panicked"));
+        drop(Failing(&self.0));
         self.0.queue.close();
         // It has the log itself.
         drop(self.0.writer.lock().take());
@@ -571,12 +572,12 @@ impl Drop for Ending {
 }
 
 /// A log whose writer panicked takes nothing more.
-struct Failing<'a>(&'a Shared, &'static str);
+struct Failing<'a>(&'a Shared);
 
 impl Drop for Failing<'_> {
     fn drop(&mut self) {
         if thread::panicking() {
-            self.0.fail(self.1.to_owned());
+            self.0.fail("the log's writer panicked".to_owned());
         }
     }
 }
