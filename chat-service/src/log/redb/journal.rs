@@ -23,10 +23,13 @@ const SECTOR_BYTES: usize = 512;
 const GROWTH_BYTES: u64 = 256 * 1024;
 /// It goes on in a part of its length at least, while what it has is written to the log's file.
 const ROOM_PART: u64 = 4;
-const MAGIC: &[u8; 8] = b"chat-jnl";
+const MAGIC: &[u8; 8] = b"chat-jn2";
 const CHECKSUM_BYTES: usize = 16;
-/// Magic, checksum, position of the first entry, bytes of entries, and bytes of notes.
-const HEADER_BYTES: usize = MAGIC.len() + CHECKSUM_BYTES + 8 + 4 + 4;
+/// Magic, the header's checksum, the record's, position of the first entry, bytes of entries, and bytes of notes.
+const HEADER_BYTES: usize = MAGIC.len() + 2 * CHECKSUM_BYTES + 8 + 4 + 4;
+/// What the record's checksum is of, and behind it, what the header's is of.
+const CHECKED_FROM: usize = MAGIC.len() + 2 * CHECKSUM_BYTES;
+const HEADER_CHECKED_FROM: usize = MAGIC.len() + CHECKSUM_BYTES;
 
 /// The journal of a log that is open.
 #[derive(Debug)]
@@ -119,14 +122,16 @@ impl Journal {
         }
         self.buffer.clear();
         self.buffer.extend_from_slice(MAGIC);
-        self.buffer.extend_from_slice(&[0; CHECKSUM_BYTES]);
+        self.buffer.extend_from_slice(&[0; 2 * CHECKSUM_BYTES]);
         self.buffer.extend_from_slice(&first.0.to_le_bytes());
         self.buffer.extend_from_slice(&entries_bytes.to_le_bytes());
         self.buffer.extend_from_slice(&notes_bytes.to_le_bytes());
         self.buffer.extend_from_slice(entries);
         self.buffer.extend_from_slice(notes);
-        let checksum = self.keys.checksum(&self.buffer[MAGIC.len() + CHECKSUM_BYTES..]);
-        self.buffer[MAGIC.len()..MAGIC.len() + CHECKSUM_BYTES].copy_from_slice(&checksum);
+        let checksum = self.keys.record_checksum(&self.buffer[CHECKED_FROM..]);
+        self.buffer[HEADER_CHECKED_FROM..CHECKED_FROM].copy_from_slice(&checksum);
+        let checksum = self.keys.header_checksum(&self.buffer[HEADER_CHECKED_FROM..HEADER_BYTES]);
+        self.buffer[MAGIC.len()..HEADER_CHECKED_FROM].copy_from_slice(&checksum);
         self.used = self.used.max(end);
         if let Err(error) = self.file.write(self.end, &self.buffer)
             && !self.is_there()?
@@ -251,7 +256,7 @@ pub(super) fn read(path: &Path, keys: Keys, last: Position) -> io::Result<(Vec<R
             continue;
         };
         let began = begin;
-        // No record begins inside of a whole one, but texts there may look like many long ones: to check them all takes a start 20 s.
+        // No record begins inside of a whole one.
         begin = (begin + record.bytes()).next_multiple_of(SECTOR_BYTES);
         if record.first > last {
             let start = if records.is_empty() { began as u64 } else { found.start };
@@ -265,17 +270,19 @@ pub(super) fn read(path: &Path, keys: Keys, last: Position) -> io::Result<(Vec<R
 
 /// The record at the beginning of these bytes, if it is whole and this log's.
 fn record(bytes: &[u8], keys: Keys) -> Option<Record> {
-    let rest = bytes.strip_prefix(MAGIC)?;
-    let (checksum, rest) = rest.split_first_chunk::<CHECKSUM_BYTES>()?;
-    let (first, sized) = rest.split_first_chunk::<8>()?;
-    let (entries_bytes, sized) = sized.split_first_chunk::<4>()?;
-    let (notes_bytes, body) = sized.split_first_chunk::<4>()?;
+    let header = bytes.first_chunk::<HEADER_BYTES>().filter(|header| header.starts_with(MAGIC))?;
+    // Texts may look like headers of records that are megabytes long, one behind the other: who would check those could be kept for minutes.
+    if header[MAGIC.len()..HEADER_CHECKED_FROM] != keys.header_checksum(&header[HEADER_CHECKED_FROM..]) {
+        return None;
+    }
+    let (first, sizes) = header[CHECKED_FROM..].split_first_chunk::<8>()?;
+    let (entries_bytes, notes_bytes) = sizes.split_first_chunk::<4>()?;
     let [entries_bytes, notes_bytes] =
-        [entries_bytes, notes_bytes].map(|bytes| usize::try_from(u32::from_le_bytes(*bytes)).ok());
-    let (entries, body) = body.split_at_checked(entries_bytes?)?;
-    let notes = body.get(..notes_bytes?)?;
-    let checked = &rest[..8 + 4 + 4 + entries.len() + notes.len()];
-    (keys.checksum(checked) == *checksum).then(|| Record {
+        [entries_bytes, notes_bytes.first_chunk::<4>()?].map(|bytes| usize::try_from(u32::from_le_bytes(*bytes)).ok());
+    let (entries, behind) = bytes[HEADER_BYTES..].split_at_checked(entries_bytes?)?;
+    let notes = behind.get(..notes_bytes?)?;
+    let checked = &bytes[CHECKED_FROM..HEADER_BYTES + entries.len() + notes.len()];
+    (keys.record_checksum(checked) == header[HEADER_CHECKED_FROM..CHECKED_FROM]).then(|| Record {
         first: Position(u64::from_le_bytes(*first)),
         entries: entries.to_vec(),
         notes: notes.to_vec(),
@@ -464,6 +471,27 @@ mod tests {
         journal.begin_anew();
         assert!(stored(&mut journal, 3, b"three"));
         assert_eq!(disk.read(1), [(2, b"two".to_vec()), (3, b"three".to_vec())]);
+    }
+
+    /// To check each as if it were a record would be to read the rest of the file as often.
+    #[test]
+    fn texts_that_look_like_headers_are_not_checked_as_records() {
+        let disk = OnDisk::new();
+        assert!(stored(&mut disk.open(0..0), 1, b"one"));
+        let whole = fs::read(disk.path()).unwrap();
+        // 16 MiB of headers, each of a record up to the file's end: 256 GiB to hash.
+        let bytes = 16 * 1024 * 1024;
+        let mut file = whole[..SECTOR_BYTES].to_vec();
+        let mut header = [0; SECTOR_BYTES];
+        header[..HEADER_BYTES].copy_from_slice(&whole[..HEADER_BYTES]);
+        while file.len() < bytes {
+            let rest = u32::try_from(bytes - file.len() - HEADER_BYTES).unwrap();
+            header[HEADER_BYTES - 8..HEADER_BYTES - 4].copy_from_slice(&rest.to_le_bytes());
+            header[HEADER_BYTES - 4..HEADER_BYTES].fill(0);
+            file.extend_from_slice(&header);
+        }
+        fs::write(disk.path(), file).unwrap();
+        assert_eq!(disk.read(0), [(1, b"one".to_vec())]);
     }
 
     /// A file that may not be longer than this (`RLIMIT_FSIZE`), and once was.

@@ -29,6 +29,8 @@ enum Kind {
     Log = 6,
     /// A record of the journal.
     Record = 7,
+    /// What it begins with.
+    RecordHeader = 8,
 }
 
 impl Key {
@@ -123,9 +125,18 @@ impl Keys {
     }
 
     /// Of a record of the journal: nobody can make bytes that have the same, who does not know the secret.
-    pub(super) fn checksum(&self, bytes: &[u8]) -> [u8; 16] {
+    pub(super) fn record_checksum(&self, record: &[u8]) -> [u8; 16] {
+        self.checksum(Kind::Record, record)
+    }
+
+    /// Of a record's header alone, likewise.
+    pub(super) fn header_checksum(&self, header: &[u8]) -> [u8; 16] {
+        self.checksum(Kind::RecordHeader, header)
+    }
+
+    fn checksum(&self, kind: Kind, bytes: &[u8]) -> [u8; 16] {
         let mut hasher = SipHasher13::new_with_keys(self.secret.0, self.secret.1);
-        hasher.write(&[Kind::Record as u8]);
+        hasher.write(&[kind as u8]);
         hasher.write(bytes);
         hasher.finish128().as_bytes()
     }
