@@ -39,6 +39,7 @@ pub(crate) struct Dialer {
     tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
     /// The request that opens a WebSocket.
     request: Option<String>,
+    sources: Ipv4Addr,
 }
 
 impl Dialer {
@@ -64,14 +65,14 @@ impl Dialer {
         };
         let host = websocket::host(addr, server_name)?;
         let request = over_web_socket.then(|| websocket::request(&host, path));
-        Ok(Self { addr, tls, request })
+        Ok(Self { addr, tls, request, sources: sources(fastrand::u16(..)) })
     }
 
     /// The nth client's connection.
     pub(crate) async fn dial(&self, nth: u32) -> Result<Wire> {
         let addr = self.addr;
         let socket = if addr.is_ipv4() { TcpSocket::new_v4()? } else { TcpSocket::new_v6()? };
-        if let Some(source) = source(addr.ip(), nth) {
+        if let Some(source) = source(addr.ip(), self.sources, nth) {
             socket.bind(SocketAddr::new(source, 0)).with_context(|| format!("a port of {source}"))?;
         }
         let stream = socket.connect(addr).await.with_context(|| format!("connecting to {addr}"))?;
@@ -99,14 +100,22 @@ impl Dialer {
     }
 }
 
+/// Before a run's own addresses of loopback: those of a run before may have many ports in use still, for a minute after their connections'
+/// end, and to look for a free one among them takes time.
+fn sources(run: u16) -> Ipv4Addr {
+    let [high, low] = run.to_be_bytes();
+    // 127.0 is everybody's, and what follows the last is no loopback any more.
+    Ipv4Addr::new(127, high.clamp(1, 250), low, 0)
+}
+
 /// Where the nth client comes from; on loopback there are addresses enough.
-fn source(broker: IpAddr, nth: u32) -> Option<IpAddr> {
+fn source(broker: IpAddr, sources: Ipv4Addr, nth: u32) -> Option<IpAddr> {
     let IpAddr::V4(broker) = broker else { return None };
     if !broker.is_loopback() || nth < CLIENTS_PER_ADDRESS {
         return None;
     }
     let block = nth / CLIENTS_PER_ADDRESS;
-    Some(IpAddr::V4(Ipv4Addr::from(u32::from(Ipv4Addr::LOCALHOST) + block)))
+    Some(IpAddr::V4(Ipv4Addr::from(u32::from(sources) + block)))
 }
 
 fn client_config(ca: Option<&Path>, alpn: &[u8]) -> Result<Arc<ClientConfig>> {
@@ -333,10 +342,13 @@ mod tests {
     #[test]
     fn many_clients_come_from_several_addresses_of_loopback() {
         let loopback = IpAddr::V4(Ipv4Addr::LOCALHOST);
-        assert_eq!(source(loopback, 3_999), None);
-        assert_eq!(source(loopback, 4_000), Some("127.0.0.2".parse().unwrap()));
-        assert_eq!(source(loopback, 19_999), Some("127.0.0.5".parse().unwrap()));
-        assert_eq!(source("192.0.2.1".parse().unwrap(), 19_999), None);
-        assert_eq!(source("::1".parse().unwrap(), 19_999), None);
+        let nth = |broker, run, nth| source(broker, sources(run), nth).map(|source| source.to_string());
+        assert_eq!(nth(loopback, 0x0203, 3_999), None);
+        assert_eq!(nth(loopback, 0x0203, 4_000).as_deref(), Some("127.2.3.1"));
+        assert_eq!(nth(loopback, 0x0203, 19_999).as_deref(), Some("127.2.3.4"));
+        assert_eq!(nth(loopback, 0x0009, 4_000).as_deref(), Some("127.1.9.1"));
+        assert_eq!(nth(loopback, u16::MAX, 4_000_000).as_deref(), Some("127.251.2.232"));
+        assert_eq!(nth("192.0.2.1".parse().unwrap(), 0x0203, 19_999), None);
+        assert_eq!(nth("::1".parse().unwrap(), 0x0203, 19_999), None);
     }
 }
