@@ -679,9 +679,10 @@ impl<S: Service> Shared<S> {
         match self.route(identity, &will.topic, will.properties.response_topic.as_deref()) {
             Ok(PublishRoute::Bound) => {
                 let mut publishes = vec![will.as_publish(identity)];
-                while let Err(unsent) = self.service.submit(publishes) {
+                let mut place = None;
+                while let Err(unsent) = self.service.submit(publishes, place) {
                     publishes = unsent;
-                    self.service.ready().await;
+                    place = self.service.place().await;
                 }
             }
             Ok(_) => {

@@ -395,6 +395,9 @@ impl Subscriber {
 
 /// What stands behind the broker. All calls may come from many tasks at once.
 pub trait Service: Send + Sync + 'static {
+    /// Room for one [`Service::submit`]. Whoever drops it leaves it to others.
+    type Place: Send + 'static;
+
     /// Who is this? An identity, or a refusal.
     fn connect(&self, request: ConnectRequest<'_>) -> impl Future<Output = Result<Identity, ConnectRefusal>> + Send;
 
@@ -441,11 +444,13 @@ pub trait Service: Send + Sync + 'static {
     }
 
     /// Takes publishes to bound topics, in their order; every one is answered through its `reply`. Gives them back while the
-    /// service is full: wait for [`Service::ready`] and try again.
-    fn submit(&self, publishes: Vec<BoundPublish>) -> Result<(), Vec<BoundPublish>>;
+    /// service is full: wait for a [`Service::place`] and try again with it, which succeeds.
+    fn submit(&self, publishes: Vec<BoundPublish>, place: Option<Self::Place>) -> Result<(), Vec<BoundPublish>>;
 
-    /// Returns once [`Service::submit`] may succeed again.
-    fn ready(&self) -> impl Future<Output = ()> + Send;
+    /// Waits until there is room for one [`Service::submit`], first come, first served. `None` if that will not be: [`Service::submit`] says
+    /// then what it means. The room is kept as long as the place lives: were it only announced, and whoever hears of it had to find it free,
+    /// thousands who wait could hand it on to each other for ever.
+    fn place(&self) -> impl Future<Output = Option<Self::Place>> + Send;
 
     /// The reason string of a refusal that the broker made itself, from a sentence.
     fn reason(&self, code: RefusalCode, sentence: &str) -> String;

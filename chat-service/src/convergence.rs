@@ -5,10 +5,11 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use broker::Announcer;
-use broker::service::{Position, ReadLimit, Service, SessionKey, SessionRecord};
+use broker::completion::Reply;
+use broker::service::{BoundPublish, Position, ReadLimit, Roles, Service, SessionKey, SessionRecord};
 use bytes::Bytes;
 use chat_protocol::request::{
     AnsweredEntry, ChangedOk, ConversationsOk, DoneOk, HistoryOk, RequestError, Standing, SyncOk,
@@ -152,49 +153,58 @@ struct Server {
     sequencing: JoinHandle<()>,
 }
 
+/// The service, and what its sequencer needs.
+fn service(
+    log: &Arc<MemoryLog>,
+    queue: mpsc::Sender<Vec<Submission>>,
+) -> (ChatService<MemoryLog>, sequencer::Parts<MemoryLog>) {
+    let metrics = Arc::new(Metrics::new());
+    let announcer = Announcer::default();
+    let blocks = Arc::new(Blocks::default());
+    let presence = Arc::new(Presence::new(Arc::clone(log), announcer.clone(), Duration::from_secs(10), None));
+    let parts = sequencer::Parts {
+        log: Arc::clone(log),
+        announcer: announcer.clone(),
+        metrics: Arc::clone(&metrics),
+        quotas: Quotas::NONE,
+        new_conversations_per_hour: 0,
+        blocks: Arc::clone(&blocks),
+        presence: Arc::clone(&presence),
+        head: watch::Sender::new(log.head()),
+    };
+    let receipts = Arc::new(Receipts::new(Arc::clone(log), announcer.clone()));
+    let requests = Requests::new(Parts {
+        log: Arc::clone(log),
+        queue: queue.clone(),
+        announcer: announcer.clone(),
+        metrics: Arc::clone(&metrics),
+        blocks,
+        receipts: Arc::clone(&receipts),
+        presence: Arc::clone(&presence),
+        auth: Auth::development(),
+        message_bytes_max: MESSAGE_BYTES_MAX,
+    });
+    let service = ChatService {
+        log: Arc::clone(log),
+        queue,
+        announcer: announcer.clone(),
+        metrics,
+        message_bytes_max: MESSAGE_BYTES_MAX,
+        requests,
+        receipts,
+        typing: Arc::new(TypingRelay::new(Arc::clone(log), announcer)),
+        presence,
+        sessions: Sessions::new(Arc::clone(log), 0),
+        auth: Auth::development(),
+    };
+    (service, parts)
+}
+
 impl Server {
     fn start(log: &Arc<MemoryLog>) -> Self {
-        let metrics = Arc::new(Metrics::new());
-        let announcer = Announcer::default();
-        let blocks = Arc::new(Blocks::default());
-        let presence = Arc::new(Presence::new(Arc::clone(log), announcer.clone(), Duration::from_secs(10), None));
         let (queue, submissions) = mpsc::channel(sequencer::SUBMISSIONS_MAX);
-        let parts = sequencer::Parts {
-            log: Arc::clone(log),
-            announcer: announcer.clone(),
-            metrics: Arc::clone(&metrics),
-            quotas: Quotas::NONE,
-            new_conversations_per_hour: 0,
-            blocks: Arc::clone(&blocks),
-            presence: Arc::clone(&presence),
-            head: watch::Sender::new(log.head()),
-        };
+        let (service, parts) = service(log, queue);
         let sequencing = tokio::spawn(sequencer::run(parts, submissions, std::future::pending()));
-        let receipts = Arc::new(Receipts::new(Arc::clone(log), announcer.clone()));
-        let requests = Requests::new(Parts {
-            log: Arc::clone(log),
-            queue: queue.clone(),
-            announcer: announcer.clone(),
-            metrics: Arc::clone(&metrics),
-            blocks,
-            receipts: Arc::clone(&receipts),
-            presence: Arc::clone(&presence),
-            auth: Auth::development(),
-            message_bytes_max: MESSAGE_BYTES_MAX,
-        });
-        let service = ChatService {
-            log: Arc::clone(log),
-            queue,
-            announcer: announcer.clone(),
-            metrics,
-            message_bytes_max: MESSAGE_BYTES_MAX,
-            requests,
-            receipts,
-            typing: Arc::new(TypingRelay::new(Arc::clone(log), announcer)),
-            presence,
-            sessions: Sessions::new(Arc::clone(log), 0),
-            auth: Auth::development(),
-        };
         Self { service, sequencing }
     }
 
@@ -1081,4 +1091,55 @@ fn the_id_of_an_erased_text_is_no_other_message() {
     // The text of id 0 is unsent. Neither a longer text under that id nor an unsend of another text is a resend of it.
     let unsend = Step::Unsend { pair, seq: 0, id: None };
     run(&[1, 1], &[send(id, 0), unsend, send(id, 0), send(id, 3), send(None, 0), Step::Unsend { pair, seq: 2, id }]);
+}
+
+/// A place that is only announced goes from one who waits to the next for ever, once more wait than there are places.
+#[tokio::test]
+async fn more_may_wait_for_room_than_there_is_room_for() {
+    const PLACES: usize = 2;
+    const SENDERS: usize = 50;
+    let log = Arc::new(MemoryLog::new());
+    let (queue, mut taken) = mpsc::channel(PLACES);
+    let (service, _parts) = service(&log, queue);
+    let service = Arc::new(service);
+    for sender in 0..SENDERS {
+        let service = Arc::clone(&service);
+        tokio::spawn(async move {
+            let publish = BoundPublish {
+                user: "alice".into(),
+                roles: Roles(0),
+                topic: "chat/alice/out/bob".to_owned(),
+                payload: sender.to_string().into(),
+                id_property: None,
+                response_topic: None,
+                correlation: Bytes::new(),
+                can_answer: true,
+                received_at: Instant::now(),
+                reply: Reply::nobody(),
+            };
+            // As a connection does.
+            let (mut publishes, mut place) = (vec![publish], None);
+            while let Err(unsent) = service.submit(publishes, place) {
+                publishes = unsent;
+                place = service.place().await;
+            }
+        });
+    }
+    // All of them come before anything is taken.
+    for _ in 0..SENDERS {
+        tokio::task::yield_now().await;
+    }
+    let mut texts = Vec::new();
+    let everything = async {
+        while texts.len() < SENDERS {
+            for submission in taken.recv().await.expect("senders") {
+                let Body::Text(text) = submission.send.body else { panic!("a text") };
+                texts.push(text);
+            }
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), everything).await.expect("nobody waits for ever");
+    // Whoever waits keeps its turn.
+    let expected: Vec<String> = (0..SENDERS).map(|sender| sender.to_string()).collect();
+    assert_eq!(texts.iter().map(|text| text.to_string()).collect::<Vec<_>>(), expected);
 }

@@ -269,6 +269,8 @@ fn answer_topic(me: &UserId, response_topic: Option<&str>) -> Result<Arc<str>, R
 }
 
 impl<L: Log> Service for ChatService<L> {
+    type Place = mpsc::OwnedPermit<Vec<Submission>>;
+
     async fn connect(&self, request: ConnectRequest<'_>) -> Result<Identity, ConnectRefusal> {
         if request.client_id.len() > CLIENT_ID_BYTES_MAX {
             let reason = format!("the client identifier is longer than {CLIENT_ID_BYTES_MAX} bytes");
@@ -357,13 +359,16 @@ impl<L: Log> Service for ChatService<L> {
         Some(Down::Res.topic(&UserId::parse(&who.user).ok()?))
     }
 
-    fn submit(&self, publishes: Vec<BoundPublish>) -> Result<(), Vec<BoundPublish>> {
+    fn submit(&self, publishes: Vec<BoundPublish>, place: Option<Self::Place>) -> Result<(), Vec<BoundPublish>> {
         // A place first: once taken apart, publishes cannot be given back.
-        let permit = match self.queue.try_reserve() {
-            Ok(permit) => permit,
-            Err(mpsc::error::TrySendError::Full(())) => return Err(publishes),
-            // The server stops: dropping the replies closes the connections without an acknowledgement.
-            Err(mpsc::error::TrySendError::Closed(())) => return Ok(()),
+        let free = match &place {
+            Some(_) => None,
+            None => match self.queue.try_reserve() {
+                Ok(free) => Some(free),
+                Err(mpsc::error::TrySendError::Full(())) => return Err(publishes),
+                // The server stops: dropping the replies closes the connections without an acknowledgement.
+                Err(mpsc::error::TrySendError::Closed(())) => return Ok(()),
+            },
         };
         let mut submissions: Vec<Submission> = Vec::with_capacity(publishes.len());
         let mut done = Vec::new();
@@ -388,15 +393,18 @@ impl<L: Log> Service for ChatService<L> {
             }
         }
         if !submissions.is_empty() {
-            permit.send(submissions);
+            if let Some(place) = place {
+                place.send(submissions);
+            } else if let Some(free) = free {
+                free.send(submissions);
+            }
         }
         complete(done);
         Ok(())
     }
 
-    async fn ready(&self) {
-        // Closed counts as ready: `submit` then says what that means.
-        drop(self.queue.reserve().await);
+    async fn place(&self) -> Option<Self::Place> {
+        self.queue.clone().reserve_owned().await.ok()
     }
 
     fn reason(&self, code: RefusalCode, sentence: &str) -> String {

@@ -77,6 +77,8 @@ fn refusal(code: RefusalCode) -> Refusal {
 }
 
 impl Service for Toy {
+    type Place = ();
+
     async fn connect(&self, request: ConnectRequest<'_>) -> Result<Identity, ConnectRefusal> {
         if request.user_name == Some("refused") {
             let code = ConnectRefusalCode::BadUserNameOrPassword;
@@ -125,7 +127,7 @@ impl Service for Toy {
         }
     }
 
-    fn submit(&self, publishes: Vec<BoundPublish>) -> Result<(), Vec<BoundPublish>> {
+    fn submit(&self, publishes: Vec<BoundPublish>, _place: Option<()>) -> Result<(), Vec<BoundPublish>> {
         let mut outcomes: Vec<(Reply, PublishOutcome)> = Vec::new();
         for publish in publishes {
             let Some(outcome) = self.outcome(&publish) else { continue };
@@ -138,7 +140,9 @@ impl Service for Toy {
         Ok(())
     }
 
-    async fn ready(&self) {}
+    async fn place(&self) -> Option<()> {
+        Some(())
+    }
 
     fn reason(&self, _code: RefusalCode, sentence: &str) -> String {
         sentence.to_owned()

@@ -55,7 +55,7 @@ thread_local! {
 /// What was read from the log, for a topic.
 type Read = (Arc<str>, Result<Page, ServiceError>);
 type Reading = Pin<Box<dyn Future<Output = Read> + Send>>;
-type Waiting = Pin<Box<dyn Future<Output = ()> + Send>>;
+type Waiting<P> = Pin<Box<dyn Future<Output = Option<P>> + Send>>;
 /// Work on a packet that takes time.
 type Working<'a> = Pin<Box<dyn Future<Output = ()> + Send + 'a>>;
 
@@ -109,7 +109,8 @@ pub(crate) struct Connection<S: Service, T> {
     unsent: Vec<BoundPublish>,
     /// Publishes that wait for room on the bus of ordinary messages, and those behind them.
     held: VecDeque<Publish>,
-    waiting: Option<Waiting>,
+    /// For room for `unsent`.
+    waiting: Option<Waiting<S::Place>>,
     reading: Option<Reading>,
     page: Option<Box<Read>>,
     /// QoS 0 deliveries that count as delivered once they are written.
@@ -263,7 +264,7 @@ where
             if self.packets.is_empty() && self.packets.capacity() > 0 {
                 PACKETS.set(std::mem::take(&mut self.packets));
             }
-            self.submit();
+            self.submit(None);
             self.answer_pending();
             self.deliver();
             self.on_time();

@@ -190,14 +190,15 @@ where
         token
     }
 
-    pub(super) fn submit(&mut self) {
+    /// `place`: what was waited for.
+    pub(super) fn submit(&mut self, place: Option<S::Place>) {
         if self.unsent.is_empty() || self.waiting.is_some() {
             return;
         }
-        if let Err(unsent) = self.shared.service.submit(std::mem::take(&mut self.unsent)) {
+        if let Err(unsent) = self.shared.service.submit(std::mem::take(&mut self.unsent), place) {
             self.unsent = unsent;
             let shared = Arc::clone(&self.shared);
-            self.waiting = Some(Box::pin(async move { shared.service.ready().await }));
+            self.waiting = Some(Box::pin(async move { shared.service.place().await }));
         }
     }
 

@@ -59,9 +59,10 @@ where
             progress = true;
         }
         if let Some(waiting) = &mut self.waiting
-            && waiting.as_mut().poll(cx).is_ready()
+            && let Poll::Ready(place) = waiting.as_mut().poll(cx)
         {
             self.waiting = None;
+            self.submit(place);
             progress = true;
         }
         if self.cut {
