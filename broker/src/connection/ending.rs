@@ -84,8 +84,6 @@ where
 
     /// All that is still to be done with the client itself.
     pub(super) async fn finish(&mut self, end: End, departure: &mut Departure<S>) {
-        // Others wait for that place, too.
-        self.waiting = None;
         self.await_outcomes().await;
         self.settle(end, departure);
         if end == End::Socket {

@@ -301,6 +301,8 @@ where
     }
 
     fn take_turn(&mut self) -> (Turns, Turn) {
+        // Nor is a place kept meanwhile that others wait for; what waits for one asks again afterwards.
+        self.waiting = None;
         let own = self.coming.as_deref_mut().map(|coming| std::mem::take(&mut coming.turn));
         (self.shared.turns.clone(), own.unwrap_or_default())
     }

@@ -42,6 +42,14 @@ where
 {
     /// Waits for anything, and takes in whatever is there.
     pub(super) fn poll_step(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(waiting) = &mut self.waiting
+            && let Poll::Ready(place) = waiting.as_mut().poll(cx)
+        {
+            // At once, whoever's turn it is: others wait for that place.
+            self.waiting = None;
+            self.submit(place);
+            self.busy = true;
+        }
         if let Some(coming) = self.coming.as_deref_mut() {
             ready!(coming.turn.poll(&self.shared.turns, cx));
         }
@@ -56,13 +64,6 @@ where
         {
             self.page = Some(Box::new(page));
             self.reading = None;
-            progress = true;
-        }
-        if let Some(waiting) = &mut self.waiting
-            && let Poll::Ready(place) = waiting.as_mut().poll(cx)
-        {
-            self.waiting = None;
-            self.submit(place);
             progress = true;
         }
         if self.cut {

@@ -491,7 +491,10 @@ mod tests {
             file.extend_from_slice(&header);
         }
         fs::write(disk.path(), file).unwrap();
-        assert_eq!(disk.read(0), [(1, b"one".to_vec())]);
+        let (done, found) = std::sync::mpsc::channel();
+        std::thread::spawn(move || done.send(disk.read(0)));
+        let found = found.recv_timeout(std::time::Duration::from_secs(60)).expect("a start is not kept busy");
+        assert_eq!(found, [(1, b"one".to_vec())]);
     }
 
     /// A file that may not be longer than this (`RLIMIT_FSIZE`), and once was.
