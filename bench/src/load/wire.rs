@@ -39,6 +39,7 @@ pub(crate) struct Dialer {
     tls: Option<(Arc<ClientConfig>, ServerName<'static>)>,
     /// The request that opens a WebSocket.
     request: Option<String>,
+    /// Before this run's addresses.
     sources: Ipv4Addr,
 }
 

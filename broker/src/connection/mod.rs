@@ -301,7 +301,7 @@ where
     }
 
     fn take_turn(&mut self) -> (Turns, Turn) {
-        // Nor is a place kept meanwhile that others wait for; what waits for one asks again afterwards.
+        // What follows takes time, and others wait for the place that this may have been given: it is asked for again afterwards.
         self.waiting = None;
         let own = self.coming.as_deref_mut().map(|coming| std::mem::take(&mut coming.turn));
         (self.shared.turns.clone(), own.unwrap_or_default())
